@@ -1,0 +1,174 @@
+"""SQuAD v1.1 and v2.0 files, answering all of their questions, and exact match and F1 by the official rules.
+
+Rajpurkar et al. 2016 (v1.1) and 2018 (v2.0); the scoring follows the published evaluation scripts of both versions.
+"""
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bertqa.spans import MAX_ANSWER_TOKENS, Decoded, Logits, decode
+from bertqa.windows import Window, WindowMaker
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One annotator's answer; ``context[start:start + len(text)] == text``."""
+
+    text: str
+    start: int  # first code point in the context
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question of a SQuAD file."""
+
+    id: str
+    title: str  # of its article
+    question: str
+    context: str
+    references: tuple[Reference, ...]  # empty where v2.0 calls the question impossible
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Exact match and F1 in percent, over ``total`` questions."""
+
+    exact_match: float
+    f1: float
+    total: int
+
+
+class MalformedSquad(ValueError):
+    """A file is not in the SQuAD layout; the message names the file and the place in it."""
+
+
+def read_squad(path: Path) -> list[Example]:
+    """Read a SQuAD v1.1 or v2.0 file, in file order.
+
+    Raises:
+        MalformedSquad: not JSON, a field is missing or of the wrong type, or an answer is not at its place.
+        OSError: the file cannot be read.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise MalformedSquad(f"{path}: not JSON ({error})") from error
+    return list(_examples(document, str(path)))
+
+
+def _examples(document: object, path: str) -> Iterator[Example]:
+    for a, article in enumerate(_field(document, "data", list, path)):
+        at = f"{path}: data[{a}]"
+        title = _field(article, "title", str, at, default="")
+        for p, paragraph in enumerate(_field(article, "paragraphs", list, at)):
+            at_paragraph = f"{at}.paragraphs[{p}]"
+            context = _field(paragraph, "context", str, at_paragraph)
+            for q, entry in enumerate(_field(paragraph, "qas", list, at_paragraph)):
+                at_question = f"{at_paragraph}.qas[{q}]"
+                impossible = _field(entry, "is_impossible", bool, at_question, default=False)
+                answers = [] if impossible else _field(entry, "answers", list, at_question)
+                yield Example(
+                    id=_field(entry, "id", str, at_question),
+                    title=title,
+                    question=_field(entry, "question", str, at_question),
+                    context=context,
+                    references=tuple(
+                        _reference(answer, context, f"{at_question}.answers[{n}]") for n, answer in enumerate(answers)
+                    ),
+                )
+
+
+def _reference(answer: object, context: str, at: str) -> Reference:
+    text = _field(answer, "text", str, at)
+    start = _field(answer, "answer_start", int, at)
+    if start < 0 or not context.startswith(text, start):
+        raise MalformedSquad(f"{at}: the context does not hold {text!r} at character {start}")
+    return Reference(text, start)
+
+
+_MISSING = object()
+
+
+def _field(holder: object, name: str, kind: type, at: str, default: object = _MISSING) -> Any:
+    """The field of a parsed JSON object, checked to be of a type; untyped because JSON is."""
+    if not isinstance(holder, dict):
+        raise MalformedSquad(f"{at}: must be an object")
+    value = holder.get(name, default)
+    if value is _MISSING:
+        raise MalformedSquad(f"{at}: the field {name!r} is missing")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise MalformedSquad(f"{at}.{name}: must be of type {kind.__name__}")
+    return value
+
+
+Predict = Callable[[Window], Logits]
+"""Runs the model on one window: tensors of shape (1, length) in, start and end logits of that shape out."""
+
+
+def answer_all(
+    examples: Iterable[Example],
+    maker: WindowMaker,
+    predict: Predict,
+    *,
+    max_answer_tokens: int = MAX_ANSWER_TOKENS,
+    null_threshold: float = 0.0,
+) -> Iterator[tuple[Example, Decoded]]:
+    """Answer every question of a SQuAD file with any runtime, one window at a time; lazy, in order."""
+    for example in examples:
+        windows = maker(example.question, example.context)
+        logits = [predict(window) for window in windows.windows]
+        yield (
+            example,
+            decode([windows], [logits], max_answer_tokens=max_answer_tokens, null_threshold=null_threshold),
+        )
+
+
+def score(examples: Sequence[Example], predictions: Mapping[str, str]) -> Score:
+    """Exact match and F1 of predicted texts by question id; an empty text predicts "no answer".
+
+    Each question counts its best reference. A question without references is right when the prediction is empty, as in
+    the v2.0 script; a question without a prediction counts as wrong, as in the v1.1 script.
+
+    Raises:
+        ValueError: there is no example.
+    """
+    if not examples:
+        raise ValueError("nothing to score: no example")
+    exact_matches = f1s = 0.0
+    for example in examples:
+        predicted = predictions.get(example.id)
+        if predicted is None:
+            continue
+        texts = [reference.text for reference in example.references] or [""]
+        exact_matches += max(exact_match(predicted, text) for text in texts)
+        f1s += max(f1(predicted, text) for text in texts)
+    return Score(100 * exact_matches / len(examples), 100 * f1s / len(examples), len(examples))
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """Lower case, without ASCII punctuation, English articles and extra white space."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(predicted: str, reference: str) -> float:
+    """1.0 where both texts are the same after normalization, else 0.0."""
+    return float(normalize(predicted) == normalize(reference))
+
+
+def f1(predicted: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over the bags of normalized words, in [0, 1]."""
+    predicted_words, reference_words = normalize(predicted).split(), normalize(reference).split()
+    if not predicted_words or not reference_words:
+        return float(predicted_words == reference_words)
+    shared = (Counter(predicted_words) & Counter(reference_words)).total()
+    return 2 * shared / (len(predicted_words) + len(reference_words))
