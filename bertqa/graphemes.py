@@ -1,6 +1,6 @@
-"""User-perceived characters: snap spans to grapheme clusters, and count offsets in other units than code points.
+r"""User-perceived characters: snap spans to grapheme clusters, and count offsets in other units than code points.
 
-Cluster boundaries are those of Unicode Annex 29, from the Oniguruma ``\\X`` inside the tokenizers package.
+Cluster boundaries are those of Unicode Annex 29, from the Oniguruma ``\X`` inside the tokenizers package.
 """
 
 import re

@@ -104,8 +104,15 @@ class WindowMaker:
         self._cls, self._sep, self._pad = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
 
     @classmethod
-    def from_directory(cls, directory: Path, **limits: int) -> "WindowMaker":
-        """Load ``tokenizer.json`` of a checkpoint directory; ``limits`` as in the constructor.
+    def from_directory(
+        cls,
+        directory: Path,
+        *,
+        max_seq_len: int = MAX_SEQ_LEN,
+        max_question_tokens: int = MAX_QUESTION_TOKENS,
+        buckets: Sequence[int] = BUCKETS,
+    ) -> "WindowMaker":
+        """Load ``tokenizer.json`` of a checkpoint directory; limits as in the constructor.
 
         Raises:
             ValueError: the file is missing or is not a tokenizer; the message names it.
@@ -115,7 +122,7 @@ class WindowMaker:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the binding raises bare Exception for every cause
             raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
-        return cls(tokenizer, **limits)  # type: ignore[arg-type]
+        return cls(tokenizer, max_seq_len=max_seq_len, max_question_tokens=max_question_tokens, buckets=buckets)
 
     @property
     def vocabulary_size(self) -> int:
@@ -124,9 +131,8 @@ class WindowMaker:
 
     def unknown_share(self, text: str) -> float:
         """Share of the tokens of a text that are [UNK]; 0.0 for an empty text."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        unknown = self._tokenizer.token_to_id("[UNK]")
-        return ids.count(unknown) / len(ids) if ids else 0.0
+        tokens = self._tokenizer.encode(text, add_special_tokens=False).tokens
+        return tokens.count("[UNK]") / len(tokens) if tokens else 0.0
 
     def __call__(
         self,
