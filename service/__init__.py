@@ -1,0 +1,1 @@
+"""The REST service: FastAPI in front, one gRPC channel to Triton behind."""

@@ -1,0 +1,256 @@
+"""The path of a question, whichever API it came through: tokens -> engine -> ranked spans.
+
+Knows no HTTP: a `Question` goes in, a `Result` comes out, and errors are those of `service.errors` and
+`service.triton`.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from bertqa.manifest import Bundle, BundleMismatch
+from bertqa.spans import MAX_ANSWER_TOKENS, Decoded, Logits, decode
+from bertqa.windows import SPECIAL_TOKENS, Windows, check_unicode
+from service.errors import InvalidField
+from service.metrics import Metrics
+from service.settings import Settings
+from service.triton import Engine, ModelOverloaded
+
+T = TypeVar("T")
+
+INLINE_CHARS = 4_000
+"""Up to so many characters, tokenizing and decoding take well under a millisecond or two: a thread would cost more."""
+MAX_WINDOWS = 4_096
+"""Windows that a question may come to at worst."""
+MAX_SPANS = 16_000_000
+"""Spans ranked for one question: tokens of its contexts times tokens of an answer, four bytes each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked; None stands for the model's own value. Field names are those that errors give."""
+
+    question: str
+    contexts: tuple[str, ...]
+    top_k: int = 1
+    max_answer_tokens: int = MAX_ANSWER_TOKENS
+    overlap: int | None = None  # tokens
+    max_seq_len: int | None = None  # tokens
+    max_question_tokens: int | None = None
+    align_to_words: bool = True
+
+    @property
+    def chars(self) -> int:
+        """Characters of all contexts."""
+        return sum(map(len, self.contexts))
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A question ready for the engine."""
+
+    question: Question
+    documents: tuple[Windows, ...]  # one for each context
+    seconds: float
+
+    @property
+    def windows(self) -> int:
+        """Engine calls that the question needs."""
+        return sum(len(document.windows) for document in self.documents)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A question answered."""
+
+    question: Question
+    documents: tuple[Windows, ...]
+    logits: Sequence[Sequence[Logits]]  # for each document, of each of its windows
+    decoded: Decoded
+    tokenize_s: float
+    infer_s: float
+    decode_s: float
+
+
+class Answerer:
+    """Answers questions with one bundle and one engine, and sees to it that those belong together."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.settings = settings
+        self.metrics = metrics
+        self._verified = False
+        self._in_progress = 0
+
+    async def verify(self, *, deadline: float) -> None:
+        """Compare the loaded engine with the manifest, once; later calls cost nothing.
+
+        Raises:
+            BundleMismatch: they differ.
+            ModelError: the engine cannot be asked yet.
+        """
+        if self._verified:
+            return
+        loaded = (await self.engine.model_parameters(deadline=deadline)).get("identity", "an engine without identity")
+        expected = self.bundle.manifest.identity
+        if loaded != expected:
+            raise BundleMismatch(
+                f"Triton has loaded {loaded}, but version {self.bundle.version} of the repository that the service "
+                f"reads is {expected}; give both the same model repository, or reload Triton"
+            )
+        self._verified = True
+
+    async def check_ready(self, *, deadline: float) -> None:
+        """Send a real question through tokenizer, engine and decoder.
+
+        Raises:
+            BundleMismatch: as in `verify`.
+            ModelError: the engine does not answer.
+            InvalidLogits: it answers nonsense.
+        """
+        await self.engine.check_ready(deadline=deadline)
+        await self.answer_all([Question(question="Is it ready?", contexts=("It is ready.",))], deadline=deadline)
+
+    async def answer(self, question: Question, *, deadline: float) -> Result:
+        """Answer one question; arguments and errors as in `answer_all`, but fields are named without their place."""
+        try:
+            return (await self.answer_all([question], deadline=deadline))[0]
+        except InvalidField as error:
+            raise InvalidField(error.field.removeprefix("questions[0]."), error.problem) from None
+
+    async def answer_all(self, questions: Sequence[Question], *, deadline: float) -> list[Result]:
+        """Answer questions side by side, all or none.
+
+        Args:
+            questions: all are checked and tokenized before the engine hears of any.
+            deadline: `time.monotonic` seconds.
+
+        Raises:
+            InvalidField: a question is outside the limits; ``questions[i].`` and a field of `Question` are named.
+            BundleMismatch: as in `verify`.
+            ModelError: the engine did not answer, or too many questions are in progress.
+            InvalidLogits: it answered nonsense.
+        """
+        if self._in_progress and self._in_progress + len(questions) > self.settings.max_in_progress:
+            limit = self.settings.max_in_progress
+            raise ModelOverloaded(f"{self._in_progress} questions are in progress, and {limit} may be.")
+        self._in_progress += len(questions)
+        try:
+            await self.verify(deadline=deadline)
+            tokenized = []
+            for number, question in enumerate(questions):
+                try:
+                    tokenized.append(await self._tokenize(question))
+                except InvalidField as error:
+                    raise error.inside(f"questions[{number}]") from None
+            if len(tokenized) == 1:
+                return [await self._infer(tokenized[0], deadline)]
+            return await _side_by_side([self._infer(each, deadline) for each in tokenized])
+        finally:
+            self._in_progress -= len(questions)
+
+    async def _tokenize(self, question: Question) -> Tokenized:
+        self._check(question)
+        started = time.perf_counter()
+        documents = await off_loop(question.chars, lambda: self._make_windows(question))
+        tokens = sum(len(document.starts) for document in documents)
+        if tokens * question.max_answer_tokens > MAX_SPANS:
+            limit = MAX_SPANS // tokens
+            raise InvalidField("max_answer_tokens", f"must be at most {limit} for texts of {tokens:,} tokens together")
+        seconds = time.perf_counter() - started
+        self.metrics.tokenized(seconds, sum(len(d.windows) for d in documents), documents[0].question_truncated)
+        return Tokenized(question, documents, seconds)
+
+    def _make_windows(self, question: Question) -> tuple[Windows, ...]:
+        manifest = self.bundle.manifest
+        overlap = manifest.overlap if question.overlap is None else question.overlap
+        documents = []
+        for number, context in enumerate(question.contexts):
+            try:
+                documents.append(
+                    self.bundle.maker(
+                        question.question,
+                        context,
+                        overlap=overlap,
+                        max_seq_len=question.max_seq_len,
+                        max_question_tokens=question.max_question_tokens,
+                    )
+                )
+            except ValueError as error:
+                raise InvalidField.from_value_error(error).renamed({"context": f"contexts[{number}]"}) from None
+        return tuple(documents)
+
+    async def _infer(self, tokenized: Tokenized, deadline: float) -> Result:
+        question, documents = tokenized.question, tokenized.documents
+        started = time.perf_counter()
+        windows = [window for document in documents for window in document.windows]
+        flat = iter(await self.engine.predict(windows, deadline=deadline) if windows else [])
+        logits = [[next(flat) for _ in document.windows] for document in documents]
+        inferred = time.perf_counter()
+        decoded = await off_loop(
+            question.chars,
+            lambda: decode(
+                documents,
+                logits,
+                top_k=question.top_k,
+                max_answer_tokens=question.max_answer_tokens,
+                null_threshold=self.bundle.manifest.null_threshold,
+                align_to_words=question.align_to_words,
+            ),
+        )
+        ended = time.perf_counter()
+        self.metrics.answered(inferred - started, ended - inferred)
+        return Result(question, documents, logits, decoded, tokenized.seconds, inferred - started, ended - inferred)
+
+    def _check(self, question: Question) -> None:
+        """Hold a question against the limits, before anything is made of it."""
+        settings = self.settings
+        if len(question.question) > settings.max_question_chars:
+            raise _too_many("question", settings.max_question_chars, "characters", len(question.question))
+        if len(question.contexts) > settings.max_contexts:
+            raise _too_many("contexts", settings.max_contexts, "texts", len(question.contexts))
+        chars = question.chars
+        if chars > settings.max_context_chars:
+            raise _too_many("contexts", settings.max_context_chars, "characters together", chars)
+        for field, text in (("question", question.question), *_numbered(question.contexts)):
+            if not text or text.isspace():
+                raise InvalidField(field, "must hold more than white space")
+            try:
+                check_unicode(field, text)
+            except ValueError as error:
+                raise InvalidField.from_value_error(error) from None
+        # A window advances by at least so many tokens, and a text rarely has more tokens than characters.
+        manifest = self.bundle.manifest
+        overlap = manifest.overlap if question.overlap is None else question.overlap
+        step = (question.max_seq_len or manifest.max_seq_len) - SPECIAL_TOKENS - overlap
+        step -= question.max_question_tokens or manifest.max_question_tokens
+        if chars > MAX_WINDOWS * max(step, 1):
+            raise InvalidField("overlap", f"so large that {chars:,} characters could need over {MAX_WINDOWS:,} windows")
+
+
+def _numbered(contexts: Sequence[str]) -> list[tuple[str, str]]:
+    return [(f"contexts[{number}]", context) for number, context in enumerate(contexts)]
+
+
+def _too_many(field: str, limit: int, unit: str, got: int) -> InvalidField:
+    return InvalidField(field, f"must be at most {limit:,} {unit}; got {got:,}")
+
+
+async def off_loop(chars: int, work: Callable[[], T]) -> T:
+    """Run work on texts of so many characters: at once if they are short, else in a thread."""
+    return work() if chars <= INLINE_CHARS else await asyncio.to_thread(work)
+
+
+async def _side_by_side(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await all; the first failure, or our own cancellation, cancels the rest and waits until they are gone."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

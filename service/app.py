@@ -1,0 +1,139 @@
+"""The application: its parts, its start and end, and the routes that are not questions.
+
+Run it from the repository's root with ``uvicorn --factory service.app:create_app``.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from bertqa.manifest import Bundle, open_bundle
+from service import errors, hugging_face, v1
+from service.answering import Answerer
+from service.edge import Edge
+from service.exchange import answerer_of
+from service.metrics import Metrics
+from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, UNAVAILABLE, Health, Info
+from service.settings import Settings
+from service.triton import Engine, ModelError, TritonModel
+
+log = logging.getLogger("bertqa.service")
+
+PAGE = Path(__file__).parent / "page"
+PROBE_S = 1.0
+"""Seconds that a readiness probe, or the check at start, may take."""
+
+_DESCRIPTION = """Extractive question answering: answers are spans of the texts given, with exact offsets.
+
+Errors have one shape on every route: `{"error": sentence, "error_type": name, "field": name or null}`. Every response
+has an `x-request-id`, the client's own if it sent one. This page loads its scripts from a CDN; `/openapi.json` does not
+need them."""
+
+
+def create_app(
+    settings: Settings | None = None, *, engine: Engine | None = None, bundle: Bundle | None = None
+) -> FastAPI:
+    """Make the application; settings that are not given come from the environment, bundle and engine from those.
+
+    Starting refuses an engine that is not the one which the bundle describes (`bertqa.manifest.BundleMismatch`), but
+    not one that is not up yet: until it is, and the check has passed, ``/health/ready`` fails and questions get 503.
+    """
+    settings = settings or Settings.from_environment(os.environ)
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        opened = bundle or open_bundle(settings.repository)
+        model = engine or TritonModel(settings.triton_urls, max_in_flight=settings.max_in_flight)
+        app.state.answerer = answerer = Answerer(opened, model, settings, metrics)
+        metrics.built(model=opened.manifest.identity, version=own_version())
+        try:
+            await _verify_if_up(answerer)
+            yield
+        finally:
+            if engine is None:
+                await model.close()
+
+    logging.getLogger("bertqa").setLevel(settings.log_level.upper())
+    app = FastAPI(
+        title="bertqa", description=_DESCRIPTION, version=own_version(), lifespan=lifespan, redirect_slashes=False
+    )
+    app.state.metrics = metrics
+    app.add_middleware(Edge, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    errors.register(app)
+    app.include_router(v1.router)
+    app.include_router(hugging_face.router)
+    app.add_api_route("/", _page, methods=["GET", "HEAD"], include_in_schema=False)
+    app.add_api_route("/health/live", _live, response_model=Health, tags=["Operation"])
+    app.add_api_route("/health/ready", _ready, response_model=Health, responses=UNAVAILABLE, tags=["Operation"])
+    app.add_api_route("/info", _info, response_model=Info, tags=["Operation"])
+    app.add_api_route("/metrics", _metrics, response_class=Response, tags=["Operation"])
+    app.mount("/static", StaticFiles(directory=PAGE))
+    return app
+
+
+def own_version() -> str:
+    """Version of bertqa, or a word for a checkout that is not installed."""
+    try:
+        return version("bertqa")
+    except PackageNotFoundError:
+        return "checkout"
+
+
+async def _verify_if_up(answerer: Answerer) -> None:
+    try:
+        await answerer.verify(deadline=time.monotonic() + PROBE_S)
+    except ModelError as error:
+        log.warning("the engine is not up yet, its identity will be checked when it is: %s", error)
+
+
+async def _page() -> Response:
+    return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
+
+
+async def _live() -> Health:
+    """The process answers; says nothing about the engine."""
+    return Health(status="live")
+
+
+async def _ready(request: Request) -> Health:
+    """A real question goes through tokenizer, engine and decoder within a second."""
+    deadline = time.monotonic() + PROBE_S
+    await answerer_of(request).check_ready(deadline=deadline)
+    return Health(status="ready")
+
+
+async def _info(request: Request) -> Info:
+    """What runs here, and within which limits."""
+    answerer = answerer_of(request)
+    settings, bundle = answerer.settings, answerer.bundle
+    names = ("max_body_bytes", "max_question_chars", "max_context_chars", "max_contexts", "max_questions", "deadline_s")
+    return Info(
+        model=bundle.manifest.identity,
+        version=bundle.version,
+        manifest=asdict(bundle.manifest),
+        limits={
+            **{name: getattr(settings, name) for name in names},
+            "max_top_k": MAX_TOP_K,
+            "max_answer_tokens": LONGEST_ANSWER_TOKENS,
+        },
+        versions={"bertqa": own_version(), **{name: version(name) for name in ("fastapi", "tokenizers", "numpy")}},
+    )
+
+
+async def _metrics(request: Request) -> Response:
+    """Metrics of this process, in Prometheus' text format."""
+    metrics: Metrics = request.app.state.metrics
+    return Response(await asyncio.to_thread(metrics.text), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,100 @@
+"""What happens to every request before any route and after all of them, as one plain ASGI middleware.
+
+Starlette's `BaseHTTPMiddleware` would add a task and a memory stream per request, several times what an answer costs
+here; this is two closures.
+"""
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import BodyTooLarge, error_response
+from service.metrics import Metrics
+from service.triton import request_id as triton_request_id
+
+log = logging.getLogger("bertqa.service")
+
+_SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_CSP = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HARDENING = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+_UNCONFINED = ("/docs", "/redoc")  # FastAPI's pages load their scripts from a CDN; ours load nothing
+
+
+class Edge:
+    """Bounds the body, names and counts the request, hardens the response, and answers what nobody else caught."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id, announced = _read_headers(scope)
+        triton_request_id.set(request_id.decode())  # this task is the request's own
+        status = 0
+        received = 0
+
+        async def bounded_receive() -> Message:
+            nonlocal received
+            if announced > self.max_body_bytes:
+                raise BodyTooLarge(self.max_body_bytes)
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self.max_body_bytes:
+                    raise BodyTooLarge(self.max_body_bytes)
+            return message
+
+        async def named_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id), *_HARDENING]
+                if not scope["path"].startswith(_UNCONFINED):
+                    message["headers"].append((b"content-security-policy", _CSP))
+            await send(message)
+
+        self.metrics.in_flight.inc()
+        try:
+            await self.app(scope, bounded_receive, named_send)
+        except Exception:
+            log.exception("%s %s: request %s failed", scope["method"], scope["path"], request_id.decode())
+            if status:
+                raise  # the response has begun; the server can only cut it off
+            scope["error_type"] = "internal"
+            response = error_response(500, "internal", f"internal error; the log knows it as {request_id.decode()}")
+            await response(scope, receive, named_send)
+        finally:
+            self.metrics.in_flight.dec()
+            route = scope.get("route")
+            seconds = time.perf_counter() - started if scope["method"] == "POST" and route is not None else None
+            name = getattr(route, "path", None) or ("/static" if scope["path"].startswith("/static/") else "unmatched")
+            self.metrics.requested(name, status, scope.get("error_type"), seconds)
+
+
+def _read_headers(scope: Scope) -> tuple[bytes, int]:
+    """The request's name, made up if the client gave no sane one, and the announced length of its body, 0 if none."""
+    own = trace = b""
+    announced = 0
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            own = value
+        elif name == b"x-amzn-trace-id":
+            trace = value
+        elif name == b"content-length" and value.isdigit():
+            announced = int(value)
+    for candidate in (own, trace):
+        if _SANE_ID.fullmatch(candidate):
+            return candidate, announced
+    return uuid.uuid4().hex.encode(), announced

@@ -1,0 +1,169 @@
+"""Everything that can go wrong with a request, and the one table from exception to HTTP status.
+
+The tree, beside `service.triton.ModelError` for the engine's side::
+
+    RequestError               what the client can mend
+    ├── MalformedBody          400, not JSON
+    ├── BodyTooLarge           413
+    ├── NotJson                415, the content type says so
+    └── InvalidField           422, a field is missing, unknown, of the wrong type or out of range
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from bertqa.manifest import BundleMismatch
+from bertqa.spans import InvalidLogits
+from service.triton import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
+
+log = logging.getLogger("bertqa.service")
+
+
+class RequestError(Exception):
+    """A request that cannot be answered as it is; the message is a sentence for whoever sent it."""
+
+
+class MalformedBody(RequestError):
+    """The body is not one JSON value in UTF-8."""
+
+
+class BodyTooLarge(RequestError):
+    """The body has more bytes than allowed."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"body: must be at most {limit:,} bytes")
+
+
+class NotJson(RequestError):
+    """The content type is not JSON."""
+
+
+class InvalidField(RequestError):
+    """A field of the request is not acceptable."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        """Name the field as a client would write it, e.g. ``contexts[3]``, and say what is wrong with its value."""
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+    @classmethod
+    def from_value_error(cls, error: ValueError) -> "InvalidField":
+        """Take over an error of the core, whose messages begin with the name of the argument."""
+        field, _, problem = str(error).partition(": ")
+        return cls(field, problem)
+
+    def renamed(self, names: Mapping[str, str]) -> "InvalidField":
+        """The same problem in the words of another API."""
+        return InvalidField(names.get(self.field, self.field), self.problem)
+
+    def inside(self, place: str) -> "InvalidField":
+        """The same problem with a field of an object that lies inside the request."""
+        return InvalidField(f"{place}.{self.field}", self.problem)
+
+
+STATUS: Mapping[type[Exception], tuple[int, str]] = {
+    MalformedBody: (400, "malformed_json"),
+    BodyTooLarge: (413, "body_too_large"),
+    NotJson: (415, "not_json"),
+    InvalidField: (422, "validation"),
+    ClientDisconnect: (499, "client_disconnected"),  # nobody reads it, but the metrics count it
+    ModelOverloaded: (503, "engine_overloaded"),
+    ModelUnavailable: (503, "engine_unavailable"),
+    ModelBroken: (503, "engine_broken"),
+    ModelError: (503, "engine_broken"),
+    InvalidLogits: (503, "engine_broken"),
+    BundleMismatch: (503, "engine_mismatch"),
+    ModelTimeout: (504, "engine_timeout"),
+}
+"""Status and ``error_type`` of every exception that a route lets out; any other one is 500 ``internal``."""
+
+_ROUTING = {404: "not_found", 405: "method_not_allowed"}
+
+
+def error_response(
+    status: int, error_type: str, message: str, *, field: str | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Write an error in the API's one shape."""
+    body = json.dumps({"error": message, "error_type": error_type, "field": field})
+    if status == 503:
+        headers = {**(headers or {}), "retry-after": "1"}
+    return Response(body, status, headers, "application/json")
+
+
+def register(app: FastAPI) -> None:
+    """Let an application answer every exception of the table, FastAPI's and Starlette's own included."""
+    for exception in STATUS:
+        app.add_exception_handler(exception, _known)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(HTTPException, _http)
+
+
+async def _known(request: Request, error: Exception) -> Response:
+    status, error_type = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    request.scope["error_type"] = error_type  # for the metrics
+    if status >= 500:
+        log.warning("%s %s: %s: %s", request.method, request.url.path, error_type, error)
+    return error_response(status, error_type, str(error), field=getattr(error, "field", None))
+
+
+async def _validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return await _known(request, first_problem(error.errors()))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    error_type = _ROUTING.get(error.status_code, "http")
+    request.scope["error_type"] = error_type
+    message = f"{request.method} {request.url.path}: {error.detail.lower()}; see /docs"
+    return error_response(error.status_code, error_type, message, headers=error.headers)
+
+
+def first_problem(errors: Iterable[Any]) -> InvalidField:
+    """Say the first of pydantic's findings in a plain sentence that names the field as a client would write it."""
+    found = next(iter(errors))
+    field = field_name(found["loc"])
+    kind, limits, value = found["type"], found.get("ctx", {}), found.get("input")
+    if kind == "value_error":  # ours, from a validator
+        own = str(limits["error"])
+        if ": " not in own:
+            return InvalidField(field, own)
+        inner = InvalidField.from_value_error(limits["error"])
+        return inner if field == "body" else inner.inside(field)
+    problems = {
+        "missing": "required",
+        "extra_forbidden": "unknown field; see /docs for those that there are",
+        "string_type": "must be a string",
+        "string_unicode": "not valid Unicode, it holds a lone surrogate",
+        "int_type": "must be a whole number",
+        "int_parsing": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "bool_type": "must be true or false",
+        "bool_parsing": "must be true or false",
+        "list_type": "must be a list",
+        "model_type": "must be a JSON object",
+        "model_attributes_type": "must be a JSON object",
+        "literal_error": f"must be one of {limits.get('expected')}; got {value!r:.40}",
+        "greater_than_equal": f"must be at least {limits.get('ge')}; got {value!r:.40}",
+        "less_than_equal": f"must be at most {limits.get('le')}; got {value!r:.40}",
+        "string_too_short": "must not be empty",
+        "too_short": "must not be empty",
+    }
+    return InvalidField(field, problems.get(kind, found["msg"]))
+
+
+def field_name(location: Sequence[str | int]) -> str:
+    """Turn pydantic's location into the path that a client would write: ``questions[2].top_k``."""
+    name = ""
+    for part in location[1:] if location[:1] == ("body",) else location:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return name.removeprefix(".") or "body"

@@ -1,0 +1,143 @@
+"""Between HTTP and an answer: read a JSON body strictly, keep the deadline, stop when the client has gone."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from service.answering import Answerer, Result
+from service.errors import InvalidField, MalformedBody, NotJson
+
+T = TypeVar("T")
+
+DEADLINE_HEADER = "x-timeout-ms"
+
+
+class JsonRequest(Request):
+    """A request whose body is read as RFC 8259 has it: UTF-8, no NaN, and no name twice in an object."""
+
+    async def json(self) -> Any:
+        """The body's value.
+
+        Raises:
+            NotJson: the content type is another.
+            MalformedBody: the body is not JSON; the message says where.
+        """
+        if not hasattr(self, "_json"):
+            media_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if media_type != "application/json" and not media_type.endswith("+json"):
+                raise NotJson(f"content-type: must be application/json; got {media_type or 'none'}")
+            self._json = parse_json(await self.body())
+        return self._json
+
+
+class JsonRoute(APIRoute):
+    """A route with a JSON body, read by `JsonRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Parse first: FastAPI keeps the value, but would answer a malformed body in words of its own."""
+        handle = super().get_route_handler()
+
+        async def parse_and_handle(request: Request) -> Response:
+            if request.method == "POST":
+                request = JsonRequest(request.scope, request.receive)
+                await request.json()
+            return await handle(request)
+
+        return parse_and_handle
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse one JSON value.
+
+    Raises:
+        MalformedBody: it is not UTF-8 or not JSON, holds NaN or Infinity, repeats a name, or is nested too deeply.
+    """
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MalformedBody(f"body: not UTF-8 at byte {error.start}") from None
+    if not text.strip():
+        raise MalformedBody("body: empty; send a JSON object")
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise MalformedBody(f"body: not JSON, {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise MalformedBody("body: nested too deeply") from None
+    except ValueError as error:  # our own two below, or a number with thousands of digits
+        raise MalformedBody(f"body: not JSON, {error}") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the name {name[:60]!r} stands twice in an object")
+        values[name] = value
+    return values
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_no_constant)
+
+
+def deadline_of(request: Request, longest_s: float) -> float:
+    """The moment, in `time.monotonic` seconds, by which a request that came just now must be answered.
+
+    Raises:
+        InvalidField: the client's own limit in ``x-timeout-ms`` is not a positive whole number.
+    """
+    wish = request.headers.get(DEADLINE_HEADER)
+    if wish is not None:
+        if not (wish.isascii() and wish.isdigit() and len(wish) < 10 and int(wish)):
+            raise InvalidField(DEADLINE_HEADER, f"must be a whole number of milliseconds, at least 1; got {wish!r:.40}")
+        longest_s = min(longest_s, int(wish) / 1000)
+    return time.monotonic() + longest_s
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await work, but cancel it when the client closes the connection; uvicorn does not do so by itself.
+
+    The request's body must have been read.
+
+    Raises:
+        ClientDisconnect: the client has gone, and the work has ended.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def answerer_of(request: Request) -> Answerer:
+    """The application's `Answerer`, there once it has started."""
+    answerer: Answerer = request.app.state.answerer
+    return answerer
+
+
+def server_timing(results: Sequence[Result]) -> dict[str, str]:
+    """Header with the stages, each of the slowest question."""
+    stages = ((name, max(getattr(each, f"{name}_s") for each in results)) for name in ("tokenize", "infer", "decode"))
+    return {"server-timing": ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages)}

@@ -1,0 +1,182 @@
+"""The ``question-answering`` contract of Hugging Face's inference API, so that its clients find an endpoint here.
+
+``InferenceClient(base_url).question_answering(...)`` posts to the address as it stands, hence the several paths; none
+of them depends on the model's name, because old code keeps sending the name that it had on the hub.
+"""
+
+import json
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bertqa.manifest import Manifest
+from bertqa.windows import SPECIAL_TOKENS
+from service.answering import Question, Result
+from service.errors import InvalidField, first_problem
+from service.exchange import JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
+from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, PROBLEMS
+
+MAX_ANSWER_LEN = 15
+"""Default answer limit of the ``transformers`` pipeline, in tokens."""
+
+_OWN_NAMES = {
+    "contexts": "context",
+    "contexts[0]": "context",
+    "overlap": "doc_stride",
+    "max_answer_tokens": "max_answer_len",
+    "max_question_tokens": "max_question_len",
+}
+
+
+class Inputs(BaseModel):
+    """A question and the text in which to look."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: str
+    context: str
+
+
+class Parameters(BaseModel):
+    """Options of the ``transformers`` pipeline, with its names and defaults; numbers may come as strings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    top_k: int | None = Field(
+        default=None, description="Answers wanted; above 1 the response is a list.", ge=1, le=MAX_TOP_K
+    )
+    doc_stride: int | None = Field(default=None, description="Overlap of neighbouring windows, in tokens.", ge=0)
+    max_answer_len: int | None = Field(default=None, description="15 by default.", ge=1, le=LONGEST_ANSWER_TOKENS)
+    max_seq_len: int | None = Field(
+        default=None, description="Clipped to the engine's shortest and longest windows.", ge=1
+    )
+    max_question_len: int | None = Field(default=None, description="Question tokens kept; 64 by default.", ge=1)
+    handle_impossible_answer: bool | None = Field(default=None, description="Let an empty answer compete.")
+    align_to_words: bool | None = Field(default=None, description="True by default.")
+
+
+class HuggingFaceRequest(BaseModel):
+    """``inputs``, or Vertex AI's ``instances``; either with ``parameters``."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "inputs": {"question": "Where was Horovod made?", "context": "Horovod was made at Uber."},
+                    "parameters": {"top_k": 1},
+                }
+            ]
+        },
+    )
+
+    inputs: Inputs | None = None
+    instances: list[Inputs] | None = Field(default=None, description="Several; the answer is `{predictions: [...]}`.")
+    parameters: Parameters | None = Field(default=None, description="Without it, those of the query string count.")
+    options: dict[str, Any] | None = Field(default=None, description="Of the old hosted API; has no effect here.")
+
+
+class Span(BaseModel):
+    """An answer; the empty one, from 0 to 0, says that there is none."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"answer": "Uber", "score": 0.93, "start": 20, "end": 24}]}
+    )
+
+    answer: str
+    score: float
+    start: int = Field(description="First code point.")
+    end: int = Field(description="One past the last.")
+
+
+class Predictions(BaseModel):
+    """Answers to ``instances``."""
+
+    predictions: list[Span | list[Span]]
+
+
+router = APIRouter(route_class=JsonRoute, tags=["Hugging Face compatible"])
+
+
+@router.post("/models/{model_id:path}/pipeline/question-answering", include_in_schema=False)
+@router.post("/models/{model_id:path}", response_model=Span | list[Span] | Predictions, responses=PROBLEMS)
+async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, request: Request) -> Response:
+    """The same under a model's name; any name will do, the one model here answers."""
+    return await question_answering(body, request)
+
+
+@router.post("/", response_model=Span | list[Span] | Predictions, responses=PROBLEMS)
+@router.post("/predict", include_in_schema=False)
+@router.post("/predict/", include_in_schema=False)
+async def question_answering(body: HuggingFaceRequest, request: Request) -> Response:
+    """An object when `top_k` is absent or 1, as the ``transformers`` pipeline has it, else a list."""
+    answerer = answerer_of(request)
+    if (body.inputs is None) == (not body.instances):
+        raise InvalidField("inputs", "required; exactly one of `inputs` and `instances` must be given")
+    if len(body.instances or ()) > answerer.settings.max_questions:
+        raise InvalidField("instances", f"must be at most {answerer.settings.max_questions}")
+    parameters = body.parameters or _of_query(request)
+    asked = [body.inputs] if body.inputs is not None else body.instances or []
+    questions = [to_question(each, parameters, answerer.bundle.manifest) for each in asked]
+    work = answerer.answer_all(questions, deadline=deadline_of(request, answerer.settings.deadline_s))
+    try:
+        results = await unless_gone(request, work)
+    except InvalidField as error:
+        raise _renamed(error, single=body.inputs is not None) from None
+    answers = [to_answer(result, parameters) for result in results]
+    content = answers[0] if body.inputs is not None else {"predictions": answers}
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return Response(text, headers=server_timing(results), media_type="application/json")
+
+
+def to_question(inputs: Inputs, parameters: Parameters, manifest: Manifest) -> Question:
+    """Translate a request. Values that the client gave are kept or refused later; defaults adapt to them."""
+    wanted = parameters.max_seq_len or manifest.max_seq_len
+    max_seq_len = min(max(wanted, min(manifest.buckets)), manifest.max_seq_len)
+    question_len = parameters.max_question_len or min(manifest.max_question_tokens, max_seq_len // 2)
+    room = max_seq_len - question_len - SPECIAL_TOKENS
+    doc_stride = parameters.doc_stride
+    return Question(
+        question=inputs.question,
+        contexts=(inputs.context,),
+        top_k=parameters.top_k or 1,
+        max_answer_tokens=parameters.max_answer_len or MAX_ANSWER_LEN,
+        overlap=min(manifest.overlap, max(room // 2, 0)) if doc_stride is None else doc_stride,
+        max_seq_len=max_seq_len,
+        max_question_tokens=question_len,
+        align_to_words=parameters.align_to_words is not False,
+    )
+
+
+def to_answer(result: Result, parameters: Parameters) -> dict[str, Any] | list[dict[str, Any]]:
+    """Translate a result; never None and never an empty list, which clients take for a malformed response."""
+    decoded, top_k = result.decoded, result.question.top_k
+    spans = [{"answer": a.text, "score": a.score, "start": a.start, "end": a.end} for a in decoded.answers]
+    if parameters.handle_impossible_answer or not spans:
+        null = {"answer": "", "score": decoded.null_score, "start": 0, "end": 0}
+        # The threshold fitted with the model says whether the empty answer wins; its score, where it ranks if not.
+        better = sum(span["score"] >= decoded.null_score for span in spans)  # type: ignore[operator]
+        spans.insert(max(better, 1) if decoded.has_answer else 0, null)
+    return spans[0] if top_k == 1 else spans[:top_k]
+
+
+def _of_query(request: Request) -> Parameters:
+    if not request.scope["query_string"]:
+        return Parameters()
+    try:
+        return Parameters.model_validate(dict(request.query_params))
+    except ValidationError as error:
+        raise first_problem(error.errors()) from None
+
+
+def _renamed(error: InvalidField, *, single: bool) -> InvalidField:
+    """The field in this API's words: ``questions[2].overlap`` is ``parameters.doc_stride`` of any instance."""
+    place, _, field = error.field.rpartition(".")
+    name = _OWN_NAMES.get(field, field)
+    if name in Parameters.model_fields:
+        return InvalidField(f"parameters.{name}", error.problem)
+    where = "inputs" if single else place.replace("questions", "instances")
+    return InvalidField(f"{where}.{name}" if place else name, error.problem)

@@ -1,0 +1,74 @@
+"""What ``GET /metrics`` tells Prometheus.
+
+Counts are per process. Run one process per port and let Prometheus scrape each: merging several processes behind one
+port needs files shared between them, which costs more on the hot path than it tells.
+"""
+
+import platform
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import Info as InfoMetric
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Metrics:
+    """The metrics of one application, in a registry of its own, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.in_flight = Gauge("bertqa_requests_in_flight", "HTTP requests in progress", registry=self.registry)
+        self._requests = Counter(
+            "bertqa_requests", "HTTP requests by route and status", ["route", "status"], registry=self.registry
+        )
+        self._errors = Counter(
+            "bertqa_errors", "Requests not answered, by error_type", ["error_type"], registry=self.registry
+        )
+        self._truncations = Counter(
+            "bertqa_question_truncations", "Questions cut to the model's limit of tokens", registry=self.registry
+        )
+        self._windows = Histogram(
+            "bertqa_windows", "Windows of a question, each one engine call", buckets=WINDOWS, registry=self.registry
+        )
+        seconds = Histogram(
+            "bertqa_seconds",
+            "Latency by stage: tokenize, infer (queue and computation) and decode of a question, total of a request",
+            ["stage"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        # Children are looked up once: a lookup by label costs more than the observation.
+        self._tokenize, self._infer, self._decode, self._total = (
+            seconds.labels(stage) for stage in ("tokenize", "infer", "decode", "total")
+        )
+        self._build = InfoMetric("bertqa_build", "What runs here", registry=self.registry)
+
+    def built(self, **labels: str) -> None:
+        """Tell versions and the model's identity, as labels."""
+        self._build.info({**labels, "python": platform.python_version()})
+
+    def tokenized(self, seconds: float, windows: int, truncated: bool) -> None:
+        """Count a question that became windows."""
+        self._tokenize.observe(seconds)
+        self._windows.observe(windows)
+        if truncated:
+            self._truncations.inc()
+
+    def answered(self, infer_s: float, decode_s: float) -> None:
+        """Count a question that the engine answered."""
+        self._infer.observe(infer_s)
+        self._decode.observe(decode_s)
+
+    def requested(self, route: str, status: int, error_type: str | None, seconds: float | None) -> None:
+        """Count an HTTP request; its seconds only where it is one that asks the engine."""
+        self._requests.labels(route, status).inc()
+        if error_type is not None:
+            self._errors.labels(error_type).inc()
+        if seconds is not None:
+            self._total.observe(seconds)
+
+    def text(self) -> bytes:
+        """The exposition format, as `prometheus_client.CONTENT_TYPE_LATEST`."""
+        return generate_latest(self.registry)

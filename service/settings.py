@@ -1,0 +1,91 @@
+"""What varies by deployment, read once from the environment; nothing else in the service reads it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+PREFIX = "BERTQA_"
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Settings of the service; the environment variable of a field is its name in capitals after ``BERTQA_``."""
+
+    triton_url: str = "127.0.0.1:8001"
+    """Triton's gRPC address host:port; several, separated by commas, are replicas of one model."""
+
+    repository: Path = Path("model_repository")
+    """Triton's model repository, or a copy of it: manifest and tokenizer of the model are read from there."""
+
+    deadline_s: float = 10.0
+    """Seconds from a parsed request to its answer, after which it fails; a request may ask for less."""
+
+    max_in_flight: int = 64
+    """Engine calls of this process at one time; what comes beyond waits for its turn within the deadline."""
+
+    max_in_progress: int = 1_024
+    """Questions in progress at one time; what comes beyond is refused at once, so that a queue cannot grow."""
+
+    max_body_bytes: int = 2 * 1024 * 1024
+    """Bytes of a request body, counted before anything is parsed."""
+
+    max_question_chars: int = 1_000
+    """Characters of a question."""
+
+    max_context_chars: int = 200_000
+    """Characters of the contexts of one question together."""
+
+    max_contexts: int = 64
+    """Contexts of one question."""
+
+    max_questions: int = 64
+    """Questions of one call to ``/v1/answers``."""
+
+    log_level: str = "info"
+    """One of debug, info, warning, error, critical."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ValueError: the message begins with the name of the environment variable.
+        """
+        if not all(part.strip() for part in self.triton_url.split(",")):
+            raise ValueError(f"{PREFIX}TRITON_URL: must be host:port, or several with commas; got {self.triton_url!r}")
+        if not 0 < self.deadline_s <= 3600:
+            raise ValueError(f"{PREFIX}DEADLINE_S: must be above 0 and at most 3600 seconds; got {self.deadline_s}")
+        for field in fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise ValueError(f"{_variable(field.name)}: must be at least 1; got {getattr(self, field.name)}")
+        if self.log_level not in _LOG_LEVELS:
+            raise ValueError(f"{PREFIX}LOG_LEVEL: must be one of {', '.join(_LOG_LEVELS)}; got {self.log_level!r}")
+
+    @property
+    def triton_urls(self) -> tuple[str, ...]:
+        """The addresses one by one."""
+        return tuple(part.strip() for part in self.triton_url.split(","))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read the variables that are set and not empty; the others keep their defaults.
+
+        Raises:
+            ValueError: a value is not of its type or out of range; the message begins with the variable's name.
+        """
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            text = environ.get(_variable(field.name), "").strip()
+            if text:
+                convert: Callable[[str], Any] = field.type  # type: ignore[assignment]  # a class: no deferred annotations
+                try:
+                    values[field.name] = convert(text)
+                except ValueError:
+                    kind = {int: "a whole number", float: "a number"}[field.type]  # type: ignore[index]
+                    raise ValueError(f"{_variable(field.name)}: must be {kind}; got {text!r}") from None
+        return cls(**values)
+
+
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()

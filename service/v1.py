@@ -1,0 +1,154 @@
+"""The service's own API: ``/v1/answer`` and ``/v1/answers``."""
+
+import math
+import time
+from collections.abc import Sequence
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bertqa.graphemes import offset_in
+from bertqa.manifest import Manifest
+from bertqa.spans import best_of_each_window
+from service.answering import Question, Result, off_loop
+from service.errors import InvalidField
+from service.exchange import JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
+from service.schemas import (
+    PROBLEMS,
+    AnswerItem,
+    AnswerRequest,
+    AnswerResponse,
+    AnswersRequest,
+    AnswersResponse,
+    ExplainedWindow,
+    Explanation,
+    Timings,
+)
+
+router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["Questions"])
+
+
+@router.post("/answer", response_model=AnswerResponse, responses=PROBLEMS)
+async def answer(query: AnswerRequest, request: Request) -> Response:
+    """Find the answer to a question in a text, or the best over several texts.
+
+    The header `x-timeout-ms` shortens the time allowed.
+    """
+    started = time.perf_counter()
+    answerer = answerer_of(request)
+    deadline = deadline_of(request, answerer.settings.deadline_s)
+    try:
+        result = await unless_gone(request, answerer.answer(to_question(query), deadline=deadline))
+    except InvalidField as error:
+        raise _renamed(error, query) from None
+    response = await off_loop(result.question.chars, lambda: to_response(query, result, answerer.bundle.manifest))
+    response.timings.total_ms = _ms(time.perf_counter() - started)
+    return _json(response, [result])
+
+
+@router.post("/answers", response_model=AnswersResponse, responses=PROBLEMS)
+async def answers(query: AnswersRequest, request: Request) -> Response:
+    """Answer several questions side by side; all must be valid, and one that fails fails the call."""
+    started = time.perf_counter()
+    answerer = answerer_of(request)
+    settings, manifest = answerer.settings, answerer.bundle.manifest
+    if len(query.questions) > settings.max_questions:
+        raise InvalidField("questions", f"must be at most {settings.max_questions}; got {len(query.questions)}")
+    deadline = deadline_of(request, settings.deadline_s)
+    questions = [to_question(each) for each in query.questions]
+    try:
+        results = await unless_gone(request, answerer.answer_all(questions, deadline=deadline))
+    except InvalidField as error:
+        place, _, field = error.field.partition(".")
+        number = int(place.removeprefix("questions[").removesuffix("]"))
+        raise _renamed(InvalidField(field, error.problem), query.questions[number]).inside(place) from None
+    responses = await off_loop(
+        sum(question.chars for question in questions),
+        lambda: [to_response(*pair, manifest) for pair in zip(query.questions, results, strict=True)],
+    )
+    timings = _timings(results)
+    timings.total_ms = _ms(time.perf_counter() - started)
+    return _json(AnswersResponse(results=responses, timings=timings), results)
+
+
+def to_question(query: AnswerRequest) -> Question:
+    """Translate a request."""
+    return Question(
+        question=query.question,
+        contexts=query.texts,
+        top_k=query.top_k,
+        max_answer_tokens=query.max_answer_tokens,
+        overlap=query.overlap,
+    )
+
+
+def to_response(query: AnswerRequest, result: Result, manifest: Manifest) -> AnswerResponse:
+    """Translate a result; offsets are counted in the unit that the request names."""
+    decoded, contexts, unit = result.decoded, result.question.contexts, query.offset_unit
+    found = () if query.no_answer and not decoded.has_answer else decoded.answers
+    return AnswerResponse(
+        answers=[
+            AnswerItem(
+                text=each.text,
+                score=each.score,
+                start=offset_in(contexts[each.context_index], each.start, unit),
+                end=offset_in(contexts[each.context_index], each.end, unit),
+                context_index=each.context_index,
+            )
+            for each in found
+        ],
+        has_answer=decoded.has_answer,
+        null_score=decoded.null_score,
+        windows=sum(len(document.windows) for document in result.documents),
+        question_tokens=result.documents[0].question_tokens,
+        truncated=result.documents[0].question_truncated,
+        model=manifest.identity,
+        offset_unit=unit,
+        timings=_timings([result]),
+        explain=_explain(query, result, manifest) if query.explain else None,
+    )
+
+
+def _explain(query: AnswerRequest, result: Result, manifest: Manifest) -> Explanation:
+    contexts, unit, margin = result.question.contexts, query.offset_unit, result.decoded.null_margin
+    spans = best_of_each_window(result.documents, result.logits, max_answer_tokens=query.max_answer_tokens)
+    return Explanation(
+        null_margin=margin if math.isfinite(margin) else None,
+        null_threshold=manifest.null_threshold,
+        windows=[
+            ExplainedWindow(
+                context_index=each.context_index,
+                first_token=each.first_token,
+                tokens=each.tokens,
+                start=offset_in(contexts[each.context_index], each.start, unit),
+                end=offset_in(contexts[each.context_index], each.end, unit),
+                logit=each.logit,
+                null_logit=each.null_logit,
+            )
+            for each in spans
+        ],
+    )
+
+
+def _renamed(error: InvalidField, query: AnswerRequest) -> InvalidField:
+    """Name the one text as the client did."""
+    return error if query.context is None else error.renamed({"contexts": "context", "contexts[0]": "context"})
+
+
+def _timings(results: Sequence[Result]) -> Timings:
+    stages = {f"{name}_ms": _ms(max(getattr(each, f"{name}_s") for each in results)) for name in _STAGES}
+    return Timings(**stages, total_ms=0.0)
+
+
+_STAGES = ("tokenize", "infer", "decode")
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _json(response: AnswerResponse | AnswersResponse, results: Sequence[Result]) -> Response:
+    # A finished Response: FastAPI would validate the model a second time and serialize it through a dict.
+    text = response.model_dump_json(exclude={"explain"} if getattr(response, "explain", 0) is None else None)
+    return Response(text, headers=server_timing(results), media_type="application/json")

@@ -1,0 +1,164 @@
+"""A toy model of the service: a real tokenizer of a few hundred pieces, and an engine that answers what is «marked»."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from bertqa.manifest import Bundle, Manifest
+from bertqa.spans import Logits
+from bertqa.windows import Window, WindowMaker
+from service.app import create_app
+from service.settings import Settings
+from service.triton import ModelError
+
+_PIECES = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "«", "»"),
+    *(chr(code) for code in range(0x21, 0x7F)),
+    *(f"##{chr(code)}" for code in range(0x21, 0x7F)),
+    *("horovod", "uber", "who", "made", "where", "was", "the", "##ing"),
+    *("é", "##é", "서", "##울", "漢", "字", "م", "##ر", "😀", "e\u0301"),
+]
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Bundle:
+    tokenizer = Tokenizer(WordPiece({piece: number for number, piece in enumerate(_PIECES)}, unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    manifest = Manifest(
+        name="toy",
+        target="cpu",
+        precision="fp32",
+        engine_file="model.xml",
+        engine_sha256="0" * 64,
+        tokenizer_sha256="1" * 64,
+        checkpoint_sha256="2" * 64,
+        vocabulary_size=len(_PIECES),
+        max_seq_len=64,
+        overlap=16,
+        max_question_tokens=16,
+        null_threshold=0.0,
+        exact_match=100.0,
+        f1=100.0,
+        reference_f1=100.0,
+        gate_questions=1,
+        gate_data="none",
+        runtime={"numpy": np.__version__},
+        built="2026-01-01T00:00:00Z",
+        buckets=(32, 64),
+    )
+    maker = WindowMaker(
+        tokenizer,
+        max_seq_len=manifest.max_seq_len,
+        max_question_tokens=manifest.max_question_tokens,
+        buckets=manifest.buckets,
+    )
+    return Bundle(7, manifest, maker)
+
+
+class FakeEngine:
+    """Holds that the first span between « and » in a window is its answer, and that a window without has none."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.failure: Exception | None = None
+        self.delay_s = 0.0
+        self.windows = 0  # answered
+        self.cancelled = threading.Event()
+        self.started = threading.Event()
+        self.closed = False
+
+    async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
+        self.started.set()
+        try:
+            if self.delay_s:
+                await asyncio.sleep(self.delay_s)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        if self.failure is not None:
+            raise self.failure
+        assert deadline > time.monotonic()
+        self.windows += len(windows)
+        return [self.logits(window) for window in windows]
+
+    @staticmethod
+    def logits(window: Window) -> Logits:
+        """Null is 0; the marked span is 16; any other span is below null, earlier and shorter ones being better."""
+        slope = -4 - np.arange(window.length, dtype=np.float32)[None] / 64
+        start, end = slope.copy(), slope.copy()
+        start[0, 0] = end[0, 0] = 0
+        ids = window.input_ids[0].tolist()
+        opening, closing = _PIECES.index("«"), _PIECES.index("»")
+        if opening in ids and closing in ids[ids.index(opening) + 2 :]:
+            start[0, ids.index(opening) + 1] = 8
+            end[0, ids.index(closing, ids.index(opening) + 2) - 1] = 8
+        return start, end
+
+    async def check_ready(self, *, deadline: float) -> None:
+        if isinstance(self.failure, ModelError):
+            raise self.failure
+
+    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
+        if isinstance(self.failure, ModelError):
+            raise self.failure
+        return {"identity": self.identity}
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def engine(bundle: Bundle) -> FakeEngine:
+    return FakeEngine(bundle.manifest.identity)
+
+
+@pytest.fixture
+def make_app(bundle: Bundle, engine: FakeEngine) -> Callable[..., FastAPI]:
+    """Makes the real application with the toy bundle and engine; keyword arguments are `Settings`."""
+
+    def make(**settings: object) -> FastAPI:
+        return create_app(Settings(**settings), engine=engine, bundle=bundle)  # type: ignore[arg-type]
+
+    return make
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Serve an application with uvicorn on a free port, in a thread of its own; gives the base URL."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def url(make_app: Callable[..., FastAPI]) -> Iterator[str]:
+    with serving(make_app()) as base_url:
+        yield base_url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+        yield http
