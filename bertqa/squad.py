@@ -62,6 +62,24 @@ def read_squad(path: Path) -> list[Example]:
     return list(_examples(document, str(path)))
 
 
+def as_squad(examples: Iterable[Example]) -> dict[str, object]:
+    """Lay examples out as a SQuAD file's JSON object, one article for each title; `read_squad` reads it back."""
+    articles: dict[str, dict[str, list[dict[str, object]]]] = {}
+    for example in examples:
+        answers = [{"text": reference.text, "answer_start": reference.start} for reference in example.references]
+        entry: dict[str, object] = {"id": example.id, "question": example.question, "answers": answers}
+        if not answers:
+            entry["is_impossible"] = True
+        articles.setdefault(example.title, {}).setdefault(example.context, []).append(entry)
+    return {
+        "version": "1.1",
+        "data": [
+            {"title": title, "paragraphs": [{"context": context, "qas": qas} for context, qas in paragraphs.items()]}
+            for title, paragraphs in articles.items()
+        ],
+    }
+
+
 def _examples(document: object, path: str) -> Iterator[Example]:
     for a, article in enumerate(_field(document, "data", list, path)):
         at = f"{path}: data[{a}]"

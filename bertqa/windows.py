@@ -129,6 +129,10 @@ class WindowMaker:
         """Number of token ids, added tokens included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    def tokenizer_json(self) -> str:
+        """The tokenizer as the text of a ``tokenizer.json``, without truncation and padding."""
+        return str(self._tokenizer.to_str(pretty=False))
+
     def unknown_share(self, text: str) -> float:
         """Share of the tokens of a text that are [UNK]; 0.0 for an empty text."""
         tokens = self._tokenizer.encode(text, add_special_tokens=False).tokens

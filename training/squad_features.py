@@ -1,0 +1,135 @@
+"""SQuAD questions -> labelled training windows -> batches of like length.
+
+A window that holds the whole answer is labelled with its tokens, any other with [CLS], the null answer (Devlin et al.
+2018, section 4.3). SQuAD v1.1 has no unanswerable question, so a share of *negatives* can be added: a question put to
+another paragraph of its own article, which it shares the subject with but not the answer.
+"""
+
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bertqa.squad import Example
+from bertqa.windows import WindowMaker
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One training window without its padding, and the positions in it of the answer's first and last token."""
+
+    input_ids: NDArray[np.int32]  # (tokens,)
+    context_offset: int  # position of the first context token
+    start: int  # 0, the place of [CLS], where the window does not hold the answer
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Features padded to one length; int64 of shape (features, length) and (features,)."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_type_ids: torch.Tensor
+    allowed: torch.Tensor  # bool: the positions an answer may have, [CLS] and the context
+    starts: torch.Tensor
+    ends: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
+
+
+def hold_back_articles(examples: Sequence[Example], articles: int) -> tuple[list[Example], list[Example]]:
+    """Split off the questions of some articles, chosen by the hash of the title: training questions, held back ones."""
+    titles = sorted({example.title for example in examples}, key=lambda title: hashlib.sha256(title.encode()).digest())
+    held = set(titles[:articles])
+    return (
+        [example for example in examples if example.title not in held],
+        [example for example in examples if example.title in held],
+    )
+
+
+def negatives(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
+    """Unanswerable copies of a share of the questions, each put to another paragraph of the same article.
+
+    A paragraph that holds the text of a reference answer is not taken; a question without a fitting one is left out.
+    """
+    paragraphs: dict[str, dict[str, None]] = defaultdict(dict)
+    for example in examples:
+        paragraphs[example.title][example.context] = None
+    chooser = random.Random(seed)
+    made = []
+    for example in chooser.sample(examples, round(share * len(examples))):
+        others = [
+            context
+            for context in paragraphs[example.title]
+            if context != example.context
+            and not any(reference.text.lower() in context.lower() for reference in example.references)
+        ]
+        if others:
+            made.append(replace(example, id=f"{example.id}-negative", context=chooser.choice(others), references=()))
+    return made
+
+
+def make_features(examples: Iterable[Example], maker: WindowMaker, overlap: int) -> Iterator[Feature]:
+    """Label the windows of each question with its first reference answer."""
+    for example in examples:
+        windows = maker(example.question, example.context, overlap=overlap)
+        span = None
+        if example.references:
+            answer = example.references[0]
+            span = windows.token_span(answer.start, answer.start + len(answer.text))
+        for window in windows.windows:
+            tokens = window.offset + window.tokens + 1
+            start = end = 0
+            if span and window.first_token <= span[0] and span[1] < window.first_token + window.tokens:
+                start, end = (window.offset + token - window.first_token for token in span)
+            yield Feature(window.input_ids[0, :tokens].copy(), window.offset, start, end)
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, pool: int = 64) -> list[list[int]]:
+    """Indexes of one epoch's global batches: shuffled, each of features of like length, the last one dropped if short.
+
+    Pools of ``pool`` batches are sorted by length before they are cut into batches, so that little is padded and the
+    order is still random. A pure function of its arguments: a resumed run and every process get the same batches.
+    """
+    chooser = np.random.default_rng([seed, epoch])
+    order = chooser.permutation(len(lengths))
+    sizes = np.asarray(lengths)
+    batches: list[list[int]] = []
+    for begin in range(0, len(order), pool * batch_size):
+        part = order[begin : begin + pool * batch_size]
+        part = part[np.argsort(sizes[part], kind="stable")]
+        batches += [part[at : at + batch_size].tolist() for at in range(0, len(part) - batch_size + 1, batch_size)]
+    return [batches[index] for index in chooser.permutation(len(batches))]
+
+
+def collate(features: Sequence[Feature], multiple: int = 16) -> Batch:
+    """Pad features to a common length, a multiple of ``multiple`` tokens; [PAD] is token 0 as in every BERT."""
+    longest = max(len(feature.input_ids) for feature in features)
+    length = -(-longest // multiple) * multiple
+    input_ids = np.zeros((len(features), length), dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    token_type_ids = np.zeros_like(input_ids)
+    allowed = np.zeros(input_ids.shape, dtype=bool)
+    for row, feature in enumerate(features):
+        tokens = len(feature.input_ids)
+        input_ids[row, :tokens] = feature.input_ids
+        attention_mask[row, :tokens] = 1
+        token_type_ids[row, feature.context_offset : tokens] = 1
+        allowed[row, 0] = True
+        allowed[row, feature.context_offset : tokens - 1] = True
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        token_type_ids=torch.from_numpy(token_type_ids),
+        allowed=torch.from_numpy(allowed),
+        starts=torch.tensor([feature.start for feature in features]),
+        ends=torch.tensor([feature.end for feature in features]),
+    )
