@@ -1,8 +1,8 @@
 """Fine-tune a BERT encoder on SQuAD: ``horovodrun -np 2 python -m training.finetune_squad --train … --output …``.
 
 The recipe is that of Devlin et al. 2018, section 4.2: AdamW, linear warm-up then linear decay to zero, gradients
-clipped at norm 1. One optimizer step sees ``--batch-size`` windows over all processes together, so the number of processes
-changes the speed and not the run. The output directory becomes a checkpoint that the engine builder takes.
+clipped at norm 1. One optimizer step sees ``--batch-size`` windows over all processes together, so the number of
+processes changes the speed and not the run. The output directory becomes a checkpoint that the engine builder takes.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
 
     source = encoder_source(args.init)
     model = load_model(source, args.dropout)
-    model.to(device=device)  # type: ignore[arg-type]  # transformers wraps it in a decorator that loses the overload
+    torch.nn.Module.to(model, device)  # transformers' own wrapper of it has lost its signature
     maker = WindowMaker(load_tokenizer(source), max_seq_len=args.max_seq_len)
     training, held_back = hold_back_articles(read_squad(args.train), args.held_back_articles)
     if args.max_questions:
@@ -216,17 +216,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 def run_identity(args: argparse.Namespace, features: int, steps: int) -> str:
     """Everything that decides what a step does; a resume state of another identity is refused."""
-    names = (
-        "init",
-        "batch_size",
-        "learning_rate",
-        "warmup",
-        "dropout",
-        "negatives",
-        "precision",
-        "seed",
-        "max_seq_len",
-    )
+    names = "init batch_size learning_rate warmup dropout negatives precision seed max_seq_len overlap".split()
     return json.dumps({name: getattr(args, name) for name in names} | {"features": features, "steps": steps})
 
 
@@ -251,7 +241,8 @@ def load_model(source: str, dropout: float) -> BertForQuestionAnswering:
         attention_probs_dropout_prob=dropout,
     )
     assert isinstance(model, BertForQuestionAnswering)
-    return model.to(torch.float32)
+    torch.nn.Module.float(model)  # fp32 master weights, whatever the file holds
+    return model
 
 
 def load_tokenizer(source: str) -> Tokenizer:
