@@ -1,0 +1,360 @@
+"""The seam to the engine: windows in, start and end logits out, over Triton's gRPC API.
+
+What can go wrong is one small tree, and every gRPC error is translated into it once, in `_translate`::
+
+    ModelError
+    ├── ModelUnavailable    no connection, or the model is not loaded
+    ├── ModelTimeout        the deadline passed
+    ├── ModelOverloaded     Triton's queue or our own line is full
+    └── ModelBroken         the engine failed, or its output is not usable
+
+Requests are written as protobuf messages straight onto ``grpc.aio``: ``tritonclient``'s own asyncio client takes about
+an eighth more CPU per call, and gives the status code as text.
+"""
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from itertools import cycle
+from typing import Any, Protocol, TypeVar
+
+import grpc
+import grpc.aio
+import numpy as np
+from tritonclient.grpc import service_pb2
+
+from bertqa.manifest import MODEL_NAME
+from bertqa.spans import FloatArray, Logits
+from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
+
+MAX_IN_FLIGHT = 64
+"""Default number of engine calls of one process at one time."""
+MAX_WAITING = 1024
+"""Default number of engine calls of one process that may wait for their turn."""
+MAX_IN_FLIGHT_PER_REQUEST = 8
+"""Default number of engine calls of one request at one time, so that a long context leaves room for the others."""
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the request being answered; it is sent along, so that Triton's log and traces name it."""
+
+_SERVICE = "/inference.GRPCInferenceService/"
+_RETRIES = 2
+_RETRY_S = 0.1  # mean wait before the first retry; doubled for the next
+_CHANNEL_OPTIONS = (
+    ("grpc.lb_policy_name", "round_robin"),  # over all addresses of a name; the default stays with the first
+    # A restarted Triton is back in seconds, but the default backoff grows to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A server answers pings more frequent than one in five minutes with GOAWAY "too_many_pings"; a dead peer is noticed
+    # anyway, for keepalive also sets TCP_USER_TIMEOUT, here 20 s, and every call has a deadline.
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.enable_http_proxy", 0),  # a proxy for the web is none for Triton
+    ("grpc.enable_retries", 0),  # ours know the deadline and the other replicas
+)
+# Messages are a few kilobytes (three rows of at most 512 int32), far below gRPC's own limit of 4 MiB.
+
+_Reply = TypeVar("_Reply")
+
+
+class ModelError(Exception):
+    """The engine gave no usable answer; the message is a plain sentence."""
+
+
+class ModelUnavailable(ModelError):
+    """No connection to Triton, or the model is not loaded."""
+
+
+class ModelTimeout(ModelError):
+    """The deadline passed before the engine answered."""
+
+
+class ModelOverloaded(ModelError):
+    """More engine calls wait than may; worth another try a little later."""
+
+
+class ModelBroken(ModelError):
+    """The engine answered with an error, or with something that no window's logits can be."""
+
+
+class Engine(Protocol):
+    """What the service needs of a model; `TritonModel` is the real one."""
+
+    async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
+        """Run the engine on each window, side by side; all or nothing.
+
+        Args:
+            windows: of one request.
+            deadline: in `time.monotonic` seconds.
+
+        Returns:
+            For each window its start and end logits, each float32 of shape (1, length), perhaps read-only.
+
+        Raises:
+            ModelError: for one window at least there are no logits; work on the others has been cancelled.
+        """
+        ...
+
+    async def check_ready(self, *, deadline: float) -> None:
+        """Return if the model can be asked.
+
+        Raises:
+            ModelError: it cannot; the message says why.
+        """
+        ...
+
+    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
+        """The ``parameters`` of the ``config.pbtxt`` that the server has loaded.
+
+        Raises:
+            ModelError: the server did not tell.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End the connections; calls in flight fail."""
+        ...
+
+
+class TritonModel:
+    """The model in one Triton server, or in several that are replicas of each other.
+
+    Holds one channel per address. Make one instance per process, inside its running event loop.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        model: str = MODEL_NAME,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        max_waiting: int = MAX_WAITING,
+        max_in_flight_per_request: int = MAX_IN_FLIGHT_PER_REQUEST,
+    ) -> None:
+        """Open the channels; connections are made when first needed.
+
+        Args:
+            urls: gRPC addresses host:port; calls go round them, and all the addresses that a name resolves to.
+            model: name of the model.
+            max_in_flight: windows of all requests that are with Triton at one time.
+            max_waiting: windows that may wait for that; one more is `ModelOverloaded` at once.
+            max_in_flight_per_request: windows of one request that are with Triton at one time.
+
+        Raises:
+            ValueError: there is no address, or a bound is below 1 (``max_waiting``: below 0).
+        """
+        if not urls:
+            raise ValueError("urls: at least one address host:port is needed")
+        if min(max_in_flight, max_in_flight_per_request) < 1 or max_waiting < 0:
+            raise ValueError("max_in_flight, max_in_flight_per_request: at least 1; max_waiting: at least 0")
+        self._model = model
+        self._per_request = max_in_flight_per_request
+        self._turns = _Turns(max_in_flight, max_waiting)
+        self._replicas = [_Replica(url) for url in urls]
+        self._next_replica = cycle(self._replicas)
+        self._heads: dict[int, bytes] = {}
+
+    async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
+        """As in `Engine`."""
+        if len(windows) == 1:  # the common case needs no task
+            return [await self._predict(windows[0], deadline)]
+        logits: list[Logits] = [None] * len(windows)  # type: ignore[list-item]  # all are set, or an error is raised
+        todo = iter(enumerate(windows))
+        workers = [
+            asyncio.ensure_future(self._work(todo, logits, deadline))
+            for _ in range(min(len(windows), self._per_request))
+        ]
+        try:
+            await asyncio.gather(*workers)
+        except BaseException:  # a failure of one, or the caller was cancelled: leave nothing running
+            for worker in workers:
+                worker.cancel()
+            await asyncio.wait(workers)
+            raise
+        return logits
+
+    async def check_ready(self, *, deadline: float) -> None:
+        """As in `Engine`."""
+        request = service_pb2.ModelReadyRequest(name=self._model)
+        reply = await self._call(lambda replica: replica.model_ready, request, deadline)
+        if not reply.ready:
+            raise ModelUnavailable(f"Triton runs, but its model {self._model!r} is not ready.")
+
+    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
+        """As in `Engine`."""
+        request = service_pb2.ModelConfigRequest(name=self._model)
+        reply = await self._call(lambda replica: replica.model_config, request, deadline)
+        return {name: value.string_value for name, value in reply.config.parameters.items()}
+
+    async def close(self) -> None:
+        """As in `Engine`."""
+        await asyncio.gather(*(replica.channel.close() for replica in self._replicas))
+
+    async def _work(self, todo: Iterator[tuple[int, Window]], logits: list[Logits], deadline: float) -> None:
+        for index, window in todo:  # shared with the request's other workers
+            logits[index] = await self._predict(window, deadline)
+
+    async def _predict(self, window: Window, deadline: float) -> Logits:
+        await self._turns.take(deadline)
+        try:
+            request = self._request(window, deadline)
+            reply = await self._call(lambda replica: replica.model_infer, request, deadline)
+        finally:
+            self._turns.give_back()
+        return _logits(reply, window.length)
+
+    def _request(self, window: Window, deadline: float) -> bytes:
+        # Messages of one type may be concatenated, so what is the same for all windows of a length is written once.
+        length = window.length
+        head = self._heads.get(length)
+        if head is None:
+            head = self._heads[length] = service_pb2.ModelInferRequest(
+                model_name=self._model,
+                inputs=[{"name": name, "datatype": "INT32", "shape": [1, length]} for name in INPUT_NAMES],
+                outputs=[{"name": name} for name in OUTPUT_NAMES],
+            ).SerializeToString()
+        tail = service_pb2.ModelInferRequest(
+            id=request_id.get(), raw_input_contents=[getattr(window, name).tobytes() for name in INPUT_NAMES]
+        )
+        # Triton drops what waited this long in its queue, where the queue policy has allow_timeout_override.
+        tail.parameters["timeout"].int64_param = max(int((deadline - time.monotonic()) * 1e6), 1)
+        return head + bytes(tail.SerializeToString())
+
+    async def _call(
+        self, method: "Callable[[_Replica], Callable[..., Awaitable[Any]]]", request: object, deadline: float
+    ) -> Any:
+        for attempt in range(_RETRIES + 1):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise ModelTimeout(_PASSED)
+            replica = next(self._next_replica)
+            try:
+                return await method(replica)(request, timeout=remaining)
+            except grpc.aio.AioRpcError as error:
+                failure = _translate(error, replica.url, self._model)
+                pause = random.uniform(0.5, 1.5) * _RETRY_S * 2**attempt
+                # A refused or broken connection; asking twice is harmless, for inference changes nothing.
+                again = error.code() is grpc.StatusCode.UNAVAILABLE and isinstance(failure, ModelUnavailable)
+                if not again or attempt == _RETRIES or time.monotonic() + pause >= deadline:
+                    raise failure from error
+            except grpc.aio.UsageError as error:
+                raise ModelUnavailable("The connection to Triton was closed.") from error
+            await asyncio.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+
+class _Replica:
+    """One address and the three methods asked of it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.channel = grpc.aio.insecure_channel(url if ":///" in url else f"dns:///{url}", options=_CHANNEL_OPTIONS)
+        self.model_infer = self._method("ModelInfer", None, service_pb2.ModelInferResponse)
+        self.model_ready = self._method("ModelReady", service_pb2.ModelReadyRequest, service_pb2.ModelReadyResponse)
+        self.model_config = self._method("ModelConfig", service_pb2.ModelConfigRequest, service_pb2.ModelConfigResponse)
+
+    def _method(self, name: str, request: Any, reply: Any) -> Any:
+        return self.channel.unary_unary(
+            _SERVICE + name,
+            request_serializer=request and request.SerializeToString,  # None: bytes already
+            response_deserializer=reply.FromString,
+        )
+
+
+class _Turns:
+    """A bound on what happens at one time, first come first served, with a bounded line and a deadline.
+
+    `asyncio.Semaphore` knows neither, and around it `asyncio.wait_for` can lose a turn when time runs out just as it
+    comes (before Python 3.12).
+    """
+
+    def __init__(self, size: int, line: int) -> None:
+        self._free = size
+        self._longest = line
+        self._line: deque[asyncio.Future[None]] = deque()
+
+    async def take(self, deadline: float) -> None:
+        """Wait for a turn.
+
+        Raises:
+            ModelOverloaded: the line is full.
+            ModelTimeout: the deadline passed first.
+        """
+        if self._free and not self._line:
+            self._free -= 1
+            return
+        if len(self._line) >= self._longest:
+            raise ModelOverloaded(f"{len(self._line)} engine calls are waiting already, which is the limit.")
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        self._line.append(turn)
+        timer = loop.call_later(max(deadline - time.monotonic(), 0), _time_out, turn)
+        try:
+            await turn
+        except BaseException:
+            if turn in self._line:
+                self._line.remove(turn)
+            elif turn.done() and not turn.cancelled() and turn.exception() is None:
+                self.give_back()  # cancelled just as the turn came
+            raise
+        finally:
+            timer.cancel()
+
+    def give_back(self) -> None:
+        """Pass a turn on to the first in line that still wants it."""
+        while self._line:
+            turn = self._line.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+_PASSED = "The deadline passed before the engine answered."
+
+
+def _time_out(turn: "asyncio.Future[None]") -> None:
+    if not turn.done():
+        turn.set_exception(ModelTimeout("The deadline passed while waiting for a free place at the engine."))
+
+
+def _logits(reply: Any, length: int) -> Logits:
+    if len(reply.outputs) != len(reply.raw_output_contents):
+        raise ModelBroken("The engine answered without raw tensors.")
+    found = {output.name: (output, raw) for output, raw in zip(reply.outputs, reply.raw_output_contents, strict=True)}
+    start, end = (_tensor(found, name, length) for name in OUTPUT_NAMES)
+    return start, end
+
+
+def _tensor(found: Mapping[str, tuple[Any, bytes]], name: str, length: int) -> FloatArray:
+    if name not in found:
+        raise ModelBroken(f"The engine's answer has no output {name!r}, only {sorted(found)}.")
+    output, raw = found[name]
+    shape = tuple(output.shape)
+    if output.datatype != "FP32" or shape != (1, length) or len(raw) != 4 * length:
+        raise ModelBroken(
+            f"The engine's output {name!r} is {output.datatype} {list(shape)} in {len(raw)} bytes; "
+            f"FP32 [1, {length}] was expected."
+        )
+    return np.frombuffer(raw, np.float32).reshape(1, length)
+
+
+def _translate(error: grpc.aio.AioRpcError, url: str, model: str) -> ModelError:
+    code, details = error.code(), (error.details() or "").strip()
+    match code:
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return ModelTimeout(_PASSED)
+        case grpc.StatusCode.UNAVAILABLE if "maximum queue size" in details.lower():
+            return ModelOverloaded(f"Triton's queue for model {model!r} is full.")
+        case grpc.StatusCode.UNAVAILABLE if "timeout expired" in details.lower():
+            return ModelOverloaded(f"The request waited too long in Triton's queue for model {model!r}.")
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.NOT_FOUND if "model" in details.lower():
+            return ModelUnavailable(f"Triton at {url} does not serve model {model!r} now: {details}")
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
+            return ModelUnavailable(f"No connection to Triton at {url}: {details}")
+        case _:
+            return ModelBroken(f"The engine failed with {code.name}: {details}")
