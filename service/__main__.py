@@ -1,0 +1,209 @@
+"""Start everything that answering needs and keep it alive: Triton with the engine, and the REST service before it.
+
+``python -m service`` builds the engine first where there is none yet. Ctrl-C or SIGTERM ends the service, which drains,
+then Triton.
+"""
+
+import argparse
+import contextlib
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bertqa.manifest import MANIFEST_FILE, MODEL_NAME
+from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, die_with_parent, end_session, free_port
+
+PROJECT = Path(__file__).resolve().parent.parent
+DRAIN_S = 15
+"""Seconds that requests in progress get when the service is told to end."""
+_READY_TIMEOUT_S = 60.0
+_MAX_PAUSE_S = 30.0  # between restarts
+_STEADY_S = 60.0  # after so long a life, a death is a first one again
+
+
+class LaunchError(RuntimeError):
+    """The service cannot be started; the message says why and what to do."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="bertqa serve", description="Serve a BERT question-answering model over REST."
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port, or the next free one (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the REST service (default: %(default)s)")
+    parser.add_argument(
+        "--repository",
+        type=Path,
+        default=PROJECT / "model_repository",
+        help="Triton model repository with the engine (default: that of the project)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="build the engine from this directory if the repository has none (default: the one in checkpoints/)",
+    )
+    parser.add_argument(
+        "--triton-url",
+        metavar="HOST:PORT",
+        help="gRPC address of a running Triton, or several with commas; without it one is started",
+    )
+    parser.add_argument(
+        "--triton-grpc-port", type=int, default=TritonPorts.grpc, help="of the one started (default: %(default)s)"
+    )
+    parser.add_argument("--log-dir", type=Path, default=Path("logs"), help="for Triton's log (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error("--workers: must be at least 1")
+    for name in ("port", "triton_grpc_port"):
+        if not 0 <= getattr(args, name) <= 65535:
+            parser.error(f"--{name.replace('_', '-')}: must be from 0 to 65535")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run until told to end; returns the process's exit code."""
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        ensure_engine(args.repository, args.checkpoint)
+        port = free_port(args.host, args.port)
+        if port != args.port and args.port:
+            say(f"port {args.port} is taken, using {port}")
+        with contextlib.ExitStack() as stack:
+            url = args.triton_url
+            if not url:
+                ports = TritonPorts(grpc=args.triton_grpc_port)
+                triton = EmbeddedTriton(
+                    args.repository, ports=ports, avoid_ports=(port,), log_dir=args.log_dir, report=say
+                )
+                stack.callback(triton.stop)
+                triton.start(stopping)
+                url = triton.url
+            if not stopping.is_set():
+                serve(args, port, url, stopping)
+    except (LaunchError, TritonError) as error:
+        say(f"error: {error}")
+        return 1
+    say("ended")
+    return 0
+
+
+def ensure_engine(repository: Path, checkpoint: Path | None) -> None:
+    """Build an engine for the CPU unless the repository holds a version already.
+
+    Raises:
+        LaunchError: there is no checkpoint to build from, or the builder failed.
+    """
+    if any((repository / MODEL_NAME).glob(f"[1-9]*/{MANIFEST_FILE}")):
+        return
+    if checkpoint is None:
+        found = sorted(path.parent for path in PROJECT.glob("checkpoints/*/model.safetensors"))
+        if len(found) != 1:
+            raise LaunchError(
+                f"{repository / MODEL_NAME}: holds no built version, and checkpoints/ holds {len(found)} checkpoints "
+                "to build one from; name one with --checkpoint DIR"
+            )
+        checkpoint = found[0]
+    say(f"no engine in {repository} yet: building one from {checkpoint}, once")
+    command = [sys.executable, "-m", "engine_builder", "--checkpoint", str(checkpoint.resolve()), "--target", "cpu"]
+    command += ["--repository", str(repository.resolve())]
+    built = subprocess.run(command, cwd=PROJECT, check=False, preexec_fn=die_with_parent(signal.SIGTERM))
+    if built.returncode:
+        raise LaunchError(f"the engine could not be built (exit code {built.returncode}); its output is above")
+
+
+def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: threading.Event) -> None:
+    """Run the REST service, restarting it when it dies, until `stopping` is set.
+
+    Raises:
+        LaunchError: it did not start the first time.
+    """
+    command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", f"--app-dir={PROJECT}"]
+    command += [
+        f"--host={args.host}",
+        f"--port={port}",
+        f"--workers={args.workers}",
+        "--loop=uvloop",
+        "--http=httptools",
+    ]
+    command += [
+        f"--timeout-graceful-shutdown={DRAIN_S}",
+        "--no-access-log",
+        "--no-server-header",
+        "--log-level=warning",
+    ]
+    environment = os.environ | {
+        "BERTQA_TRITON_URL": triton_url,
+        "BERTQA_REPOSITORY": str(args.repository.resolve()),
+    }
+    for first, pause in _pauses(stopping):
+        if stopping.wait(pause):
+            return
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,  # Ctrl-C comes to us alone, and we end things in order
+            preexec_fn=die_with_parent(signal.SIGTERM),  # noqa: PLW1509  calls nothing that takes a lock
+        )
+        began, ready = time.monotonic(), False
+        try:
+            while process.poll() is None and not stopping.wait(0.5 if ready else 0.1):
+                if not ready and _is_ready(args.host, port):
+                    ready = True
+                    say(f"ready at http://{_reachable(args.host)}:{port}")
+                elif not ready and time.monotonic() - began > _READY_TIMEOUT_S:
+                    raise LaunchError(f"the service was not ready after {_READY_TIMEOUT_S:.0f} s")
+        finally:
+            end_session(process, DRAIN_S + 5)
+        if stopping.is_set():
+            return
+        if first and not ready:
+            raise LaunchError(f"the service ended with exit code {process.returncode}; its output is above")
+        say(f"the service ended with exit code {process.returncode}; restarting")
+
+
+def _pauses(stopping: threading.Event) -> Iterator[tuple[bool, float]]:
+    """For each life of a process: whether it is the first, and the seconds to wait before."""
+    pause, first = 0.0, True
+    while not stopping.is_set():
+        began = time.monotonic()
+        yield first, pause
+        first = False
+        pause = 0.5 if not pause or time.monotonic() - began > _STEADY_S else min(2 * pause, _MAX_PAUSE_S)
+
+
+def _is_ready(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(_reachable(host).strip("[]"), port, timeout=5)
+    try:
+        connection.request("GET", "/health/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _reachable(host: str) -> str:
+    """The host part of a URL under which this machine reaches a service that listens on ``host``."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def say(line: str) -> None:
+    """Tell the person at the console."""
+    print(f"bertqa: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

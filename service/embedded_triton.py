@@ -1,0 +1,474 @@
+"""A Triton server on this machine: found, started, watched, restarted and ended by the process that needs it.
+
+The server is ``tritonserver`` on PATH with its own backends, or else the one inside the ``nvidia-pytriton`` wheel. Only
+files of the wheel are used: nothing of the package is imported, so none of its dependencies are needed.
+"""
+
+import contextlib
+import ctypes
+import errno
+import http.client
+import importlib.metadata
+import itertools
+import logging
+import os
+import re
+import shutil
+import signal
+import site
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from bertqa.manifest import MODEL_NAME
+
+LOOPBACK = "127.0.0.1"
+WHEEL = "nvidia-pytriton"
+INSTALL = f"python -m pip install --no-deps {WHEEL}==0.7.0"
+READY_TIMEOUT_S = 300.0
+"""Default for the longest start: loading, and a warm-up of every bucket on a slow machine."""
+EXIT_TIMEOUT_S = 10
+"""Seconds that Triton gives the inferences in flight when it is told to end."""
+
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+_MAX_PAUSE_S = 30.0  # between restarts
+_STEADY_S = 60.0  # after so long a life, a death is a first one again
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+log = logging.getLogger("bertqa.triton")
+
+
+class TritonError(RuntimeError):
+    """Triton cannot be found, started, or made to load the model; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class TritonPorts:
+    """Ports on the loopback interface; where one is taken, the next free one is used in its place."""
+
+    grpc: int = 8001
+    metrics: int = 8002
+    http: int = 8003  # Triton's own default, 8000, is where the service listens
+
+    def free(self, avoid: Iterable[int] = ()) -> "TritonPorts":
+        """These ports, or for each that is taken or to be avoided the next one that is not."""
+        taken = set(avoid)
+        found: dict[str, int] = {}
+        for name in ("grpc", "metrics", "http"):
+            found[name] = free_port(LOOPBACK, getattr(self, name), avoid=taken)
+            taken.add(found[name])
+        return TritonPorts(**found)
+
+
+def free_port(host: str, wanted: int, *, avoid: Collection[int] = ()) -> int:
+    """The wanted port if nothing listens there, else the next one up that is free; 0 takes any.
+
+    Raises:
+        TritonError: the address does not belong to this machine, or none of the 100 ports after it is free.
+    """
+    candidates = range(wanted, min(wanted + 100, 65536)) if wanted else itertools.repeat(0, 100)
+    for port in candidates:
+        if port in avoid:
+            continue
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is not "taken"
+            try:
+                probe.bind((host, port))
+                probe.listen()
+            except PermissionError:
+                raise TritonError(f"port {port}: needs privileges; choose one above 1023") from None
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise TritonError(f"{host}: cannot listen there ({error.strerror})") from None
+            found = int(probe.getsockname()[1])
+            if found not in avoid:
+                return found
+    raise TritonError(f"no free port from {wanted} to {wanted + 99} on {host}; choose another")
+
+
+@dataclass(frozen=True, slots=True)
+class TritonInstallation:
+    """A server binary and what it needs around it."""
+
+    binary: Path
+    backends: Path | None  # None: the binary knows its own
+    environment: Mapping[str, str]  # in addition to the process's own
+
+
+def find_triton(cache: Path) -> TritonInstallation:
+    """Find a Triton server: ``tritonserver`` on PATH, else the one in the ``nvidia-pytriton`` wheel.
+
+    Args:
+        cache: directory in which a backend directory for the wheel's server is put together.
+
+    Raises:
+        TritonError: there is none, or the wheel has no Python backend for this Python.
+    """
+    on_path = shutil.which("tritonserver")
+    if on_path:
+        return TritonInstallation(Path(on_path), None, {})
+    try:
+        root = Path(str(importlib.metadata.distribution(WHEEL).locate_file("pytriton/tritonserver")))
+    except importlib.metadata.PackageNotFoundError:
+        root = Path("/nonexistent")
+    binary = root / "bin" / "tritonserver"
+    if not binary.is_file():
+        raise TritonError(
+            f"no Triton server: neither tritonserver on PATH nor the {WHEEL} wheel in {sys.prefix}; "
+            f"run `{INSTALL}`, or give the address of a running one with --triton-url"
+        )
+    stub = root / "python_backend_stubs" / _PYTHON / "triton_python_backend_stub"
+    if not stub.is_file():
+        there = sorted((path.name for path in stub.parent.parent.iterdir()), key=lambda name: int(name.split(".")[1]))
+        raise TritonError(
+            f"the {WHEEL} wheel runs models with Python {', '.join(there)}, this is Python {_PYTHON}; make the virtual "
+            "environment with one of those"
+        )
+    python_backend = root / "backends" / "python"
+    backends = cache / "backends"
+    _link(backends / "python", [*python_backend.glob("*.so"), *python_backend.glob("*.py"), stub])
+    _link(cache / "lib", [_libpython()])
+    libraries = [cache / "lib", root.parent.parent / "nvidia_pytriton.libs", os.environ.get("LD_LIBRARY_PATH", "")]
+    packages = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    environment = {
+        "LD_LIBRARY_PATH": os.pathsep.join(str(path) for path in libraries if str(path)),
+        # The stub embeds Python: from its own place it would find neither the standard library nor this environment.
+        "PYTHONHOME": os.pathsep.join(dict.fromkeys((sys.base_prefix, sys.base_exec_prefix))),
+        "PYTHONPATH": os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return TritonInstallation(binary, backends, environment)
+
+
+def _libpython() -> Path:
+    """The shared library that the stub is linked with, of the running Python."""
+    name = f"libpython{_PYTHON}.so.1.0"
+    directories = [sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("LIBPL"), f"{sys.base_prefix}/lib"]
+    multiarch = sysconfig.get_config_var("MULTIARCH")
+    directories += [f"{lib}/{multiarch}" for lib in ("/usr/lib", "/lib") if multiarch]
+    for directory in filter(None, directories):
+        if (Path(directory) / name).is_file():
+            return Path(directory) / name
+    raise TritonError(
+        f"{name} is missing, and Triton runs Python models with it; Debian and Ubuntu have it in libpython{_PYTHON} "
+        f"(`apt install libpython{_PYTHON}`), pyenv builds it with PYTHON_CONFIGURE_OPTS=--enable-shared"
+    )
+
+
+def _link(directory: Path, targets: Sequence[Path]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for target in targets:
+        (directory / target.name).symlink_to(target.resolve())
+
+
+class EmbeddedTriton:
+    """One Triton server, on the loopback interface only, kept alive from `start` to `stop`.
+
+    As a context manager it starts on entry and stops on exit. One thread starts and restarts the server; the server
+    ends with this process however that ends, and its stubs end with it.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        model: str = MODEL_NAME,
+        ports: TritonPorts | None = None,
+        avoid_ports: Collection[int] = (),
+        log_dir: Path = Path("logs"),
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        """Say what to serve.
+
+        Args:
+            repository: Triton model repository; only ``model`` of it is loaded.
+            model: its name.
+            ports: wanted ports.
+            avoid_ports: ports that are meant for others, though nothing listens there yet.
+            log_dir: the server writes ``triton-<gRPC port>.log`` there.
+            ready_timeout_s: longest wait for the model to be ready, warm-up included.
+            report: takes each line meant for a person, by default for the console.
+        """
+        self._repository = repository
+        self._model = model
+        self._wanted = ports or TritonPorts()
+        self._avoid_ports = avoid_ports
+        self._log_dir = log_dir
+        self._ready_timeout_s = ready_timeout_s
+        self._report = report
+        self._stopping = threading.Event()
+        self._first = threading.Event()  # the first start has succeeded or failed
+        self._failure: TritonError | None = None
+        self._ready = False
+        # Unique, so that no two servers of one machine share memory.
+        self._shared_memory = f"bertqa_{os.getpid()}_{id(self):x}_"
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._cache: tempfile.TemporaryDirectory[str] | None = None
+        self._tail: deque[str] = deque(maxlen=200)
+        self.ports = self._wanted
+        """The ports in use, known after `start`."""
+
+    @property
+    def url(self) -> str:
+        """The gRPC address host:port."""
+        return f"{LOOPBACK}:{self.ports.grpc}"
+
+    @property
+    def log_file(self) -> Path:
+        """Where everything that the server writes can be read."""
+        return self._log_dir / f"triton-{self.ports.grpc}.log"
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running server, None between two lives."""
+        process = self._process
+        return process.pid if process and process.poll() is None else None
+
+    def __enter__(self) -> "EmbeddedTriton":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self, stopping: threading.Event | None = None) -> None:
+        """Start the server and return when the model is ready, warmed up.
+
+        Args:
+            stopping: set from elsewhere, e.g. by a signal handler, it ends the wait; then nothing is left running.
+
+        Raises:
+            TritonError: it cannot be; nothing is left running.
+        """
+        check_repository(self._repository, self._model)
+        self._cache = tempfile.TemporaryDirectory(prefix="bertqa-triton-")
+        try:
+            installation = find_triton(Path(self._cache.name))
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            self._choose_ports()
+            self.log_file.write_bytes(b"")
+            self._thread = threading.Thread(target=self._supervise, args=(installation,), name="triton", daemon=True)
+            self._thread.start()
+            while not self._first.wait(0.1):
+                if stopping and stopping.is_set():
+                    self.stop()
+        except BaseException:
+            self.stop()
+            raise
+        if self._failure:
+            self.stop()
+            raise self._failure
+
+    def stop(self) -> None:
+        """End the server: politely at first, by force if it takes too long; safe to call again."""
+        self._stopping.set()
+        if self._thread:
+            self._thread.join()
+        if self._cache:
+            self._cache.cleanup()
+
+    def _choose_ports(self) -> None:
+        self.ports = self._wanted.free(self._avoid_ports)
+        for name in ("grpc", "metrics", "http"):
+            wanted, found = getattr(self._wanted, name), getattr(self.ports, name)
+            if wanted not in (0, found):
+                self._say(f"{name} port {wanted} is taken, using {found}")
+
+    def _say(self, line: str) -> None:
+        self._report(f"triton: {line}")
+
+    # Everything below runs in the supervising thread: the kernel's death signal belongs to the thread that forked.
+
+    def _supervise(self, installation: TritonInstallation) -> None:
+        pause = 0.0
+        try:
+            while not self._stopping.wait(pause):
+                began = time.monotonic()
+                error = self._live_once(installation)
+                if self._stopping.is_set():
+                    return
+                if not self._first.is_set():
+                    if error.port_taken and time.monotonic() - began < self._ready_timeout_s:
+                        self._choose_ports()  # another process was faster
+                        continue
+                    self._failure = TritonError(str(error))
+                    return
+                lived = time.monotonic() - began
+                pause = 0.5 if lived > _STEADY_S or not pause else min(pause * 2, _MAX_PAUSE_S)
+                self._say(f"{error}; restarting in {pause:.1f} s")
+        except Exception as error:  # a bug here must not leave `start` waiting
+            log.exception("supervision of Triton failed")
+            self._failure = TritonError(f"supervision of Triton failed: {error!r}")
+        finally:
+            self._first.set()
+
+    def _live_once(self, installation: TritonInstallation) -> "_Death":
+        """Run the server from its start to its end."""
+        self._tail.clear()
+        began = time.monotonic()
+        try:
+            process = self._process = self._spawn(installation)
+        except (OSError, subprocess.SubprocessError) as error:
+            return _Death(f"{installation.binary}: cannot be run ({error})")
+        reader = threading.Thread(target=self._read_log, args=(process,), name="triton-log", daemon=True)
+        reader.start()
+        try:
+            ready, said = False, began
+            while process.poll() is None and not self._stopping.is_set():
+                now = time.monotonic()
+                if not ready and self._is_ready():
+                    ready = True
+                    self._say(f"model {self._model} is ready after {now - began:.1f} s (gRPC {self.url})")
+                    self._first.set()
+                elif not ready and now - began > self._ready_timeout_s:
+                    return _Death(f"model {self._model} was not ready after {now - began:.0f} s; see {self.log_file}")
+                elif not ready and now - said > 5:
+                    said = now
+                    self._say(f"loading {self._model}, {now - began:.0f} s so far")
+                self._stopping.wait(0.5 if ready else 0.1)
+        finally:
+            end_session(process, EXIT_TIMEOUT_S + 5)
+            reader.join(5)
+            for left in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # a killed server does not tidy up
+                left.unlink(missing_ok=True)
+            self._process = None
+        return self._death(process.returncode)
+
+    def _spawn(self, installation: TritonInstallation) -> "subprocess.Popen[bytes]":
+        command = [
+            str(installation.binary),
+            f"--model-repository={self._repository.resolve()}",
+            "--model-control-mode=explicit",
+            f"--load-model={self._model}",
+            "--disable-auto-complete-config",  # what config.pbtxt leaves out is an error, not a guess
+            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            *(f"--{service}-address={LOOPBACK}" for service in ("http", "grpc", "metrics")),
+            f"--http-port={self.ports.http}",
+            f"--grpc-port={self.ports.grpc}",
+            f"--metrics-port={self.ports.metrics}",
+            f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
+        ]
+        if installation.backends:
+            command.append(f"--backend-directory={installation.backends}")
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **installation.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the launcher, which lets the service drain first
+            preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509  calls nothing that takes a lock
+        )
+
+    def _read_log(self, process: "subprocess.Popen[bytes]") -> None:
+        assert process.stdout
+        with self.log_file.open("ab", buffering=0) as file, process.stdout as output:
+            for raw in output:
+                file.write(raw)
+                line = raw.decode(errors="replace").rstrip()
+                self._tail.append(line)
+                problem = _PROBLEM.match(line)
+                if problem and not _HARMLESS.search(line):
+                    self._say(_plain(problem["text"]))
+
+    def _is_ready(self) -> bool:
+        connection = http.client.HTTPConnection(LOOPBACK, self.ports.http, timeout=2)
+        try:
+            connection.request("GET", f"/v2/models/{self._model}/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _death(self, code: int | None) -> "_Death":
+        text = "\n".join(self._tail)
+        if found := _LOAD_FAILED.search(text):
+            return _Death(f"model {self._model} could not be loaded: {_plain(found['reason'])}; see {self.log_file}")
+        if _PORT_TAKEN.search(text):
+            return _Death(f"one of {self.ports} was taken; see {self.log_file}", port_taken=True)
+        if code is not None and code < 0:
+            return _Death(f"the server was killed by {signal.Signals(-code).name}; see {self.log_file}")
+        errors = (line for line in reversed(self._tail) if _ERROR.match(line) and not _HARMLESS.search(line))
+        return _Death(
+            f"the server ended with exit code {code} ({_plain(next(errors, 'no reason given'))}); see {self.log_file}"
+        )
+
+
+class _Death(Exception):
+    """Why a server's life ended."""
+
+    def __init__(self, reason: str, *, port_taken: bool = False) -> None:
+        super().__init__(reason)
+        self.port_taken = port_taken
+
+
+_PROBLEM = re.compile(r"(?P<level>[WEF])\d{4} \S+ \d+ [\w./]+:\d+\] (?P<text>.*)")
+_ERROR = re.compile(r"error: |[EF]\d{4} ", re.IGNORECASE)
+# Said on every machine without a GPU, or said again in the error that ends the start.
+_HARMLESS = re.compile(
+    r"[Uu]nable to allocate pinned|failed to allocate pinned|CudaDriverHelper has not|DCGM unable to start|Failed to initialize NVML"
+    r"|Failed to create instance|failed to load"
+)
+_LOAD_FAILED = re.compile(
+    r"(?:failed to load '[^']*' version \d+|Poll failed for model directory '[^']*'): (?P<reason>.*)"
+)
+_PORT_TAKEN = re.compile(r"[Aa]ddress already in use|Socket '[^']*' already in use|failed to start \w+ service")
+
+
+def _plain(text: str) -> str:
+    """One line of a log message, without quotes and escapes."""
+    return " ".join(text.strip().strip('"').replace("\\n", "\n").split())
+
+
+def check_repository(repository: Path, model: str = MODEL_NAME) -> None:
+    """Refuse a repository that Triton could load nothing from.
+
+    Raises:
+        TritonError: there is no built version of the model; the message names the builder's command.
+    """
+    directory = repository / model
+    build = f"run `{Path(sys.executable).name} -m engine_builder --checkpoint DIR --target cpu` to build one"
+    if not (directory / "config.pbtxt").is_file() or not any(directory.glob("[1-9]*/")):
+        raise TritonError(f"{directory}: holds no built version; {build}")
+
+
+def die_with_parent(number: signal.Signals) -> Callable[[], None]:
+    """A ``preexec_fn`` that lets the kernel send the child a signal when the thread that started it is gone."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(number))
+        if os.getppid() != parent:  # it went in between
+            os._exit(1)
+
+    return prepare
+
+
+def end_session(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:
+    """End a process that leads its own session: SIGTERM, SIGKILL when it takes too long, and then what it left."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # stubs that outlived it
