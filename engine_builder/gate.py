@@ -1,0 +1,137 @@
+"""Whether an engine still answers like its checkpoint: F1 and logits of both on the same real questions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+from tqdm import tqdm
+
+from bertqa.spans import InvalidLogits, Logits
+from bertqa.squad import Example, Predict, Score, answer_all, score
+from bertqa.windows import OUTPUT_NAMES, Window, WindowMaker
+
+MAX_UNKNOWN_SHARE = 0.05
+"""Share of [UNK] among the gate's tokens above which tokenizer and text do not belong together. WordPiece on English
+text stays below 0.005."""
+
+
+class GateFailed(Exception):
+    """The engine is not good enough to publish; the message has the measured number and its limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """An engine beside its float32 reference on the same questions."""
+
+    engine: Score
+    reference: Score
+    same_spans: float  # share of questions with the very same best span, in [0, 1]
+    max_logit_error: float  # over all tokens of all windows; padding not counted
+
+
+def load_onnx(path: Path, *, threads: int = 0) -> Predict:
+    """The float32 reference: the plain graph in ONNX Runtime.
+
+    Args:
+        path: of the ONNX file.
+        threads: cores; 0 is all.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a busy machine stays usable
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def predict(window: Window) -> Logits:
+        start, end = session.run(list(OUTPUT_NAMES), window.tensors())
+        return start, end
+
+    return predict
+
+
+def check_tokenizer(maker: WindowMaker, examples: Sequence[Example]) -> None:
+    """Refuse a tokenizer that does not know the language of the questions.
+
+    Raises:
+        GateFailed: more than `MAX_UNKNOWN_SHARE` of the tokens are [UNK].
+    """
+    contexts = dict.fromkeys(example.context for example in examples)
+    text = "\n".join([*contexts, *(example.question for example in examples)])
+    if (share := maker.unknown_share(text)) > MAX_UNKNOWN_SHARE:
+        raise GateFailed(
+            f"tokenizer.json: {share:.1%} of the tokens of the gate's texts are [UNK], at most {MAX_UNKNOWN_SHARE:.0%} "
+            "may be; is it the tokenizer that the checkpoint was trained with?"
+        )
+
+
+def measure(examples: Sequence[Example], maker: WindowMaker, engine: Predict, reference: Predict) -> Measured:
+    """Answer all questions with the reference, then with the engine.
+
+    One after the other, because the idle threads of two runtimes take each other's cores.
+
+    Raises:
+        GateFailed: logits of either are not finite or of the wrong shape.
+    """
+    expected_logits: list[Logits] = []
+    expected = _answers(examples, maker, _recording(reference, expected_logits), "float32 reference")
+    found_logits: list[Logits] = []
+    found = _answers(examples, maker, _recording(engine, found_logits), "engine")
+    return Measured(
+        engine=score(examples, {name: answer.text for name, answer in found.items()}),
+        reference=score(examples, {name: answer.text for name, answer in expected.items()}),
+        same_spans=sum(expected.get(example.id) == found.get(example.id) for example in examples) / len(examples),
+        max_logit_error=max(
+            (float(np.abs(np.subtract(*pair)).max()) for pair in zip(expected_logits, found_logits, strict=True)),
+            default=0.0,
+        ),
+    )
+
+
+class _Best(NamedTuple):
+    text: str
+    start: int
+    end: int
+
+
+def _answers(examples: Sequence[Example], maker: WindowMaker, predict: Predict, name: str) -> dict[str, _Best]:
+    answers: dict[str, _Best] = {}
+    answered = answer_all(examples, maker, predict)
+    try:
+        for example, decoded in tqdm(answered, name, len(examples), unit=" questions", mininterval=0.5):
+            if best := decoded.best:
+                answers[example.id] = _Best(best.text, best.start, best.end)
+    except InvalidLogits as error:
+        raise GateFailed(f"{name}: unusable logits, {error}") from error
+    return answers
+
+
+def _recording(predict: Predict, record: list[Logits]) -> Predict:
+    """The same runtime, noting the logits of tokens; those of padding are never read."""
+
+    def recorded(window: Window) -> Logits:
+        start, end = predict(window)
+        tokens = int(window.attention_mask.sum())
+        record.append((start[:, :tokens], end[:, :tokens]))
+        return start, end
+
+    return recorded
+
+
+def check_f1(measured: Measured, max_f1_loss: float) -> None:
+    """Refuse an engine that lost too much.
+
+    Args:
+        measured: by `measure`.
+        max_f1_loss: in percentage points.
+
+    Raises:
+        GateFailed: F1 is more than that below the reference's.
+    """
+    if (loss := measured.reference.f1 - measured.engine.f1) > max_f1_loss:
+        raise GateFailed(
+            f"F1 {measured.engine.f1:.2f} of the engine is {loss:.2f} below the {measured.reference.f1:.2f} of the "
+            f"float32 checkpoint on the same {measured.reference.total} questions; at most {max_f1_loss} is allowed "
+            "(--max-f1-loss); try --precision bf16"
+        )

@@ -1,0 +1,123 @@
+"""The CPU engine under Triton's Python backend; copied into every version directory as ``model.py``.
+
+Imports nothing of this project, because Triton runs it alone: numpy, OpenVINO, and inside Triton its
+``triton_python_backend_utils``. The builder measures the engine through the same `Engine`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+_log = logging.getLogger("bert_qa")
+
+
+class Engine:
+    """One OpenVINO graph per bucket, compiled for the latency of single requests; for one thread at a time.
+
+    A graph of fixed length needs no shape inference per call, which is a third of the time of a short window.
+    """
+
+    def __init__(self, path: Path, *, precision: str, buckets: Sequence[int], threads: int) -> None:
+        """Compile the engine.
+
+        Args:
+            path: of the OpenVINO ``.xml`` file; its ``.bin`` lies beside it.
+            precision: "fp32", "bf16" or "int8"; what int8 leaves in floating point computes in bf16.
+            buckets: lengths to compile for, in tokens.
+            threads: cores that one request may use.
+        """
+        core = ov.Core()
+        self.float_type = "f32" if precision == "fp32" else "bf16"
+        if self.float_type == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            _log.warning("this CPU has no bf16: %s computes in f32, slower and no less exact", path.name)
+            self.float_type = "f32"
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": self.float_type,
+            "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": False,  # several instances would be pinned to the same cores
+        }
+        model = core.read_model(path)
+        self.output_names = [output.any_name for output in model.outputs]
+        self._requests: dict[int, ov.InferRequest] = {}
+        for length in buckets:
+            model.reshape({tensor.any_name: [1, length] for tensor in model.inputs})
+            self._requests[length] = core.compile_model(model, "CPU", options).create_infer_request()
+
+    def infer(self, tensors: Mapping[str, NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+        """Run one window.
+
+        Args:
+            tensors: the inputs by name, each int32 of shape (1, length); length is one of the buckets.
+
+        Returns:
+            Every output in the order of ``output_names``, float32 of shape (1, length); valid until the next call.
+
+        Raises:
+            ValueError: the length is no bucket.
+        """
+        length = next(iter(tensors.values())).shape[-1]
+        request = self._requests.get(length)
+        if request is None:
+            raise ValueError(f"length {length} is none of the engine's buckets {sorted(self._requests)}")
+        request.infer(tensors, share_inputs=True, share_outputs=True)
+        return [request.get_output_tensor(n).data for n in range(len(self.output_names))]
+
+
+def engine_sha256(path: Path) -> str:
+    """SHA-256 over both files of an OpenVINO model, the ``.xml`` and then its ``.bin``, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in (path, path.with_suffix(".bin")):
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class TritonPythonModel:
+    """What Triton's Python backend calls; one instance is one process with one engine."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load the engine that the manifest beside this file describes.
+
+        Raises:
+            RuntimeError: the engine's files are not the ones that the manifest describes.
+        """
+        import triton_python_backend_utils  # noqa: PLC0415  exists inside Triton only
+
+        self._triton: Any = triton_python_backend_utils
+        directory = Path(args["model_repository"]) / args["model_version"]
+        manifest = json.loads((directory / "manifest.json").read_text())
+        path = directory / manifest["engine_file"]
+        if engine_sha256(path) != manifest["engine_sha256"]:
+            raise RuntimeError(f"{path}: not the engine that manifest.json describes; build it again")
+        config = json.loads(args["model_config"])
+        self._inputs = [tensor["name"] for tensor in config["input"]]
+        threads = int(config["parameters"]["threads"]["string_value"])
+        if not threads:
+            instances = sum(group["count"] for group in config["instance_group"])
+            threads = max(1, len(os.sched_getaffinity(0)) // instances)
+        self._engine = Engine(path, precision=manifest["precision"], buckets=manifest["buckets"], threads=threads)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer each request on its own, so that a bad one fails alone."""
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: Any) -> Any:
+        triton = self._triton
+        try:
+            tensors = {name: triton.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
+            outputs = self._engine.infer(tensors)
+            return triton.InferenceResponse(
+                [triton.Tensor(name, array) for name, array in zip(self._engine.output_names, outputs, strict=True)]
+            )
+        except Exception as error:  # whatever it is, the next request must find a living instance
+            return triton.InferenceResponse(error=triton.TritonError(f"{type(error).__name__}: {error}"))
