@@ -154,14 +154,15 @@ class WindowMaker:
             context: any text; one window for each ``max_seq_len - question - 3 - overlap`` of its tokens.
             overlap: context tokens that neighbouring windows share.
             max_seq_len: length of a full window, this maker's own by default.
-            max_question_tokens: this maker's own by default.
+            max_question_tokens: by default this maker's own, or what a shorter ``max_seq_len`` leaves room for.
 
         Raises:
             ValueError: a text is not valid Unicode (lone surrogates), the question holds no token, or a limit is out
                 of range; the message begins with the name of the argument.
         """
         max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
-        max_question_tokens = self.max_question_tokens if max_question_tokens is None else max_question_tokens
+        if max_question_tokens is None:
+            max_question_tokens = min(self.max_question_tokens, max_seq_len - SPECIAL_TOKENS - 1)
         self._check_limits(max_seq_len, max_question_tokens)
         check_unicode("question", question)
         check_unicode("context", context)
@@ -208,13 +209,16 @@ class WindowMaker:
         return Window(input_ids, attention_mask, token_type_ids, len(head), first, len(piece))
 
     def _check_limits(self, max_seq_len: int, max_question_tokens: int) -> None:
+        shortest = SPECIAL_TOKENS + 2  # one token of the question and one of the context
+        if not shortest <= max_seq_len <= self.buckets[-1]:
+            raise ValueError(
+                f"max_seq_len: must be from {shortest} to {self.buckets[-1]}, the longest bucket; got {max_seq_len}"
+            )
         if not 1 <= max_question_tokens <= max_seq_len - SPECIAL_TOKENS - 1:
             raise ValueError(
                 f"max_question_tokens: must be from 1 to max_seq_len - {SPECIAL_TOKENS + 1} = "
                 f"{max_seq_len - SPECIAL_TOKENS - 1}; got {max_question_tokens}"
             )
-        if max_seq_len > self.buckets[-1]:
-            raise ValueError(f"max_seq_len: must be at most {self.buckets[-1]}, the longest bucket; got {max_seq_len}")
 
     def _special(self, token: str) -> int:
         number = self._tokenizer.token_to_id(token)

@@ -216,8 +216,9 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 def run_identity(args: argparse.Namespace, features: int, steps: int) -> str:
     """Everything that decides what a step does; a resume state of another identity is refused."""
-    names = "init batch_size learning_rate warmup dropout negatives precision seed max_seq_len overlap".split()
-    return json.dumps({name: getattr(args, name) for name in names} | {"features": features, "steps": steps})
+    names = ("init", "batch_size", "learning_rate", "warmup", "dropout", "negatives", "precision", "seed", "overlap")
+    sizes = {"max_seq_len": args.max_seq_len, "features": features, "steps": steps}
+    return json.dumps({name: getattr(args, name) for name in names} | sizes)
 
 
 def encoder_source(init: str) -> str:
