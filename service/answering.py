@@ -16,7 +16,7 @@ from bertqa.windows import SPECIAL_TOKENS, Windows, check_unicode
 from service.errors import InvalidField
 from service.metrics import Metrics
 from service.settings import Settings
-from service.triton import Engine, ModelOverloaded
+from service.triton import Engine, ModelOverloaded, ModelUnavailable
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class Answerer:
         self._in_progress = 0
 
     async def verify(self, *, deadline: float) -> None:
-        """Compare the loaded engine with the manifest, once; later calls cost nothing.
+        """Compare the loaded engine with the manifest; costs nothing from then on, until the engine has been away.
 
         Raises:
             BundleMismatch: they differ.
@@ -111,6 +111,7 @@ class Answerer:
             ModelError: the engine does not answer.
             InvalidLogits: it answers nonsense.
         """
+        self._verified = False  # a probe is the moment to notice that Triton has loaded something else
         await self.engine.check_ready(deadline=deadline)
         await self.answer_all([Question(question="Is it ready?", contexts=("It is ready.",))], deadline=deadline)
 
@@ -187,7 +188,11 @@ class Answerer:
         question, documents = tokenized.question, tokenized.documents
         started = time.perf_counter()
         windows = [window for document in documents for window in document.windows]
-        flat = iter(await self.engine.predict(windows, deadline=deadline) if windows else [])
+        try:
+            flat = iter(await self.engine.predict(windows, deadline=deadline) if windows else [])
+        except ModelUnavailable:
+            self._verified = False  # it may come back as another
+            raise
         logits = [[next(flat) for _ in document.windows] for document in documents]
         inferred = time.perf_counter()
         decoded = await off_loop(
@@ -228,7 +233,10 @@ class Answerer:
         step = (question.max_seq_len or manifest.max_seq_len) - SPECIAL_TOKENS - overlap
         step -= question.max_question_tokens or manifest.max_question_tokens
         if chars > MAX_WINDOWS * max(step, 1):
-            raise InvalidField("overlap", f"so large that {chars:,} characters could need over {MAX_WINDOWS:,} windows")
+            field = "contexts" if question.overlap is None else "overlap"
+            raise InvalidField(
+                field, f"{chars:,} characters could come to over {MAX_WINDOWS:,} windows, the most there may be"
+            )
 
 
 def _numbered(contexts: Sequence[str]) -> list[tuple[str, str]]:

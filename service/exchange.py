@@ -16,6 +16,8 @@ from service.errors import InvalidField, MalformedBody, NotJson
 T = TypeVar("T")
 
 DEADLINE_HEADER = "x-timeout-ms"
+MAX_NAMES = 64
+"""Names in one JSON object of a request; the largest that has a meaning has nine."""
 
 
 class JsonRequest(Request):
@@ -75,6 +77,8 @@ def parse_json(body: bytes) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_NAMES:  # each unknown one would be written up as an error of its own
+        raise ValueError(f"an object has more than {MAX_NAMES} names")
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:

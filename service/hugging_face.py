@@ -74,7 +74,9 @@ class HuggingFaceRequest(BaseModel):
     )
 
     inputs: Inputs | None = None
-    instances: list[Inputs] | None = Field(default=None, description="Several; the answer is `{predictions: [...]}`.")
+    instances: list[Inputs] | None = Field(
+        default=None, description="Several; the answer is `{predictions: [...]}`.", fail_fast=True
+    )
     parameters: Parameters | None = Field(default=None, description="Without it, those of the query string count.")
     options: dict[str, Any] | None = Field(default=None, description="Of the old hosted API; has no effect here.")
 
@@ -125,6 +127,8 @@ async def question_answering(body: HuggingFaceRequest, request: Request) -> Resp
     try:
         results = await unless_gone(request, work)
     except InvalidField as error:
+        if parameters.doc_stride is None:  # then the overlap came of the length
+            error = error.renamed({"questions[0].overlap": "max_seq_len"})
         raise _renamed(error, single=body.inputs is not None) from None
     answers = [to_answer(result, parameters) for result in results]
     content = answers[0] if body.inputs is not None else {"predictions": answers}

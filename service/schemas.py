@@ -62,6 +62,7 @@ class AnswerRequest(BaseModel):
         default=None,
         description="Several texts, ranked together: by default at most 64, together at most 200,000 characters.",
         min_length=1,
+        fail_fast=True,
     )
     top_k: int = Field(default=1, description="How many distinct spans are wanted.", ge=1, le=MAX_TOP_K)
     max_answer_tokens: int = Field(
@@ -101,7 +102,7 @@ class AnswersRequest(BaseModel):
 
     model_config = _example({"questions": [_ASKED, {**_ASKED, "question": "Where was it made?", "top_k": 2}]})
 
-    questions: list[AnswerRequest] = Field(description="By default at most 64.", min_length=1)
+    questions: list[AnswerRequest] = Field(description="By default at most 64.", min_length=1, fail_fast=True)
 
 
 class AnswerItem(BaseModel):
@@ -197,7 +198,7 @@ class Info(BaseModel):
     model: str
     version: int = Field(description="Version of the model in Triton's repository.")
     manifest: dict[str, Any] = Field(description="What the engine was built from and measured at.")
-    limits: dict[str, float]
+    limits: dict[str, int | float]
     versions: dict[str, str]
 
 

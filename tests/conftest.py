@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -97,7 +100,7 @@ class FakeEngine:
     @staticmethod
     def logits(window: Window) -> Logits:
         """Null is 0; the marked span is 16; any other span is below null, earlier and shorter ones being better."""
-        slope = -4 - np.arange(window.length, dtype=np.float32)[None] / 64
+        slope = np.linspace(-4, -5, window.length, dtype=np.float32)[None]
         start, end = slope.copy(), slope.copy()
         start[0, 0] = end[0, 0] = 0
         ids = window.input_ids[0].tolist()
@@ -161,4 +164,25 @@ def url(make_app: Callable[..., FastAPI]) -> Iterator[str]:
 @pytest.fixture
 def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+        yield http
+
+
+@pytest.fixture(scope="session")
+def javascript_packages() -> Path:
+    """The folder with the npm packages of the tests, installed as its lock file says."""
+    folder = Path(__file__).parent / "javascript"
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.fail("node and npm are needed: apt-get install nodejs npm")
+    lock, installed = folder / "package-lock.json", folder / "node_modules" / ".package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+        done = subprocess.run(["npm", "ci"], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_client(bundle: Bundle) -> Iterator[httpx.Client]:
+    """A client of one server for all tests that leave its engine as it is."""
+    app = create_app(Settings(), engine=FakeEngine(bundle.manifest.identity), bundle=bundle)
+    with serving(app) as base_url, httpx.Client(base_url=base_url, timeout=30, trust_env=False) as http:
         yield http
