@@ -1,0 +1,66 @@
+# `make serve` and `make test` each set up everything they need first; a second call starts at once.
+PYTHON ?= python3
+VENV ?= .venv
+# Where torch comes from, if not from the default index: https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CHECKPOINT ?= checkpoints/minilm-l6-squad
+SQUAD ?= data/squad
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint bench train-env finetune constraints clean
+
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(VENV)/serve.stamp  ## Build the engine if there is none, start Triton and the service (ARGS="--port 8080")
+	$(BIN)/bertqa serve --checkpoint $(CHECKPOINT) $(ARGS)
+
+test: $(VENV)/test.stamp  ## Run all tests: real Triton, two Horovod processes, a real browser (ARGS="-k page")
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/test.stamp  ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/test.stamp  ## Compare CPU runtimes and measure the service's own cost; prints tables
+	$(BIN)/python -m engine_builder.compare_runtimes --checkpoint $(CHECKPOINT) --data $(CHECKPOINT)/gate.json
+	$(BIN)/python -m loadtest.measure_frontend
+
+train-env: $(VENV)/train.stamp  ## Install torch and build Horovod (Gloo, no Docker)
+
+finetune: $(VENV)/train.stamp  ## Train the shipped checkpoint again, from SQuAD files in $(SQUAD)
+	$(BIN)/horovodrun -np 2 --gloo $(BIN)/python -m training.finetune_squad \
+		--train $(SQUAD)/train-v1.1.json --output runs/minilm-l6-squad $(ARGS)
+
+constraints:  ## Resolve all dependencies again, for every supported Python (needs uv)
+	uv pip compile --quiet --universal --python-version 3.10 --all-extras --group dev --group horovod-build \
+		--no-annotate --no-header pyproject.toml --output-file constraints.new
+	{ sed '/^nvidia-pytriton/q' constraints.txt; cat constraints.new; } > constraints.tmp
+	mv constraints.tmp constraints.txt && rm constraints.new
+
+clean:  ## Remove the environment and everything generated
+	rm -rf $(VENV) logs runs model_repository/bert_qa tests/javascript/node_modules
+
+$(VENV)/serve.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bertqa needs Python 3.10 or newer: make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) --editable '.[service,builder]'
+	$(PIP) --no-deps nvidia-pytriton
+	@touch $@
+
+$(VENV)/train.stamp: $(VENV)/serve.stamp training/install_horovod.sh
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --group horovod-build --editable '.[training]'
+	training/install_horovod.sh $(VENV)
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json tests/install_browser.sh
+	$(PIP) --group dev --editable '.[loadtest]'
+	tests/install_browser.sh
+	npm ci --prefix tests/javascript --silent --no-audit --no-fund
+	@touch $@
