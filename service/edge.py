@@ -78,7 +78,8 @@ class Edge:
         finally:
             self.metrics.in_flight.dec()
             route = scope.get("route")
-            seconds = time.perf_counter() - started if scope["method"] == "POST" and route is not None else None
+            asked = scope["method"] == "POST" and (status == 200 or status >= 500)  # the engine, most likely
+            seconds = time.perf_counter() - started if asked else None
             name = getattr(route, "path", None) or ("/static" if scope["path"].startswith("/static/") else "unmatched")
             self.metrics.requested(name, status, scope.get("error_type"), seconds)
 

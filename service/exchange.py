@@ -16,6 +16,17 @@ from service.errors import InvalidField, MalformedBody, NotJson
 T = TypeVar("T")
 
 DEADLINE_HEADER = "x-timeout-ms"
+DEADLINE_PARAMETER = {
+    "parameters": [
+        {
+            "in": "header",
+            "name": DEADLINE_HEADER,
+            "schema": {"type": "integer", "minimum": 1},
+            "description": "Milliseconds allowed for the answer, where less than the service allows by itself.",
+        }
+    ]
+}
+"""How OpenAPI writes the header; read by `deadline_of`, for a declared parameter would cost every request."""
 MAX_NAMES = 64
 """Names in one JSON object of a request; the largest that has a meaning has nine."""
 

@@ -5,7 +5,7 @@ of them depends on the model's name, because old code keeps sending the name tha
 """
 
 import json
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +16,7 @@ from bertqa.manifest import Manifest
 from bertqa.windows import SPECIAL_TOKENS
 from service.answering import Question, Result
 from service.errors import InvalidField, first_problem
-from service.exchange import JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
+from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, PROBLEMS
 
 MAX_ANSWER_LEN = 15
@@ -100,17 +100,19 @@ class Predictions(BaseModel):
     predictions: list[Span | list[Span]]
 
 
+Reply: TypeAlias = Span | list[Span] | Predictions
+
 router = APIRouter(route_class=JsonRoute, tags=["Hugging Face compatible"])
 
 
 @router.post("/models/{model_id:path}/pipeline/question-answering", include_in_schema=False)
-@router.post("/models/{model_id:path}", response_model=Span | list[Span] | Predictions, responses=PROBLEMS)
+@router.post("/models/{model_id:path}", response_model=Reply, responses=PROBLEMS, openapi_extra=DEADLINE_PARAMETER)
 async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, request: Request) -> Response:
     """The same under a model's name; any name will do, the one model here answers."""
     return await question_answering(body, request)
 
 
-@router.post("/", response_model=Span | list[Span] | Predictions, responses=PROBLEMS)
+@router.post("/", response_model=Reply, responses=PROBLEMS, openapi_extra=DEADLINE_PARAMETER)
 @router.post("/predict", include_in_schema=False)
 @router.post("/predict/", include_in_schema=False)
 async def question_answering(body: HuggingFaceRequest, request: Request) -> Response:

@@ -13,7 +13,7 @@ from bertqa.manifest import Manifest
 from bertqa.spans import best_of_each_window
 from service.answering import Question, Result, off_loop
 from service.errors import InvalidField
-from service.exchange import JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
+from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
 from service.schemas import (
     PROBLEMS,
     AnswerItem,
@@ -29,12 +29,9 @@ from service.schemas import (
 router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["Questions"])
 
 
-@router.post("/answer", response_model=AnswerResponse, responses=PROBLEMS)
+@router.post("/answer", response_model=AnswerResponse, responses=PROBLEMS, openapi_extra=DEADLINE_PARAMETER)
 async def answer(query: AnswerRequest, request: Request) -> Response:
-    """Find the answer to a question in a text, or the best over several texts.
-
-    The header `x-timeout-ms` shortens the time allowed.
-    """
+    """Find the answer to a question in a text, or the best over several texts."""
     started = time.perf_counter()
     answerer = answerer_of(request)
     deadline = deadline_of(request, answerer.settings.deadline_s)
@@ -47,7 +44,7 @@ async def answer(query: AnswerRequest, request: Request) -> Response:
     return _json(response, [result])
 
 
-@router.post("/answers", response_model=AnswersResponse, responses=PROBLEMS)
+@router.post("/answers", response_model=AnswersResponse, responses=PROBLEMS, openapi_extra=DEADLINE_PARAMETER)
 async def answers(query: AnswersRequest, request: Request) -> Response:
     """Answer several questions side by side; all must be valid, and one that fails fails the call."""
     started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -405,10 +406,22 @@ def test_info_metrics_and_documentation(client: httpx.Client, bundle: Bundle) ->
     answer = document["paths"]["/v1/answer"]["post"]
     assert {"200", "400", "413", "415", "422", "503", "504"} <= answer["responses"].keys()
     assert answer["responses"]["422"]["content"]["application/json"]["example"]["field"] == "top_k"
+    assert "x-timeout-ms" in [parameter["name"] for parameter in answer["parameters"]]
+    model = document["paths"]["/models/{model_id}"]["post"]
+    assert [parameter["name"] for parameter in model["parameters"]] == ["model_id", "x-timeout-ms"]
     examples = document["components"]["schemas"]["AnswerRequest"]["examples"]
     for example in examples:
         assert client.post("/v1/answer", json=example).status_code == 200
     assert "content-security-policy" not in client.get("/docs").headers
+
+
+def test_the_page_and_its_files(shared_client: httpx.Client) -> None:
+    page = shared_client.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert shared_client.head("/").status_code == 200
+    for path in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text):
+        assert shared_client.get(path).status_code == 200, path
+    assert "http://" not in page.text.replace("http://www.w3.org/", "")
 
 
 def test_every_response_is_hardened(shared_client: httpx.Client) -> None:
