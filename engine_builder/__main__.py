@@ -17,7 +17,6 @@ from datetime import datetime, timezone
 from importlib.metadata import version as version_of
 from pathlib import Path
 
-import numpy as np
 import onnx
 from tqdm import tqdm
 
@@ -211,9 +210,7 @@ def load_engine(path: Path, precision: Precision, buckets: Sequence[int], thread
     )
 
     def predict(window: Window) -> Logits:
-        start, end = (
-            np.array(logits) for logits in engine.infer(window.tensors())
-        )  # copied: the next call reuses them
+        start, end = engine.infer(window.tensors())
         return start, end
 
     return predict

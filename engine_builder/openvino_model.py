@@ -4,6 +4,7 @@ Imports nothing of this project, because Triton runs it alone: numpy, OpenVINO, 
 ``triton_python_backend_utils``. The builder measures the engine through the same `Engine`.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+_TAKEN_OVER = ctypes.c_char_p(b"used_dltensor")
 _log = logging.getLogger("bert_qa")
 
 
@@ -52,14 +54,14 @@ class Engine:
             model.reshape({tensor.any_name: [1, length] for tensor in model.inputs})
             self._requests[length] = core.compile_model(model, "CPU", options).create_infer_request()
 
-    def infer(self, tensors: Mapping[str, NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+    def infer(self, tensors: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
         """Run one window.
 
         Args:
             tensors: the inputs by name, each int32 of shape (1, length); length is one of the buckets.
 
         Returns:
-            Every output in the order of ``output_names``, float32 of shape (1, length); valid until the next call.
+            Every output in the order of ``output_names``, float32 of shape (1, length).
 
         Raises:
             ValueError: the length is no bucket.
@@ -69,7 +71,8 @@ class Engine:
         if request is None:
             raise ValueError(f"length {length} is none of the engine's buckets {sorted(self._requests)}")
         request.infer(tensors, share_inputs=True, share_outputs=True)
-        return [request.get_output_tensor(n).data for n in range(len(self.output_names))]
+        # copied, because the next call of this length writes into the same memory
+        return [np.array(request.get_output_tensor(n).data) for n in range(len(self.output_names))]
 
 
 def engine_sha256(path: Path) -> str:
@@ -114,10 +117,20 @@ class TritonPythonModel:
     def _respond(self, request: Any) -> Any:
         triton = self._triton
         try:
-            tensors = {name: triton.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
-            outputs = self._engine.infer(tensors)
+            # In and out through DLPack: Triton's own conversions were compiled for NumPy 1, and with NumPy 2 they read
+            # zeros and send empty tensors.
+            inputs = {name: np.from_dlpack(triton.get_input_tensor_by_name(request, name)) for name in self._inputs}
+            outputs = self._engine.infer(inputs)
             return triton.InferenceResponse(
-                [triton.Tensor(name, array) for name, array in zip(self._engine.output_names, outputs, strict=True)]
+                [self._tensor(name, array) for name, array in zip(self._engine.output_names, outputs, strict=True)]
             )
         except Exception as error:  # whatever it is, the next request must find a living instance
             return triton.InferenceResponse(error=triton.TritonError(f"{type(error).__name__}: {error}"))
+
+    def _tensor(self, name: str, array: NDArray[np.float32]) -> Any:
+        capsule = array.__dlpack__()
+        tensor = self._triton.Tensor.from_dlpack(name, capsule)
+        # Triton marks a capsule that it took over with a name of its own, and NumPy, which knows only the one of the
+        # DLPack standard, would report an error on the log for every tensor.
+        ctypes.pythonapi.PyCapsule_SetName(ctypes.py_object(capsule), _TAKEN_OVER)
+        return tensor
