@@ -144,6 +144,7 @@ def open_bundle(repository: Path, version: int | None = None) -> Bundle:
         directory,
         max_seq_len=manifest.max_seq_len,
         max_question_tokens=manifest.max_question_tokens,
+        overlap=manifest.overlap,
         buckets=manifest.buckets,
     )
     if maker.vocabulary_size > manifest.vocabulary_size:

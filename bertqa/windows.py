@@ -85,6 +85,7 @@ class WindowMaker:
         *,
         max_seq_len: int = MAX_SEQ_LEN,
         max_question_tokens: int = MAX_QUESTION_TOKENS,
+        overlap: int = OVERLAP,
         buckets: Sequence[int] = BUCKETS,
     ) -> None:
         """Bind a tokenizer and the limits, in tokens.
@@ -97,6 +98,7 @@ class WindowMaker:
             raise ValueError(f"buckets must be positive lengths, not {tuple(buckets)}")
         self.max_seq_len = max_seq_len
         self.max_question_tokens = max_question_tokens
+        self.overlap = overlap
         self._check_limits(max_seq_len, max_question_tokens)
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
@@ -110,6 +112,7 @@ class WindowMaker:
         *,
         max_seq_len: int = MAX_SEQ_LEN,
         max_question_tokens: int = MAX_QUESTION_TOKENS,
+        overlap: int = OVERLAP,
         buckets: Sequence[int] = BUCKETS,
     ) -> "WindowMaker":
         """Load ``tokenizer.json`` of a checkpoint directory; limits as in the constructor.
@@ -122,7 +125,13 @@ class WindowMaker:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the binding raises bare Exception for every cause
             raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
-        return cls(tokenizer, max_seq_len=max_seq_len, max_question_tokens=max_question_tokens, buckets=buckets)
+        return cls(
+            tokenizer,
+            max_seq_len=max_seq_len,
+            max_question_tokens=max_question_tokens,
+            overlap=overlap,
+            buckets=buckets,
+        )
 
     @property
     def vocabulary_size(self) -> int:
@@ -143,7 +152,7 @@ class WindowMaker:
         question: str,
         context: str,
         *,
-        overlap: int = OVERLAP,
+        overlap: int | None = None,
         max_seq_len: int | None = None,
         max_question_tokens: int | None = None,
     ) -> Windows:
@@ -152,7 +161,8 @@ class WindowMaker:
         Args:
             question: kept up to ``max_question_tokens`` tokens; a cut is reported, not hidden.
             context: any text; one window for each ``max_seq_len - question - 3 - overlap`` of its tokens.
-            overlap: context tokens that neighbouring windows share.
+            overlap: context tokens that neighbouring windows share; by default this maker's own, or half of a window's
+                context where the window is too short for that.
             max_seq_len: length of a full window, this maker's own by default.
             max_question_tokens: by default this maker's own, or what a shorter ``max_seq_len`` leaves room for.
 
@@ -174,6 +184,8 @@ class WindowMaker:
         kept = question_ids[:max_question_tokens]
         head = np.array([self._cls, *kept, self._sep], dtype=np.int32)
         room = max_seq_len - len(head) - 1
+        if overlap is None:
+            overlap = min(self.overlap, room // 2)
         if not 0 <= overlap < room:
             raise ValueError(
                 f"overlap: must be from 0 to {room - 1}, the context tokens that a window of {max_seq_len} holds "

@@ -27,7 +27,7 @@ from transformers import BertForQuestionAnswering
 from bertqa.manifest import SETTINGS_FILE, TOKENIZER_FILE, Settings
 from bertqa.spans import Decoded, Logits
 from bertqa.squad import Example, answer_all, as_squad, f1, read_squad, score
-from bertqa.windows import MAX_SEQ_LEN, OVERLAP, Window, WindowMaker
+from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, Window, WindowMaker
 from training.checkpoints import load_state, save_json, save_state, save_tensors
 from training.distributed import Workers, start_workers
 from training.squad_features import (
@@ -59,6 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and its resume state")
     parser.add_argument("--dropout", type=float, default=0.1, help="of embeddings, layers and attention")
     parser.add_argument("--max-seq-len", type=int, default=MAX_SEQ_LEN, help="tokens of a full window")
+    parser.add_argument("--max-question-tokens", type=int, default=MAX_QUESTION_TOKENS, help="longer ones are cut")
     parser.add_argument("--overlap", type=int, default=OVERLAP, help="context tokens that neighbouring windows share")
     # optimization
     parser.add_argument("--epochs", type=float, default=2.0, help="passes over the windows; may be a fraction")
@@ -90,12 +91,17 @@ def main(args: argparse.Namespace) -> None:
     source = encoder_source(args.init)
     model = load_model(source, args.dropout)
     torch.nn.Module.to(model, device)  # transformers' own wrapper of it has lost its signature
-    maker = WindowMaker(load_tokenizer(source), max_seq_len=args.max_seq_len)
+    maker = WindowMaker(
+        load_tokenizer(source),
+        max_seq_len=args.max_seq_len,
+        max_question_tokens=args.max_question_tokens,
+        overlap=args.overlap,
+    )
     training, held_back = hold_back_articles(read_squad(args.train), args.held_back_articles)
     if args.max_questions:
         training = random.Random(args.seed).sample(training, min(args.max_questions, len(training)))
     examples = training + negatives(training, args.negatives, args.seed)
-    features = list(make_features(examples, maker, args.overlap))
+    features = list(make_features(examples, maker))
 
     state = args.output / "resume.safetensors"
     if workers.rank == 0:
@@ -142,10 +148,10 @@ def fit(
     per_epoch = len(lengths) // args.batch_size
     steps = max(round(args.epochs * per_epoch), 1)
     run = run_identity(args, len(features), steps)
+    optimizer = workers.wrap(adamw, model, args.compression)  # Horovod's is a new object with a state of its own
     # Every process reads the state: one machine, or a file system that all machines share.
-    step = load_state(state, model, adamw, run)
+    step = load_state(state, model, optimizer, run)
     workers.broadcast(model)
-    optimizer = workers.wrap(adamw, model, args.compression)
 
     model.train()
     last = min(steps, args.stop_after or steps)
@@ -158,7 +164,7 @@ def fit(
             batches = epoch_batches(lengths, args.batch_size, seed=args.seed, epoch=epoch)
         indexes = batches[step % per_epoch][workers.rank :: workers.size]
         batch = collate([features[index] for index in indexes]).to(device)
-        for group in adamw.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * schedule(step, steps, args.warmup)
         # Dropout is a function of the step and the rank, so that a resumed run draws what an uninterrupted one draws.
         torch.manual_seed((args.seed * 1_000_003 + step) * 4096 + workers.rank)
@@ -179,11 +185,11 @@ def fit(
             mean_loss = workers.mean(sum(losses) / len(losses))
             losses.clear()
             if workers.rank == 0:
-                save_state(state, step, model, adamw, run)
+                save_state(state, step, model, optimizer, run)
                 record = {
                     "step": step,
                     "loss": round(mean_loss, 4),
-                    "learning_rate": adamw.param_groups[0]["lr"],
+                    "learning_rate": optimizer.param_groups[0]["lr"],
                     "sequences_per_second": round(seen / (time.monotonic() - began), 2),
                 }
                 progress.set_postfix(loss=record["loss"])
@@ -298,8 +304,8 @@ def fit_null_threshold(answered: Sequence[tuple[Example, Decoded]]) -> tuple[flo
     order = np.argsort(margins)
     unanswerable = sum(not example.references for example, _ in answered)
     totals = unanswerable + np.concatenate([[0.0], np.cumsum(gains[order])])
-    best = int(totals.argmax())
     edges = np.concatenate([[margins[order[0]] - 1.0], margins[order], [margins[order[-1]] + 1.0]])
+    best = int(np.where(np.diff(edges) > 0, totals, -np.inf).argmax())  # no threshold lies between equal margins
     return float((edges[best] + edges[best + 1]) / 2), float(100 * totals[best] / len(answered))
 
 
@@ -308,7 +314,11 @@ def write_checkpoint(
 ) -> None:
     """Write config, fp16 weights, tokenizer and settings: a checkpoint directory."""
     settings = Settings(
-        name=args.name, max_seq_len=args.max_seq_len, overlap=args.overlap, null_threshold=round(null_threshold, 4)
+        name=args.name,
+        max_seq_len=args.max_seq_len,
+        overlap=args.overlap,
+        max_question_tokens=args.max_question_tokens,
+        null_threshold=round(null_threshold, 4),
     )
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_tensors(args.output / "model.safetensors", weights, {"format": "pt"})

@@ -77,10 +77,10 @@ def negatives(examples: Sequence[Example], share: float, seed: int) -> list[Exam
     return made
 
 
-def make_features(examples: Iterable[Example], maker: WindowMaker, overlap: int) -> Iterator[Feature]:
+def make_features(examples: Iterable[Example], maker: WindowMaker) -> Iterator[Feature]:
     """Label the windows of each question with its first reference answer."""
     for example in examples:
-        windows = maker(example.question, example.context, overlap=overlap)
+        windows = maker(example.question, example.context)
         span = None
         if example.references:
             answer = example.references[0]
