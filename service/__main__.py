@@ -13,18 +13,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bertqa.manifest import MANIFEST_FILE, MODEL_NAME
-from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, die_with_parent, end_session, free_port
+from service.embedded_triton import (
+    EmbeddedTriton,
+    TritonError,
+    TritonPorts,
+    die_with_parent,
+    end_session,
+    free_port,
+    restart_pauses,
+)
 
 PROJECT = Path(__file__).resolve().parent.parent
 DRAIN_S = 15
 """Seconds that requests in progress get when the service is told to end."""
 _READY_TIMEOUT_S = 60.0
-_MAX_PAUSE_S = 30.0  # between restarts
-_STEADY_S = 60.0  # after so long a life, a death is a first one again
 
 
 class LaunchError(RuntimeError):
@@ -147,7 +153,7 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
         "BERTQA_TRITON_URL": triton_url,
         "BERTQA_REPOSITORY": str(args.repository.resolve()),
     }
-    for first, pause in _pauses(stopping):
+    for start, pause in enumerate(restart_pauses()):
         if stopping.wait(pause):
             return
         process = subprocess.Popen(
@@ -168,19 +174,9 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
             end_session(process, DRAIN_S + 5)
         if stopping.is_set():
             return
-        if first and not ready:
+        if not start and not ready:
             raise LaunchError(f"the service ended with exit code {process.returncode}; its output is above")
         say(f"the service ended with exit code {process.returncode}; restarting")
-
-
-def _pauses(stopping: threading.Event) -> Iterator[tuple[bool, float]]:
-    """For each life of a process: whether it is the first, and the seconds to wait before."""
-    pause, first = 0.0, True
-    while not stopping.is_set():
-        began = time.monotonic()
-        yield first, pause
-        first = False
-        pause = 0.5 if not pause or time.monotonic() - began > _STEADY_S else min(2 * pause, _MAX_PAUSE_S)
 
 
 def _is_ready(host: str, port: int) -> bool:

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import site
 import socket
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,10 +35,11 @@ WHEEL = "nvidia-pytriton"
 INSTALL = f"python -m pip install --no-deps {WHEEL}==0.7.0"
 READY_TIMEOUT_S = 300.0
 """Default for the longest start: loading, and a warm-up of every bucket on a slow machine."""
-EXIT_TIMEOUT_S = 10
+EXIT_TIMEOUT_S = 5
 """Seconds that Triton gives the inferences in flight when it is told to end."""
 
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+_PORT_ATTEMPTS = 5
 _MAX_PAUSE_S = 30.0  # between restarts
 _STEADY_S = 60.0  # after so long a life, a death is a first one again
 _PR_SET_PDEATHSIG = 1
@@ -141,12 +141,11 @@ def find_triton(cache: Path) -> TritonInstallation:
     _link(backends / "python", [*python_backend.glob("*.so"), *python_backend.glob("*.py"), stub])
     _link(cache / "lib", [_libpython()])
     libraries = [cache / "lib", root.parent.parent / "nvidia_pytriton.libs", os.environ.get("LD_LIBRARY_PATH", "")]
-    packages = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
     environment = {
         "LD_LIBRARY_PATH": os.pathsep.join(str(path) for path in libraries if str(path)),
-        # The stub embeds Python: from its own place it would find neither the standard library nor this environment.
-        "PYTHONHOME": os.pathsep.join(dict.fromkeys((sys.base_prefix, sys.base_exec_prefix))),
-        "PYTHONPATH": os.pathsep.join([*packages, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        # The stub embeds Python and takes its home and packages from the python3 that comes first on PATH, virtual
+        # environments included; it ignores PYTHONHOME and PYTHONPATH.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
     }
     return TritonInstallation(binary, backends, environment)
@@ -212,7 +211,6 @@ class EmbeddedTriton:
         self._stopping = threading.Event()
         self._first = threading.Event()  # the first start has succeeded or failed
         self._failure: TritonError | None = None
-        self._ready = False
         # Unique, so that no two servers of one machine share memory.
         self._shared_memory = f"bertqa_{os.getpid()}_{id(self):x}_"
         self._thread: threading.Thread | None = None
@@ -296,22 +294,21 @@ class EmbeddedTriton:
     # Everything below runs in the supervising thread: the kernel's death signal belongs to the thread that forked.
 
     def _supervise(self, installation: TritonInstallation) -> None:
-        pause = 0.0
+        death: _Death | None = None
         try:
-            while not self._stopping.wait(pause):
-                began = time.monotonic()
-                error = self._live_once(installation)
+            for start, pause in enumerate(restart_pauses()):
+                if death and self._first.is_set():
+                    self._say(f"{death.reason}; restarting in {pause:.1f} s")
+                if self._stopping.wait(pause):
+                    return
+                death = self._live_once(installation)
                 if self._stopping.is_set():
                     return
                 if not self._first.is_set():
-                    if error.port_taken and time.monotonic() - began < self._ready_timeout_s:
-                        self._choose_ports()  # another process was faster
-                        continue
-                    self._failure = TritonError(str(error))
-                    return
-                lived = time.monotonic() - began
-                pause = 0.5 if lived > _STEADY_S or not pause else min(pause * 2, _MAX_PAUSE_S)
-                self._say(f"{error}; restarting in {pause:.1f} s")
+                    if not death.port_taken or start == _PORT_ATTEMPTS:
+                        self._failure = TritonError(death.reason)
+                        return
+                    self._choose_ports()  # another process was faster
         except Exception as error:  # a bug here must not leave `start` waiting
             log.exception("supervision of Triton failed")
             self._failure = TritonError(f"supervision of Triton failed: {error!r}")
@@ -329,11 +326,11 @@ class EmbeddedTriton:
         reader = threading.Thread(target=self._read_log, args=(process,), name="triton-log", daemon=True)
         reader.start()
         try:
-            ready, said = False, began
+            ready, said, stubs, patience_s = False, began, frozenset[int](), EXIT_TIMEOUT_S + 5.0
             while process.poll() is None and not self._stopping.is_set():
                 now = time.monotonic()
                 if not ready and self._is_ready():
-                    ready = True
+                    ready, stubs = True, living_children(process.pid)
                     self._say(f"model {self._model} is ready after {now - began:.1f} s (gRPC {self.url})")
                     self._first.set()
                 elif not ready and now - began > self._ready_timeout_s:
@@ -341,9 +338,13 @@ class EmbeddedTriton:
                 elif not ready and now - said > 5:
                     said = now
                     self._say(f"loading {self._model}, {now - began:.0f} s so far")
+                elif ready and not all(map(_is_living, stubs)) and len(living_children(process.pid)) < len(stubs):
+                    # Triton 2.51 goes on without it, ready by its own account, and fails every request.
+                    patience_s = 0
+                    return _Death(f"a process of model {self._model} died; see {self.log_file}")
                 self._stopping.wait(0.5 if ready else 0.1)
         finally:
-            end_session(process, EXIT_TIMEOUT_S + 5)
+            end_session(process, patience_s)
             reader.join(5)
             for left in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # a killed server does not tidy up
                 left.unlink(missing_ok=True)
@@ -384,7 +385,7 @@ class EmbeddedTriton:
                 line = raw.decode(errors="replace").rstrip()
                 self._tail.append(line)
                 problem = _PROBLEM.match(line)
-                if problem and not _HARMLESS.search(line):
+                if problem and not _HARMLESS.search(line) and not self._stopping.is_set():
                     self._say(_plain(problem["text"]))
 
     def _is_ready(self) -> bool:
@@ -411,20 +412,20 @@ class EmbeddedTriton:
         )
 
 
-class _Death(Exception):
+@dataclass(frozen=True, slots=True)
+class _Death:
     """Why a server's life ended."""
 
-    def __init__(self, reason: str, *, port_taken: bool = False) -> None:
-        super().__init__(reason)
-        self.port_taken = port_taken
+    reason: str
+    port_taken: bool = False
 
 
 _PROBLEM = re.compile(r"(?P<level>[WEF])\d{4} \S+ \d+ [\w./]+:\d+\] (?P<text>.*)")
 _ERROR = re.compile(r"error: |[EF]\d{4} ", re.IGNORECASE)
 # Said on every machine without a GPU, or said again in the error that ends the start.
 _HARMLESS = re.compile(
-    r"[Uu]nable to allocate pinned|failed to allocate pinned|CudaDriverHelper has not|DCGM unable to start|Failed to initialize NVML"
-    r"|Failed to create instance|failed to load"
+    r"[Uu]nable to allocate pinned|failed to allocate pinned|CudaDriverHelper has not|DCGM unable to start"
+    r"|Failed to initialize NVML|Failed to create instance|failed to load"
 )
 _LOAD_FAILED = re.compile(
     r"(?:failed to load '[^']*' version \d+|Poll failed for model directory '[^']*'): (?P<reason>.*)"
@@ -449,6 +450,16 @@ def check_repository(repository: Path, model: str = MODEL_NAME) -> None:
         raise TritonError(f"{directory}: holds no built version; {build}")
 
 
+def restart_pauses() -> Iterator[float]:
+    """Seconds to wait before each start of a process: none, then more and more; after a long life it begins anew."""
+    pause = 0.0
+    while True:
+        began = time.monotonic()
+        yield pause
+        lived = time.monotonic() - began - pause
+        pause = 0.5 if not pause or lived > _STEADY_S else min(2 * pause, _MAX_PAUSE_S)
+
+
 def die_with_parent(number: signal.Signals) -> Callable[[], None]:
     """A ``preexec_fn`` that lets the kernel send the child a signal when the thread that started it is gone."""
     parent = os.getpid()
@@ -459,6 +470,22 @@ def die_with_parent(number: signal.Signals) -> Callable[[], None]:
             os._exit(1)
 
     return prepare
+
+
+def living_children(pid: int) -> frozenset[int]:
+    """Children of a process that have not ended."""
+    found: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found.update(map(int, path.read_text().split()))
+    return frozenset(filter(_is_living, found))
+
+
+def _is_living(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def end_session(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from itertools import cycle
+from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -155,7 +155,7 @@ class TritonModel:
         self._per_request = max_in_flight_per_request
         self._turns = _Turns(max_in_flight, max_waiting)
         self._replicas = [_Replica(url) for url in urls]
-        self._next_replica = cycle(self._replicas)
+        self._calls = count()
         self._heads: dict[int, bytes] = {}
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
@@ -227,11 +227,12 @@ class TritonModel:
     async def _call(
         self, method: "Callable[[_Replica], Callable[..., Awaitable[Any]]]", request: object, deadline: float
     ) -> Any:
+        first = next(self._calls)
         for attempt in range(_RETRIES + 1):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise ModelTimeout(_PASSED)
-            replica = next(self._next_replica)
+            replica = self._replicas[(first + attempt) % len(self._replicas)]
             try:
                 return await method(replica)(request, timeout=remaining)
             except grpc.aio.AioRpcError as error:

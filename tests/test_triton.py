@@ -1,0 +1,494 @@
+"""The engine's client and the embedded server, against a real Triton with a small model that misbehaves on request."""
+
+import asyncio
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc.aio
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from bertqa.manifest import Bundle, sha256_of
+from bertqa.spans import Logits
+from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
+from service import embedded_triton, triton
+from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
+from service.triton import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable, TritonModel
+
+ROOT = Path(__file__).resolve().parent.parent
+ANY_PORTS = TritonPorts(0, 0, 0)
+T = TypeVar("T")
+
+SLEEP, NAN, SHAPE, RAISE, CRASH = range(60_001, 60_006)
+"""First token of a window that makes the model do so; the second is its argument."""
+
+MODEL = f"""
+import ctypes
+import os
+import time
+import numpy as np
+import triton_python_backend_utils as triton
+
+class TritonPythonModel:
+    def initialize(self, args):
+        if os.environ.get("TOY_MODEL_FAILS"):
+            raise FileNotFoundError("engine.bin is not there")
+
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        ids, mask, types = (
+            np.from_dlpack(triton.get_input_tensor_by_name(request, name)) for name in {INPUT_NAMES}
+        )
+        start = (ids + mask).astype(np.float32)
+        end = (types - ids).astype(np.float32)
+        match ids[0, 0]:
+            case {SLEEP}:
+                time.sleep(ids[0, 1] / 1000)
+            case {NAN}:
+                start[0, 5] = np.nan
+            case {SHAPE}:
+                end = np.ascontiguousarray(end[:, 1:])
+            case {RAISE}:
+                raise ValueError("no such bucket")
+            case {CRASH}:
+                os._exit(1)
+        pairs = zip({OUTPUT_NAMES}, (start, end))
+        return triton.InferenceResponse([self.tensor(name, value) for name, value in pairs])
+
+    def tensor(self, name, value):  # as in the engine's own model.py, which says why
+        capsule = value.__dlpack__()
+        tensor = triton.Tensor.from_dlpack(name, capsule)
+        ctypes.pythonapi.PyCapsule_SetName(ctypes.py_object(capsule), USED)
+        return tensor
+
+USED = b"used_dltensor"
+"""
+
+
+def config(identity: str) -> str:
+    inputs = ", ".join(f'{{ name: "{name}" data_type: TYPE_INT32 dims: [ -1 ] }}' for name in INPUT_NAMES)
+    outputs = ", ".join(f'{{ name: "{name}" data_type: TYPE_FP32 dims: [ -1 ] }}' for name in OUTPUT_NAMES)
+    return f"""
+        name: "bert_qa" backend: "python" max_batch_size: 1
+        input [ {inputs} ] output [ {outputs} ]
+        instance_group [ {{ count: 1 kind: KIND_CPU }} ]
+        dynamic_batching {{ default_queue_policy {{
+            timeout_action: REJECT default_timeout_microseconds: 20000000
+            allow_timeout_override: true max_queue_size: 16
+        }} }}
+        parameters {{ key: "identity" value {{ string_value: "{identity}" }} }}
+    """
+
+
+def write_repository(directory: Path, identity: str = "toy") -> Path:
+    version = directory / "bert_qa" / "1"
+    version.mkdir(parents=True)
+    (version / "model.py").write_text(MODEL)
+    (version.parent / "config.pbtxt").write_text(config(identity))
+    return directory
+
+
+def window(*first: int, length: int = 64, seed: int = 0) -> Window:
+    rows = np.random.default_rng(seed).integers(0, 30_000, (3, 1, length), dtype=np.int32)
+    rows[0, 0, : len(first)] = first
+    ids, mask, types = rows
+    return Window(ids, mask, types, 3, 0, length - 4)
+
+
+def assert_right(windows: list[Window], logits: list[Logits]) -> None:
+    assert len(windows) == len(logits)
+    for sent, (start, end) in zip(windows, logits, strict=True):
+        assert start.dtype == end.dtype == np.float32
+        np.testing.assert_array_equal(start, sent.input_ids + sent.attention_mask)
+        np.testing.assert_array_equal(end, sent.token_type_ids - sent.input_ids)
+
+
+def soon(seconds: float = 30.0) -> float:
+    return time.monotonic() + seconds
+
+
+def run(url: str, scenario: Callable[[TritonModel], Awaitable[T]], **settings: Any) -> T:
+    """Run a scenario with a client of its own, and see that it leaves no task behind."""
+
+    async def with_client() -> T:
+        model = TritonModel(url.split(","), **settings)
+        try:
+            result = await asyncio.wait_for(scenario(model), 90)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            return result
+        finally:
+            await model.close()
+
+    return asyncio.run(with_client())
+
+
+async def until_answered(model: TritonModel) -> None:
+    while True:
+        try:
+            return assert_right([window()], await model.predict([window()], deadline=soon(2)))
+        except (ModelUnavailable, ModelTimeout, ModelOverloaded):
+            await asyncio.sleep(0.1)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = soon(seconds)
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_repository(tmp_path_factory.mktemp("repository"))
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedTriton]:
+    with EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path_factory.mktemp("logs")) as started:
+        yield started
+
+
+# The client
+
+
+def test_many_windows_of_several_requests_side_by_side(server: EmbeddedTriton) -> None:
+    requests = [[window(length=length, seed=seed) for length in (64, 128, 384)] * 5 for seed in range(8)]
+
+    async def scenario(model: TritonModel) -> list[list[Logits]]:
+        return await asyncio.gather(*(model.predict(windows, deadline=soon()) for windows in requests))
+
+    for windows, logits in zip(requests, run(server.url, scenario, max_in_flight=10), strict=True):
+        assert_right(windows, logits)
+
+
+def test_no_window_needs_no_engine() -> None:
+    assert run("127.0.0.1:1", lambda model: model.predict([], deadline=soon())) == []
+
+
+def test_ready_and_parameters(server: EmbeddedTriton) -> None:
+    async def scenario(model: TritonModel) -> None:
+        await model.check_ready(deadline=soon())
+        assert await model.model_parameters(deadline=soon()) == {"identity": "toy"}
+
+    run(server.url, scenario)
+
+
+def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(server: EmbeddedTriton) -> None:
+    async def scenario(model: TritonModel) -> None:
+        slow = asyncio.create_task(model.predict([window(SLEEP, 1500)], deadline=soon()))
+        await asyncio.sleep(0.3)
+        with pytest.raises(ModelTimeout, match="before the engine answered"):
+            await model.predict([window()], deadline=soon(0.3))
+        with pytest.raises(ModelTimeout, match="deadline"):
+            await model.predict([window()] * 30, deadline=soon(0.3))
+        assert not slow.done()
+        await slow
+        with pytest.raises(ModelTimeout):
+            await model.predict([window()], deadline=soon(-1))
+        assert_right([window()], await model.predict([window()], deadline=soon()))
+
+    run(server.url, scenario)
+
+
+def test_one_window_failing_cancels_the_others(server: EmbeddedTriton) -> None:
+    async def scenario(model: TritonModel) -> None:
+        with pytest.raises(ModelBroken, match="no such bucket"):
+            await model.predict([window(RAISE), *[window(SLEEP, 100)] * 100], deadline=soon())
+        assert_right([window()], await model.predict([window()], deadline=soon()))
+
+    run(server.url, scenario)
+
+
+def test_cancelling_the_caller_gives_every_place_back(server: EmbeddedTriton) -> None:
+    async def scenario(model: TritonModel) -> None:
+        requests = [asyncio.create_task(model.predict([window(SLEEP, 200)] * 20, deadline=soon())) for _ in range(3)]
+        await asyncio.sleep(0.3)
+        for request in requests:
+            request.cancel()
+        await asyncio.wait(requests)
+        assert all(request.cancelled() for request in requests)
+        assert_right([window()] * 8, await model.predict([window()] * 8, deadline=soon()))
+
+    run(server.url, scenario, max_in_flight=4)
+
+
+def test_more_than_may_wait_is_refused_at_once(server: EmbeddedTriton) -> None:
+    async def scenario(model: TritonModel) -> None:
+        slow = asyncio.create_task(model.predict([window(SLEEP, 1000)], deadline=soon()))
+        waiting = asyncio.create_task(model.predict([window()], deadline=soon()))
+        await asyncio.sleep(0.1)
+        with pytest.raises(ModelOverloaded, match="waiting"):
+            await model.predict([window()], deadline=soon())
+        assert not slow.done()
+        await asyncio.gather(slow, waiting)
+
+    run(server.url, scenario, max_in_flight=1, max_waiting=1)
+
+
+def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
+    async def scenario(model: TritonModel) -> None:
+        with pytest.raises(ModelOverloaded, match="queue"):
+            await model.predict([window(SLEEP, 300)] * 40, deadline=soon())
+        await until_answered(model)  # Triton drops the cancelled ones when the running one has ended
+
+    run(server.url, scenario, max_in_flight_per_request=40)
+
+
+def test_nan_comes_through_for_the_decoder_to_refuse(server: EmbeddedTriton) -> None:
+    [(start, _)] = run(server.url, lambda model: model.predict([window(NAN)], deadline=soon()))
+    assert np.isnan(start[0, 5])
+
+
+def test_wrong_shape_is_broken(server: EmbeddedTriton) -> None:
+    with pytest.raises(ModelBroken, match=r"'end_logits' is FP32 \[1, 63\] in 252 bytes; FP32 \[1, 64\]"):
+        run(server.url, lambda model: model.predict([window(SHAPE)], deadline=soon()))
+
+
+def test_what_is_not_there_is_unavailable(server: EmbeddedTriton) -> None:
+    async def asked(model: TritonModel) -> None:
+        with pytest.raises(ModelUnavailable, match="bert_de"):
+            await model.check_ready(deadline=soon())
+        with pytest.raises(ModelUnavailable, match="bert_de"):
+            await model.predict([window()], deadline=soon())
+
+    async def unconnected(model: TritonModel) -> None:
+        with pytest.raises(ModelUnavailable, match=r"No connection to Triton at 127\.0\.0\.1:1"):
+            await model.predict([window()] * 3, deadline=soon())
+
+    async def closed(model: TritonModel) -> None:
+        await model.close()
+        with pytest.raises(ModelUnavailable, match="closed"):
+            await model.predict([window()], deadline=soon())
+
+    run(server.url, asked, model="bert_de")
+    run("127.0.0.1:1", unconnected)
+    run(server.url, closed)
+
+
+def test_a_dead_replica_is_passed_over(server: EmbeddedTriton) -> None:
+    windows = [window(seed=seed) for seed in range(6)]
+    assert_right(windows, run(f"127.0.0.1:1,{server.url}", lambda model: model.predict(windows, deadline=soon())))
+
+
+def test_bounds_are_checked() -> None:
+    with pytest.raises(ValueError, match="urls"):
+        TritonModel([])
+    with pytest.raises(ValueError, match="max_in_flight"):
+        TritonModel(["127.0.0.1:1"], max_in_flight=0)
+
+
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Keeps what it is sent, and at first refuses as often as it is told."""
+
+    def __init__(self, refusals: int, reply: Any) -> None:
+        self.refusals, self.reply = refusals, reply
+        self.requests: list[Any] = []
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        self.requests.append((request, context.time_remaining()))
+        if len(self.requests) <= self.refusals:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+        return self.reply
+
+
+def ask_fake(fake: FakeTriton) -> list[Logits]:
+    async def scenario() -> list[Logits]:
+        fake_server = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, fake_server)
+        port = fake_server.add_insecure_port("127.0.0.1:0")
+        await fake_server.start()
+        model = TritonModel([f"localhost:{port}"])
+        triton.request_id.set("r-17")
+        try:
+            return await model.predict([window()], deadline=soon(5))
+        finally:
+            await model.close()
+            await fake_server.stop(None)
+
+    return asyncio.run(scenario())
+
+
+def reply(*names: str) -> Any:
+    outputs = [{"name": name, "datatype": "FP32", "shape": [1, 64]} for name in names]
+    return service_pb2.ModelInferResponse(outputs=outputs, raw_output_contents=[bytes(256)] * len(names))
+
+
+def test_request_carries_id_deadline_and_raw_tensors() -> None:
+    fake = FakeTriton(2, reply(*reversed(OUTPUT_NAMES)))
+    [(start, end)] = ask_fake(fake)
+    assert start.shape == end.shape == (1, 64)
+    assert len(fake.requests) == 3  # two refusals, two more attempts
+    request, remaining = fake.requests[-1]
+    assert request.id == "r-17"
+    assert 0 < request.parameters["timeout"].int64_param <= 5_000_000
+    assert 0 < remaining <= 5
+    assert [tensor.name for tensor in request.inputs] == list(INPUT_NAMES)
+    assert list(request.raw_input_contents) == [tensor.tobytes() for tensor in window().tensors().values()]
+    assert [tensor.name for tensor in request.outputs] == list(OUTPUT_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [(reply("start_logits"), "no output 'end_logits'"), (service_pb2.ModelInferResponse(outputs=[{}]), "raw tensors")],
+)
+def test_incomplete_answer_is_broken(answer: Any, problem: str) -> None:
+    with pytest.raises(ModelBroken, match=problem):
+        ask_fake(FakeTriton(0, answer))
+
+
+def test_lost_connection_is_retried_a_few_times_only() -> None:
+    fake = FakeTriton(99, None)
+    with pytest.raises(ModelUnavailable, match="Socket closed"):
+        ask_fake(fake)
+    assert len(fake.requests) == 3
+
+
+# The embedded server
+
+
+def test_model_whose_process_dies_is_started_again(repository: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    async def scenario(model: TritonModel) -> None:
+        with pytest.raises((ModelBroken, ModelUnavailable)):
+            await model.predict([window(CRASH)], deadline=soon())
+        while not any("died; see" in line for line in said):
+            await asyncio.sleep(0.1)
+        await until_answered(model)
+
+    with EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path, report=said.append) as server:
+        run(server.url, scenario)
+
+
+def test_killed_server_is_restarted_and_two_live_side_by_side(repository: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    with (
+        EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path) as other,
+        EmbeddedTriton(repository, ports=other.ports, log_dir=tmp_path, report=said.append) as killed,
+    ):
+        assert not {killed.ports.grpc, killed.ports.http} & {other.ports.grpc, other.ports.http}
+        assert any(f"grpc port {other.ports.grpc} is taken, using {killed.ports.grpc}" in line for line in said)
+        first = killed.pid
+
+        async def scenario(model: TritonModel) -> None:
+            await model.predict([window()], deadline=soon())
+            assert first
+            os.kill(first, signal.SIGKILL)
+            while killed.pid in (None, first):
+                await asyncio.sleep(0.05)
+            await until_answered(model)  # the same client finds the new server
+
+        run(killed.url, scenario)
+        assert any("killed by SIGKILL" in line and "restarting" in line for line in said)
+        assert_right([window()], run(other.url, lambda model: model.predict([window()], deadline=soon())))
+        pids = [process for process in (killed.pid, other.pid) if process]
+    assert not any(Path(f"/proc/{process}").exists() for process in pids)
+    assert not list(Path("/dev/shm").glob(f"bertqa_{os.getpid()}_{id(killed):x}_*"))
+
+
+def test_port_taken_by_something_else(repository: Path, tmp_path: Path) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        taken = listener.getsockname()[1]
+        assert free_port("127.0.0.1", taken) > taken
+        assert free_port("127.0.0.1", taken, avoid=range(taken, taken + 5)) > taken + 4
+        with EmbeddedTriton(repository, ports=TritonPorts(taken, 0, 0), log_dir=tmp_path) as moved:
+            assert moved.ports.grpc > taken
+            assert moved.log_file.name == f"triton-{moved.ports.grpc}.log"
+
+
+def test_model_that_cannot_be_loaded_gives_the_reason(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = write_repository(tmp_path / "broken")
+    (broken / "bert_qa" / "config.pbtxt").write_text('name: "bert_qa" bakcend: "python"')
+    with pytest.raises(TritonError, match=r"could not be loaded|ended with exit code 1 \(.*bakcend"):
+        EmbeddedTriton(broken, ports=ANY_PORTS, log_dir=tmp_path).start()
+    monkeypatch.setenv("TOY_MODEL_FAILS", "1")
+    with pytest.raises(TritonError, match=r"could not be loaded: .*engine\.bin is not there.*; see .*\.log"):
+        EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path).start()
+
+
+def test_start_that_takes_too_long_is_given_up(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(TritonError, match="was not ready after 0 s"):
+        EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path, ready_timeout_s=0).start()
+
+
+def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TritonError, match=r"holds no built version; run .*engine_builder"):
+        EmbeddedTriton(tmp_path, log_dir=tmp_path).start()
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(embedded_triton, "_PYTHON", "3.7")
+    with pytest.raises(TritonError, match=r"with Python 3\.8, 3\.9, 3\.10.* this is Python 3\.7"):
+        find_triton(tmp_path / "cache")
+    monkeypatch.setattr(embedded_triton, "WHEEL", "no-such-wheel")
+    with pytest.raises(TritonError, match="pip install --no-deps"):
+        find_triton(tmp_path / "cache")
+
+
+def processes_with(text: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in entry.read_bytes().decode(errors="replace"):
+                found.append(int(entry.parent.name))
+        except OSError:  # ended in between
+            continue
+    return found
+
+
+def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    repository = write_repository(tmp_path / "repository")
+    program = (
+        "import sys, time; from pathlib import Path\n"
+        "from service.embedded_triton import EmbeddedTriton, TritonPorts\n"
+        "triton = EmbeddedTriton(Path(sys.argv[1]), ports=TritonPorts(0, 0, 0), log_dir=Path(sys.argv[2]))\n"
+        "triton.start(); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(repository), str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as launcher:
+        until(lambda: len(processes_with(str(repository))) >= 3 or launcher.poll() is not None)  # + server and stub
+        launcher.kill()
+    until(lambda: not processes_with(str(repository)))
+
+
+def test_launcher_serves_and_ends_in_order(bundle: Bundle, tmp_path: Path) -> None:
+    directory = tmp_path / "model_repository" / "bert_qa" / "1"
+    version = write_repository(tmp_path / "model_repository", bundle.manifest.identity) / "bert_qa" / "1"
+    (version / "tokenizer.json").write_text(bundle.maker.tokenizer_json())
+    manifest = replace(bundle.manifest, tokenizer_sha256=sha256_of(version / "tokenizer.json"))
+    manifest.write(version / "manifest.json")
+    command = [sys.executable, "-m", "service", "--port=0", "--triton-grpc-port=0", f"--log-dir={tmp_path}"]
+    with subprocess.Popen(
+        [*command, f"--repository={directory.parent.parent}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        try:
+            assert launcher.stderr
+            lines: list[str] = []
+            for line in launcher.stderr:
+                lines.append(line)
+                if "ready at http://" in line:
+                    break
+            assert "ready at http://127.0.0.1:" in "".join(lines[-1:]), lines
+            connection = http.client.HTTPConnection("127.0.0.1", int(lines[-1].rpartition(":")[2]), timeout=30)
+            with closing(connection):
+                connection.request("GET", "/health/ready")
+                assert connection.getresponse().status == 200
+            launcher.send_signal(signal.SIGINT)
+            assert launcher.wait(60) == 0
+        finally:
+            launcher.kill()
+    until(lambda: not processes_with(str(tmp_path)))
