@@ -4,54 +4,18 @@ python -m engine_builder --checkpoint checkpoints/minilm-l6-squad --target cpu
 """
 
 import argparse
-import os
-import platform
-import shutil
 import signal
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version as version_of
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-import onnx
-from tqdm import tqdm
-
-from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, TOKENIZER_FILE, BundleMismatch, Manifest, Settings, sha256_of
-from bertqa.spans import Logits
-from bertqa.squad import Example, MalformedSquad, Predict, read_squad
-from bertqa.windows import BUCKETS, Window, WindowMaker
-from engine_builder import openvino_model
-from engine_builder.bert_onnx import build_graph
-from engine_builder.checkpoint import (
-    CALIBRATION_FILE,
-    CONFIG_FILE,
-    GATE_FILE,
-    WEIGHTS_FILE,
-    BertConfig,
-    InvalidCheckpoint,
-    find_checkpoint,
-    read_weights,
-)
-from engine_builder.gate import GateFailed, Measured, check_f1, check_tokenizer, load_onnx, measure
-from engine_builder.openvino_build import (
-    CALIBRATION_WINDOWS,
-    DEFAULT_PRECISION,
-    PRECISIONS,
-    Precision,
-    build_engine,
-    supported_precision,
-)
-from engine_builder.triton_config import triton_config
-
-ENGINE_FILE = "engine.xml"
-
-
-class BuildRefused(Exception):
-    """The arguments or the state of the repository do not allow the build; the message names the flag."""
+from bertqa.manifest import BundleMismatch, Target
+from bertqa.squad import MalformedSquad
+from engine_builder.build import BuildOptions, BuildRefused, build
+from engine_builder.checkpoint import CALIBRATION_FILE, GATE_FILE, InvalidCheckpoint
+from engine_builder.gate import GateFailed
+from engine_builder.openvino_build import DEFAULT_PRECISION, PRECISIONS
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,7 +24,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m engine_builder", description="Build, measure and publish an engine for Triton."
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="BERT for question answering")
-    parser.add_argument("--target", required=True, choices=("cpu", "tensorrt"), help="what the engine runs on")
+    parser.add_argument("--target", required=True, choices=get_args(Target), help="what the engine runs on")
     parser.add_argument("--precision", choices=PRECISIONS, default=DEFAULT_PRECISION, help="default: %(default)s")
     # where it goes
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
@@ -90,199 +54,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> Manifest:
-    """Build and publish; a refused build leaves the repository as it was.
-
-    Raises:
-        BuildRefused, InvalidCheckpoint, BundleMismatch, MalformedSquad, GateFailed: nothing was published.
-    """
-    if args.target == "tensorrt":
-        raise BuildRefused("--target tensorrt: this release has no TensorRT builder yet; --target cpu works")
-    started = time.monotonic()
-    checkpoint = find_checkpoint(args.checkpoint)
-    settings = Settings.of_checkpoint(checkpoint)
-    config = BertConfig.read(checkpoint / CONFIG_FILE)
-    maker = window_maker(checkpoint, settings, config)
-    gate_file = _data_file(args.gate_data, checkpoint / GATE_FILE, "--gate-data")
-    gate = read_squad(gate_file)
-    if not gate:
-        raise BuildRefused(f"--gate-data: {gate_file} holds no question")
-    check_tokenizer(maker, gate)
-    precision = supported_precision(args.precision)
-    if precision != args.precision:
-        _say(f"this CPU has no {args.precision}; building {precision} instead")
-    calibration: list[Window] = []
-    if precision == "int8":
-        file = _data_file(args.calibration_data, checkpoint / CALIBRATION_FILE, "--calibration-data")
-        calibration = calibration_windows(read_squad(file), maker)
-        if not calibration:
-            raise BuildRefused(f"--calibration-data: {file} holds no question over a text")
-
-    with _building(args.repository / MODEL_NAME) as directory:
-        onnx_file = directory / "model.onnx"
-        with tqdm(total=3, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]") as steps:
-            steps.set_description("exporting the graph")
-            onnx.save(build_graph(config, read_weights(checkpoint, config)), onnx_file)
-            steps.update()
-            steps.set_description(f"building the {precision} engine")
-            build_engine(onnx_file, directory / ENGINE_FILE, precision, calibration)
-            steps.update()
-            steps.set_description("compiling it")
-            engine = load_engine(directory / ENGINE_FILE, precision, maker.buckets, args.threads)
-            steps.update()
-        measured = measure(gate, maker, engine, load_onnx(onnx_file, threads=args.threads))
-        check_f1(measured, args.max_f1_loss)
-        onnx_file.unlink()
-        shutil.copy(checkpoint / TOKENIZER_FILE, directory)
-        shutil.copy(openvino_model.__file__, directory / "model.py")
-        manifest = Manifest(
-            name=settings.name,
-            target="cpu",
-            precision=precision,
-            engine_file=ENGINE_FILE,
-            engine_sha256=openvino_model.engine_sha256(directory / ENGINE_FILE),
-            tokenizer_sha256=sha256_of(directory / TOKENIZER_FILE),
-            checkpoint_sha256=sha256_of(checkpoint / WEIGHTS_FILE),
-            vocabulary_size=config.vocab_size,
-            max_seq_len=settings.max_seq_len,
-            overlap=settings.overlap,
-            max_question_tokens=settings.max_question_tokens,
-            null_threshold=settings.null_threshold,
-            exact_match=round(measured.engine.exact_match, 3),
-            f1=round(measured.engine.f1, 3),
-            reference_f1=round(measured.reference.f1, 3),
-            gate_questions=len(gate),
-            gate_data=f"{gate_file.name} {sha256_of(gate_file)}",
-            runtime={"python": platform.python_version()}
-            | {name: version_of(name) for name in ("openvino", "onnxruntime", "onnx", "nncf")},
-            built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            buckets=maker.buckets,
-        )
-        manifest.write(directory / MANIFEST_FILE)
-        published = publish(directory, manifest, args.version, instances=args.instances, threads=args.threads)
-    _summary(published, manifest, measured, time.monotonic() - started)
-    return manifest
-
-
-def window_maker(checkpoint: Path, settings: Settings, config: BertConfig) -> WindowMaker:
-    """The checkpoint's tokenizer with its limits, checked against the weights.
-
-    Raises:
-        InvalidCheckpoint: the tokenizer is missing or has more tokens than the model, or a window is too long for it.
-    """
-    longest = config.max_position_embeddings
-    if settings.max_seq_len > longest:
-        raise InvalidCheckpoint(
-            f"{checkpoint}: max_seq_len of bertqa.json is {settings.max_seq_len}, but max_position_embeddings of "
-            f"{CONFIG_FILE} is {longest}"
-        )
-    buckets = [length for length in BUCKETS if length <= longest]
-    if not buckets or buckets[-1] < settings.max_seq_len:
-        buckets.append(longest)
+def main(args: argparse.Namespace) -> None:
+    """Build; exits with the reason where it is refused."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped build cleans up
     try:
-        maker = WindowMaker.from_directory(
-            checkpoint,
-            max_seq_len=settings.max_seq_len,
-            max_question_tokens=settings.max_question_tokens,
-            buckets=buckets,
-        )
-    except ValueError as error:
-        raise InvalidCheckpoint(str(error)) from error
-    if maker.vocabulary_size > config.vocab_size:
-        raise InvalidCheckpoint(
-            f"{checkpoint / TOKENIZER_FILE}: has {maker.vocabulary_size} tokens, but vocab_size of {CONFIG_FILE} is "
-            f"{config.vocab_size}; it belongs to another checkpoint"
-        )
-    return maker
-
-
-def calibration_windows(examples: Sequence[Example], maker: WindowMaker) -> list[Window]:
-    """Up to `CALIBRATION_WINDOWS` windows, spread evenly over the questions."""
-    chosen = examples[:: max(1, len(examples) // CALIBRATION_WINDOWS)]
-    windows = [window for example in chosen for window in maker(example.question, example.context).windows[:1]]
-    return windows[:CALIBRATION_WINDOWS]
-
-
-def load_engine(path: Path, precision: Precision, buckets: Sequence[int], threads: int) -> Predict:
-    """The engine as Triton will run it."""
-    engine = openvino_model.Engine(
-        path, precision=precision, buckets=buckets, threads=threads or len(os.sched_getaffinity(0))
-    )
-
-    def predict(window: Window) -> Logits:
-        start, end = engine.infer(window.tensors())
-        return start, end
-
-    return predict
-
-
-def publish(directory: Path, manifest: Manifest, version: int | None, *, instances: int, threads: int) -> Path:
-    """Rename a built directory to a version beside it, then write ``config.pbtxt``, which makes it servable.
-
-    The version before stays on disk; older ones are removed.
-
-    Raises:
-        BuildRefused: the version exists, or a later one does, which Triton would go on serving.
-    """
-    model = directory.parent
-    versions = sorted(int(entry.name) for entry in model.iterdir() if entry.name.isdecimal())
-    latest = versions[-1] if versions else 0
-    if version is None:
-        version = latest + 1
-    elif version <= latest:
-        raise BuildRefused(f"--version {version}: {model} already has version {latest}, and Triton serves the highest")
-    target = model / str(version)
-    directory.chmod(0o755)  # a temporary directory is private, and Triton may run as another user
-    directory.rename(target)
-    config = model / ".config.pbtxt"
-    config.write_text(triton_config(manifest, instances=instances, threads=threads))
-    config.replace(model / "config.pbtxt")
-    for old in versions[:-1]:
-        shutil.rmtree(model / str(old))
-    return target
-
-
-@contextmanager
-def _building(model: Path) -> Iterator[Path]:
-    """A directory on the repository's own file system, gone in the end unless it was renamed."""
-    created = [parent for parent in (model, *model.parents) if not parent.exists()]
-    model.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=".building-", dir=model))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        for parent in created:  # innermost first
-            if not any(parent.iterdir()):
-                parent.rmdir()
-
-
-def _data_file(given: Path | None, default: Path, flag: str) -> Path:
-    path = given or default
-    if not path.is_file():
-        raise BuildRefused(
-            f"{flag}: {given} is no file" if given else f"{flag}: needed, because the checkpoint has no {default.name}"
-        )
-    return path
-
-
-def _summary(published: Path, manifest: Manifest, measured: Measured, seconds: float) -> None:
-    _say(
-        f"{published}: {manifest.identity}\n"
-        f"  F1 {manifest.f1:.2f} (float32 {manifest.reference_f1:.2f}), EM {manifest.exact_match:.2f}, "
-        f"on {manifest.gate_questions} questions\n"
-        f"  same span as float32 for {measured.same_spans:.1%}, largest logit error {measured.max_logit_error:.3f}\n"
-        f"  {sum(file.stat().st_size for file in published.iterdir()) / 1e6:.0f} MB, built in {seconds:.0f} s"
-    )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+        build(BuildOptions(**vars(args)))
+    except (BuildRefused, InvalidCheckpoint, BundleMismatch, MalformedSquad, GateFailed) as error:
+        sys.exit(f"engine_builder: {error}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped build cleans up
-    try:
-        main(parse_args())
-    except (BuildRefused, InvalidCheckpoint, BundleMismatch, MalformedSquad, GateFailed) as error:
-        sys.exit(f"engine_builder: {error}")
+    main(parse_args())

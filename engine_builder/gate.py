@@ -32,16 +32,17 @@ class Measured:
     max_logit_error: float  # over all tokens of all windows; padding not counted
 
 
-def load_onnx(path: Path, *, threads: int = 0) -> Predict:
-    """The float32 reference: the plain graph in ONNX Runtime.
+def load_onnx(path: Path, *, threads: int = 0, spinning: bool = False) -> Predict:
+    """A graph in ONNX Runtime; the plain one is the float32 reference.
 
     Args:
         path: of the ONNX file.
         threads: cores; 0 is all.
+        spinning: let idle threads wait busily, which is faster where nothing else runs.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a busy machine stays usable
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def predict(window: Window) -> Logits:
