@@ -207,10 +207,11 @@ def test_logits_of_another_shape_are_an_error() -> None:
         decode([windows], [[(short, short)]])
 
 
-@pytest.mark.parametrize("argument", ["top_k", "max_answer_tokens"])
-def test_limits_below_one_are_refused(argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument}: must be at least 1"):
-        decode([], [], **{argument: 0})
+def test_limits_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="top_k: must be at least 1"):
+        decode([], [], top_k=0)
+    with pytest.raises(ValueError, match="max_answer_tokens: must be at least 1"):
+        decode([], [], max_answer_tokens=0)
 
 
 def test_each_window_is_explained_by_its_own_best_span() -> None:
