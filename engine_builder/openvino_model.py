@@ -24,7 +24,7 @@ _log = logging.getLogger("bert_qa")
 class Engine:
     """One OpenVINO graph per bucket, compiled for the latency of single requests; for one thread at a time.
 
-    A graph of fixed length needs no shape inference per call, which is a third of the time of a short window.
+    A graph of fixed length needs no shape inference per call, which takes up to a third of the time of a short window.
     """
 
     def __init__(self, path: Path, *, precision: str, buckets: Sequence[int], threads: int) -> None:

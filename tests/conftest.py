@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import shutil
 import subprocess
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
@@ -22,6 +24,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from bertqa.manifest import Bundle, Manifest
 from bertqa.spans import Logits
 from bertqa.windows import Window, WindowMaker
+from engine_builder.checkpoint import BertConfig
 from service.app import create_app
 from service.settings import Settings
 from service.triton import ModelError
@@ -186,3 +189,46 @@ def shared_client(bundle: Bundle) -> Iterator[httpx.Client]:
     app = create_app(Settings(), engine=FakeEngine(bundle.manifest.identity), bundle=bundle)
     with serving(app) as base_url, httpx.Client(base_url=base_url, timeout=30, trust_env=False) as http:
         yield http
+
+
+_TEXT = "Ada Lovelace wrote the first program in London. Who wrote it? Where was it written? Horovod was made at Uber."
+
+
+def write_checkpoint(directory: Path, *, prefix: str = "bert.", text: str = _TEXT, **fields: object) -> Path:
+    """A BERT for question answering of two small layers with random weights, and a tokenizer that knows the words of
+    ``text``; ``fields`` replace those of config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    words = dict.fromkeys(
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(text.lower().replace(".", " .").replace("?", " ?").split())]
+    )
+    tokenizer = Tokenizer(WordPiece({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "architectures": ["BertForQuestionAnswering"],
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+    } | fields
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "bertqa.json").write_text(
+        json.dumps({"name": "tiny", "max_seq_len": 64, "overlap": 16, "max_question_tokens": 16})
+    )
+    random = np.random.default_rng(0)
+    shapes = BertConfig.read(directory / "config.json").shapes()
+    weights = {
+        name if name.startswith("qa_outputs") else prefix + name: random.normal(
+            "LayerNorm.weight" in name, 0.2, shape
+        ).astype(np.float16)
+        for name, shape in shapes.items()
+    }
+    save_file(weights, directory / "model.safetensors")
+    return directory

@@ -1,0 +1,257 @@
+"""The whole build of a tiny checkpoint: measured, gated, published, and described as the service expects."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from conftest import write_checkpoint
+from google.protobuf import text_format  # type: ignore[import-untyped]
+from safetensors.numpy import load_file, save_file
+from tritonclient.grpc import model_config_pb2
+
+from bertqa.manifest import Manifest, open_bundle, sha256_of
+from bertqa.squad import Score
+from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
+from engine_builder import checkpoint as checkpoints
+from engine_builder import openvino_build
+from engine_builder.build import BuildOptions, BuildRefused, build
+from engine_builder.checkpoint import InvalidCheckpoint
+from engine_builder.gate import GateFailed, Measured, check_f1
+from engine_builder.openvino_model import Engine, engine_sha256
+from engine_builder.triton_config import triton_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTEXT = "Ada Lovelace wrote the first program in London."
+QUESTIONS = {"Who wrote it?": "Ada Lovelace", "Where was it written?": "London"}
+
+
+def write_squad(path: Path, context: str = CONTEXT) -> Path:
+    questions = [
+        {"id": str(n), "question": question, "answers": [{"text": text, "answer_start": context.index(text)}]}
+        for n, (question, text) in enumerate(QUESTIONS.items())
+    ]
+    article = {"title": "Ada", "paragraphs": [{"context": context, "qas": questions}]}
+    path.write_text(json.dumps({"version": "1.1", "data": [article]}))
+    return path
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> BuildOptions:
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    write_squad(checkpoint / "gate.json")
+    write_squad(checkpoint / "calibration.json")
+    return BuildOptions(
+        checkpoint=str(checkpoint), target="cpu", precision="fp32", repository=tmp_path / "repository", threads=1
+    )
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def test_a_build_is_a_bundle_that_the_service_opens(options: BuildOptions) -> None:
+    manifest = build(options)
+    bundle = open_bundle(options.repository)
+    assert bundle.version == 1
+    assert bundle.manifest == manifest
+    assert (manifest.name, manifest.target, manifest.precision) == ("tiny", "cpu", "fp32")
+    assert (manifest.max_seq_len, manifest.overlap, manifest.max_question_tokens) == (64, 16, 16)
+    assert manifest.buckets == (64, 128)  # no longer than max_position_embeddings
+    assert manifest.checkpoint_sha256 == sha256_of(Path(options.checkpoint) / "model.safetensors")
+    assert manifest.f1 == manifest.reference_f1  # float32 answers like float32
+    assert manifest.gate_questions == len(QUESTIONS)
+    version = options.repository / "bert_qa" / "1"
+    assert files(version) == ["engine.bin", "engine.xml", "manifest.json", "model.py", "tokenizer.json"]
+    assert manifest.engine_sha256 == engine_sha256(version / "engine.xml")
+    assert files(options.repository / "bert_qa")[-1] == "config.pbtxt"
+
+
+@pytest.mark.parametrize("precision", openvino_build.PRECISIONS)
+def test_every_precision_answers(options: BuildOptions, precision: openvino_build.Precision) -> None:
+    manifest = build(replace(options, precision=precision, max_f1_loss=100))
+    assert manifest.precision == openvino_build.supported_precision(precision)
+    bundle = open_bundle(options.repository)
+    engine = Engine(
+        options.repository / "bert_qa" / "1" / manifest.engine_file,
+        precision=manifest.precision,
+        buckets=manifest.buckets,
+        threads=1,
+    )
+    assert engine.output_names == list(OUTPUT_NAMES)
+    (window,) = bundle.maker("Who wrote it?", CONTEXT).windows
+    first = engine.infer(window.tensors())
+    kept = [array.copy() for array in first]
+    engine.infer({name: np.zeros((1, 64), np.int32) for name in INPUT_NAMES})
+    for array, copy in zip(first, kept, strict=True):
+        assert array.shape == (1, 64)
+        assert array.dtype == np.float32
+        assert np.isfinite(array).all()
+        np.testing.assert_array_equal(array, copy)  # the next call leaves it alone
+    with pytest.raises(ValueError, match=r"length 65 is none of the engine's buckets \[64, 128\]"):
+        engine.infer({name: np.zeros((1, 65), np.int32) for name in INPUT_NAMES})
+
+
+def test_without_bf16_instructions_fp32_is_built_and_recorded(
+    options: BuildOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    get_property = ov.Core.get_property
+
+    def without_bf16(core: ov.Core, *names: str) -> object:
+        value = get_property(core, *names)
+        return [kind for kind in value if kind != "BF16"] if names[-1] == "OPTIMIZATION_CAPABILITIES" else value
+
+    monkeypatch.setattr(ov.Core, "get_property", without_bf16)
+    assert build(replace(options, precision="bf16")).precision == "fp32"
+    assert "this CPU has no bf16; building fp32 instead" in capsys.readouterr().err
+    engine = options.repository / "bert_qa" / "1" / "engine.xml"
+    assert Engine(engine, precision="bf16", buckets=[64], threads=1).float_type == "f32"
+
+
+def test_versions_count_up_and_the_previous_one_stays(options: BuildOptions) -> None:
+    for _ in range(3):
+        build(options)
+    model = options.repository / "bert_qa"
+    assert sorted(path.name for path in model.iterdir()) == ["2", "3", "config.pbtxt"]
+    build(replace(options, version=7))
+    assert open_bundle(options.repository).version == 7
+    with pytest.raises(BuildRefused, match=r"--version 7: .* already has version 7"):
+        build(replace(options, version=7))
+
+
+def test_a_refused_build_leaves_no_trace(options: BuildOptions) -> None:
+    with pytest.raises(GateFailed, match="--max-f1-loss"):
+        build(replace(options, max_f1_loss=-1))
+    assert not options.repository.exists()
+    build(options)
+    before = {path: path.read_bytes() for path in options.repository.rglob("*") if path.is_file()}
+    with pytest.raises(GateFailed):
+        build(replace(options, max_f1_loss=-1))
+    assert before == {path: path.read_bytes() for path in options.repository.rglob("*") if path.is_file()}
+
+
+def test_the_gate_names_both_numbers() -> None:
+    measured = Measured(Score(70, 80.25, 500), Score(71, 81.0, 500), same_spans=0.9, max_logit_error=1.0)
+    check_f1(measured, 0.75)
+    with pytest.raises(GateFailed, match=r"F1 80\.25 .* 0\.75 below the 81\.00 .* at most 0\.5"):
+        check_f1(measured, 0.5)
+
+
+def test_logits_that_are_not_finite_are_refused(options: BuildOptions) -> None:
+    file = Path(options.checkpoint) / "model.safetensors"
+    weights = load_file(file)
+    weights["qa_outputs.weight"] = np.full((2, 32), 6e38, np.float64)  # finite as stored, infinite as float32
+    save_file(weights, file)
+    with (
+        np.errstate(over="ignore"),
+        pytest.raises(InvalidCheckpoint, match=r"qa_outputs\.weight holds NaN or infinite"),
+    ):
+        build(options)
+    weights["qa_outputs.weight"] = np.full((2, 32), 3e38, np.float32)
+    save_file(weights, file)
+    with pytest.raises(GateFailed, match="float32 reference: unusable logits"):
+        build(options)
+    assert not options.repository.exists()
+
+
+def test_a_tokenizer_of_another_language_is_refused(options: BuildOptions) -> None:
+    write_checkpoint(Path(options.checkpoint), text="un deux trois quatre")
+    with pytest.raises(GateFailed, match=r"tokenizer\.json: .*% of the tokens .* \[UNK\]"):
+        build(options)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("config.json", {"vocab_size": 8}, r"tokenizer\.json: has \d+ tokens, but vocab_size of config\.json is 8"),
+        ("bertqa.json", {"max_seq_len": 256}, "max_seq_len of bertqa.json is 256, but max_position_embeddings"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(
+    options: BuildOptions, file: str, fields: dict[str, int], message: str
+) -> None:
+    path = Path(options.checkpoint) / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(InvalidCheckpoint, match=message):
+        build(options)
+
+
+@pytest.mark.parametrize(("name", "flag"), [("gate", "--gate-data"), ("calibration", "--calibration-data")])
+def test_missing_questions_name_their_flag(options: BuildOptions, name: str, flag: str) -> None:
+    (Path(options.checkpoint) / f"{name}.json").unlink()
+    with pytest.raises(BuildRefused, match=f"{flag}: needed, because the checkpoint has no {name}.json"):
+        build(replace(options, precision="int8"))
+
+
+def test_config_says_what_windows_send(options: BuildOptions) -> None:
+    manifest = build(options)
+    text = (options.repository / "bert_qa" / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    assert (config.name, config.backend, config.max_batch_size) == ("bert_qa", "python", 1)
+    for tensors, names, data_type in (
+        (config.input, INPUT_NAMES, model_config_pb2.TYPE_INT32),
+        (config.output, OUTPUT_NAMES, model_config_pb2.TYPE_FP32),
+    ):
+        assert [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in tensors] == [
+            (name, data_type, [-1]) for name in names
+        ]
+    (group,) = config.instance_group
+    assert (group.kind, group.count) == (model_config_pb2.ModelInstanceGroup.KIND_CPU, 1)
+    policy = config.dynamic_batching.default_queue_policy
+    assert policy.timeout_action == model_config_pb2.ModelQueuePolicy.REJECT
+    assert policy.max_queue_size == 256
+    assert policy.default_timeout_microseconds > 0
+    assert policy.allow_timeout_override
+    assert config.version_policy.latest.num_versions == 1
+    assert config.parameters["identity"].string_value == manifest.identity
+    assert config.parameters["threads"].string_value == "1"
+    warmed = [[list(warmup.inputs[name].dims) for name in INPUT_NAMES] for warmup in config.model_warmup]
+    assert warmed == [[[length]] * 3 for length in manifest.buckets]
+
+
+def test_config_of_a_name_with_quotes(options: BuildOptions) -> None:
+    manifest = replace(build(options), name='ünïcode "quoted" \\')
+    config = text_format.Parse(triton_config(manifest, instances=2, threads=0), model_config_pb2.ModelConfig())
+    assert config.parameters["identity"].string_value == manifest.identity
+
+
+def test_hub_checkpoints_need_the_hub_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InvalidCheckpoint, match="pip install huggingface_hub"):
+        checkpoints.find_checkpoint("owner/name")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "engine_builder", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_command_line(options: BuildOptions) -> None:
+    arguments = ["--checkpoint", options.checkpoint, "--repository", str(options.repository), "--precision", "fp32"]
+    done = command(*arguments, "--target", "cpu")
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.read(options.repository / "bert_qa" / "1" / "manifest.json")
+    assert manifest.identity in done.stderr
+    refused = command(*arguments, "--target", "tensorrt")
+    assert refused.returncode == 1
+    assert "--target cpu works" in refused.stderr
+    assert "--instances must be at least 1" in command(*arguments, "--target", "cpu", "--instances", "0").stderr
+
+
+def test_the_builder_needs_neither_torch_nor_transformers(options: BuildOptions) -> None:
+    code = (
+        "import runpy, sys; sys.modules.update(torch=None, transformers=None); "
+        "runpy.run_module('engine_builder', run_name='__main__', alter_sys=True)"
+    )
+    arguments = ["--checkpoint", options.checkpoint, "--repository", str(options.repository)]
+    arguments += ["--target", "cpu", "--precision", "int8", "--max-f1-loss", "100"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert open_bundle(options.repository).manifest.precision == "int8"
