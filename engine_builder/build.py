@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from bertqa.manifest import (
     MANIFEST_FILE,
     MODEL_NAME,
+    SETTINGS_FILE,
     TOKENIZER_FILE,
     Manifest,
     Settings,
@@ -87,6 +88,8 @@ def build(options: BuildOptions) -> Manifest:
     started = time.monotonic()
     checkpoint = find_checkpoint(options.checkpoint)
     settings = Settings.of_checkpoint(checkpoint)
+    if not (checkpoint / SETTINGS_FILE).exists():  # the directory of a hub snapshot is named after its commit
+        settings = replace(settings, name=Path(options.checkpoint).resolve().name)
     config = BertConfig.read(checkpoint / CONFIG_FILE)
     maker = window_maker(checkpoint, settings, config)
     gate_file = _data_file(options.gate_data, checkpoint / GATE_FILE, "--gate-data")
