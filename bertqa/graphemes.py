@@ -3,7 +3,7 @@ r"""User-perceived characters: snap spans to grapheme clusters, and count offset
 Cluster boundaries are those of Unicode Annex 29, from the Oniguruma ``\X`` inside the tokenizers package.
 """
 
-import re
+import unicodedata
 from typing import Literal
 
 from tokenizers import Regex, pre_tokenizers
@@ -12,14 +12,8 @@ OffsetUnit = Literal["codepoint", "utf16", "byte"]
 
 _CLUSTERS = pre_tokenizers.Split(Regex(r"\X"), "isolated")
 
-# Two neighbours of this class never belong to one cluster: printable ASCII, precomposed Latin and Greek and Cyrillic
-# letters, kana, ideographs, and precomposed Hangul syllables (UAX 29 rules GB6-GB8 join those only with jamo).
-_PLAIN = (
-    r"[\u0020-\u007e\u00c0-\u024f\u0391-\u03a9\u03b1-\u03c9\u0410-\u044f"
-    r"\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3]"
-)
-_BREAK = re.compile(f"(?<={_PLAIN})(?={_PLAIN})")
-_REACH = 64  # code points looked back at first for a certain boundary
+_REACH = 4  # code points looked at first on either side
+_UNDECIDED = {"Mn", "Mc", "Me", "Cf"}  # after marks and joiners, a break may depend on what stands before them
 
 
 def snap_to_graphemes(text: str, start: int, end: int) -> tuple[int, int]:
@@ -31,20 +25,28 @@ def snap_to_graphemes(text: str, start: int, end: int) -> tuple[int, int]:
 
 def _cluster_around(text: str, position: int) -> tuple[int, int]:
     """Bounds of the cluster that holds the code point at ``position``."""
-    # Only a slice is segmented: from a certain boundary before the position to one after it.
-    begin, reach = 0, _REACH
-    while (low := position - reach) > 0:
-        found = [match.start() for match in _BREAK.finditer(text, low, position + 1)]
-        if found:
-            begin = found[-1]
-            break
+    # Only a slice is segmented, for a text may be long and is asked about many times. The rules look one code point
+    # ahead, so a cluster that ends before its slice is whole. They look back without limit over marks, joiners and
+    # flags, so the slice must hold a break after something else, or begin with the text.
+    reach = _REACH
+    while True:
+        low, high = max(position - reach, 0), min(position + 1 + reach, len(text))
+        certain = low == 0
+        start, end = low, high
+        for _, (first, last) in _CLUSTERS.pre_tokenize_str(text[low:high]):
+            start, end = low + int(first), low + int(last)
+            certain = certain or (start > low and _decides(text[start - 1]))
+            if end > position:
+                break
+        if certain and (end < high or high == len(text)):
+            return start, end
         reach *= 4
-    after = _BREAK.search(text, position + 1)
-    stop = after.start() if after else len(text)
-    for _, (first, last) in _CLUSTERS.pre_tokenize_str(text[begin:stop]):
-        if begin + last > position:
-            return begin + int(first), begin + int(last)
-    raise AssertionError("clusters cover the text")
+
+
+def _decides(character: str) -> bool:
+    """Whether a break after it holds, whatever stands before it."""
+    flag = "\U0001f1e6" <= character <= "\U0001f1ff"  # flags are pairs of these, counted from the first of a run
+    return not flag and unicodedata.category(character) not in _UNDECIDED
 
 
 def offset_in(text: str, position: int, unit: OffsetUnit) -> int:

@@ -3,6 +3,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertqa import graphemes
 from bertqa.graphemes import offset_in, snap_to_graphemes
 
 # Everything that clusters are made of: emoji with joiners and skin tones, flags, jamo, marks, controls, plain letters.
@@ -39,6 +40,22 @@ def test_only_a_neighbourhood_is_segmented_and_far_joins_are_still_seen() -> Non
     assert snap_to_graphemes("x" * 10_000 + family + "y" * 10_000, 10_002, 10_003) == (10_000, 10_005)
     assert snap_to_graphemes(zalgo, 400, 401) == (0, 501)
     assert snap_to_graphemes("🇰🇷" * 300, 301, 302) == (300, 302)
+
+
+@pytest.mark.parametrize("sentence", ["مرحبا بكم في العالم ", "ที่นี่มีคนมาก", "नमस्ते दुनिया ", "👍🏽😀", "漢字かな"])
+def test_no_script_makes_a_long_text_be_segmented_whole(sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, segmented = sentence * 2_000, []
+
+    class Recorded:
+        def pre_tokenize_str(self, piece: str) -> object:
+            segmented.append(len(piece))
+            return clusters.pre_tokenize_str(piece)
+
+    clusters = graphemes._CLUSTERS
+    monkeypatch.setattr(graphemes, "_CLUSTERS", Recorded())
+    for position in range(len(text) // 2, len(text) // 2 + len(sentence)):
+        snap_to_graphemes(text, position, position + 1)
+    assert max(segmented) < 100
 
 
 def test_an_empty_span_stays() -> None:
