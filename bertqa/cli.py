@@ -48,6 +48,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         command.add_argument("--timeout", type=float, default=60.0, help="seconds for one request")
 
     args, rest = parser.parse_known_args(argv)
+    for name in ("limit", "concurrency"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            parser.error(f"--{name}: must be at least 1, not {value}")
     if rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, rest
@@ -76,7 +79,9 @@ def run_serve(_: argparse.Namespace, rest: list[str]) -> NoReturn:
 def run_ask(args: argparse.Namespace, _: list[str]) -> int:
     """Print the answers with their scores and places; status 1 where the text has none."""
     try:
-        context = sys.stdin.read() if args.context == "-" else Path(args.context).read_text(encoding="utf-8")
+        # bytes, so that neither the locale nor new line conversion moves the offsets
+        raw = sys.stdin.buffer.read() if args.context == "-" else Path(args.context).read_bytes()
+        context = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"--context {args.context}: {error}") from error
     body = {"question": args.question, "context": context, "top_k": args.top_k, "no_answer": args.no_answer}
@@ -147,7 +152,12 @@ class _Client:
             raise CommandError("this command needs httpx: pip install 'bertqa[cli]'") from error
         self._httpx = httpx
         self._url = args.url
-        self._client = httpx.Client(base_url=args.url, timeout=args.timeout)
+        try:
+            # A proxy for the web cannot reach this machine's own loopback interface.
+            local = httpx.URL(args.url).host in ("127.0.0.1", "localhost", "::1")
+            self._client = httpx.Client(base_url=args.url, timeout=args.timeout, trust_env=not local)
+        except httpx.InvalidURL as error:
+            raise CommandError(f"--url {args.url}: {error}") from error
 
     def __enter__(self) -> "_Client":
         return self
