@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -201,7 +202,7 @@ class EmbeddedTriton:
             ready_timeout_s: longest wait for the model to be ready, warm-up included.
             report: takes each line meant for a person, by default for the console.
         """
-        self._repository = repository
+        self._repository = self._served = repository
         self._model = model
         self._wanted = ports or TritonPorts()
         self._avoid_ports = avoid_ports
@@ -258,7 +259,17 @@ class EmbeddedTriton:
         self._cache = tempfile.TemporaryDirectory(prefix="bertqa-triton-")
         try:
             installation = find_triton(Path(self._cache.name))
-            self._log_dir.mkdir(parents=True, exist_ok=True)
+            self._served = self._repository.resolve()
+            if shlex.quote(str(self._served)) != str(self._served):
+                # The Python backend starts its stub by a shell line without quotes, which a space would break.
+                self._served = Path(self._cache.name) / "model_repository"
+                self._served.symlink_to(self._repository.resolve())
+            try:
+                self._log_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TritonError(
+                    f"{self._log_dir}: no directory for logs ({error.strerror}); choose another"
+                ) from None
             self._choose_ports()
             self.log_file.write_bytes(b"")
             self._thread = threading.Thread(target=self._supervise, args=(installation,), name="triton", daemon=True)
@@ -354,7 +365,7 @@ class EmbeddedTriton:
     def _spawn(self, installation: TritonInstallation) -> "subprocess.Popen[bytes]":
         command = [
             str(installation.binary),
-            f"--model-repository={self._repository.resolve()}",
+            f"--model-repository={self._served}",
             "--model-control-mode=explicit",
             f"--load-model={self._model}",
             "--disable-auto-complete-config",  # what config.pbtxt leaves out is an error, not a guess

@@ -373,6 +373,20 @@ def test_model_whose_process_dies_is_started_again(repository: Path, tmp_path: P
         run(server.url, scenario)
 
 
+def test_paths_with_spaces(tmp_path: Path) -> None:
+    directory = tmp_path / "it's my project"
+    spaced = write_repository(directory / "model repository")
+    with EmbeddedTriton(spaced, ports=ANY_PORTS, log_dir=directory / "the logs", ready_timeout_s=60) as server:
+        assert run(server.url, lambda model: model.model_parameters(deadline=soon())) == {"identity": "toy"}
+        assert server.log_file.stat().st_size
+
+
+def test_logs_that_cannot_be_written_are_named(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TritonError, match=r"file/logs: no directory for logs \(Not a directory\); choose another"):
+        EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path / "file" / "logs").start()
+
+
 def test_killed_server_is_restarted_and_two_live_side_by_side(repository: Path, tmp_path: Path) -> None:
     said: list[str] = []
     with (
