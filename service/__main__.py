@@ -82,7 +82,10 @@ def main(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        ensure_engine(args.repository, args.checkpoint)
+        ensure_engine(args.repository, args.checkpoint, stopping)
+        if stopping.is_set():
+            say("ended")
+            return 0
         port = free_port(args.host, args.port)
         if port != args.port and args.port:
             say(f"port {args.port} is taken, using {port}")
@@ -105,8 +108,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def ensure_engine(repository: Path, checkpoint: Path | None) -> None:
-    """Build an engine for the CPU unless the repository holds a version already.
+def ensure_engine(repository: Path, checkpoint: Path | None, stopping: threading.Event) -> None:
+    """Build an engine for the CPU unless the repository holds a version already; end the build if `stopping` is set.
 
     Raises:
         LaunchError: there is no checkpoint to build from, or the builder failed.
@@ -124,9 +127,19 @@ def ensure_engine(repository: Path, checkpoint: Path | None) -> None:
     say(f"no engine in {repository} yet: building one from {checkpoint}, once")
     command = [sys.executable, "-m", "engine_builder", "--checkpoint", str(checkpoint.resolve()), "--target", "cpu"]
     command += ["--repository", str(repository.resolve())]
-    built = subprocess.run(command, cwd=PROJECT, check=False, preexec_fn=die_with_parent(signal.SIGTERM))
-    if built.returncode:
-        raise LaunchError(f"the engine could not be built (exit code {built.returncode}); its output is above")
+    builder = subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        start_new_session=True,  # Ctrl-C comes to us alone
+        preexec_fn=die_with_parent(signal.SIGTERM),  # noqa: PLW1509  calls nothing that takes a lock
+    )
+    try:
+        while builder.poll() is None and not stopping.wait(0.1):
+            pass
+    finally:
+        end_session(builder, DRAIN_S)
+    if builder.returncode and not stopping.is_set():
+        raise LaunchError(f"the engine could not be built (exit code {builder.returncode}); its output is above")
 
 
 def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: threading.Event) -> None:

@@ -479,6 +479,29 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     until(lambda: not processes_with(str(repository)))
 
 
+def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
+    builder = tmp_path / "engine_builder"
+    builder.mkdir()
+    (builder / "__init__.py").touch()
+    (builder / "__main__.py").write_text("import sys, time; print('building', flush=True); time.sleep(600)")
+    program = (
+        "import sys; from pathlib import Path; from service import __main__ as launcher\n"
+        "launcher.PROJECT = Path(sys.argv[1])\n"
+        "sys.exit(launcher.main(launcher.parse_args(['--repository', sys.argv[1], '--checkpoint', sys.argv[1]])))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        try:
+            assert launcher.stdout
+            assert launcher.stdout.readline() == "building\n"
+            launcher.send_signal(signal.SIGTERM)
+            assert launcher.wait(30) == 0
+        finally:
+            launcher.kill()
+    until(lambda: not processes_with(str(tmp_path)))
+
+
 def test_launcher_serves_and_ends_in_order(bundle: Bundle, tmp_path: Path) -> None:
     directory = tmp_path / "model_repository" / "bert_qa" / "1"
     version = write_repository(tmp_path / "model_repository", bundle.manifest.identity) / "bert_qa" / "1"
