@@ -46,6 +46,13 @@ _STEADY_S = 60.0  # after so long a life, a death is a first one again
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
+_STUB_STARTER = """\
+#!/bin/sh
+stub=$$
+{{ tail --pid="$PPID" -s 0.5 -f /dev/null; kill -9 "$stub"; }} 2>/dev/null &
+exec {stub} "$@"
+"""
+
 log = logging.getLogger("bertqa.triton")
 
 
@@ -139,7 +146,14 @@ def find_triton(cache: Path) -> TritonInstallation:
         )
     python_backend = root / "backends" / "python"
     backends = cache / "backends"
-    _link(backends / "python", [*python_backend.glob("*.so"), *python_backend.glob("*.py"), stub])
+    _link(backends / "python", [*python_backend.glob("*.so"), *python_backend.glob("*.py")])
+    # While it starts, the stub waits for its server without end, even for one that is gone.
+    starter = backends / "python" / stub.name
+    starter.write_text(_STUB_STARTER.format(stub=shlex.quote(str(stub.resolve()))))
+    starter.chmod(0o755)
+    if not os.access(starter, os.X_OK):  # a directory for temporary files may be mounted noexec
+        starter.unlink()
+        starter.symlink_to(stub.resolve())
     _link(cache / "lib", [_libpython()])
     libraries = [cache / "lib", root.parent.parent / "nvidia_pytriton.libs", os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {
