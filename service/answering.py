@@ -166,8 +166,6 @@ class Answerer:
         return Tokenized(question, documents, seconds)
 
     def _make_windows(self, question: Question) -> tuple[Windows, ...]:
-        manifest = self.bundle.manifest
-        overlap = manifest.overlap if question.overlap is None else question.overlap
         documents = []
         for number, context in enumerate(question.contexts):
             try:
@@ -175,7 +173,7 @@ class Answerer:
                     self.bundle.maker(
                         question.question,
                         context,
-                        overlap=overlap,
+                        overlap=question.overlap,
                         max_seq_len=question.max_seq_len,
                         max_question_tokens=question.max_question_tokens,
                     )
@@ -229,9 +227,9 @@ class Answerer:
                 raise InvalidField.from_value_error(error) from None
         # A window advances by at least so many tokens, and a text rarely has more tokens than characters.
         manifest = self.bundle.manifest
-        overlap = manifest.overlap if question.overlap is None else question.overlap
-        step = (question.max_seq_len or manifest.max_seq_len) - SPECIAL_TOKENS - overlap
-        step -= question.max_question_tokens or manifest.max_question_tokens
+        room = (question.max_seq_len or manifest.max_seq_len) - SPECIAL_TOKENS
+        room -= question.max_question_tokens or manifest.max_question_tokens
+        step = room - (min(manifest.overlap, room // 2) if question.overlap is None else question.overlap)
         if chars > MAX_WINDOWS * max(step, 1):
             field = "contexts" if question.overlap is None else "overlap"
             raise InvalidField(

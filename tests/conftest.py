@@ -69,6 +69,7 @@ def bundle() -> Bundle:
         tokenizer,
         max_seq_len=manifest.max_seq_len,
         max_question_tokens=manifest.max_question_tokens,
+        overlap=manifest.overlap,
         buckets=manifest.buckets,
     )
     return Bundle(7, manifest, maker)

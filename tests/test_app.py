@@ -16,9 +16,11 @@ from conftest import FakeEngine, serving
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from bertqa.manifest import Bundle, BundleMismatch
 from bertqa.spans import InvalidLogits
+from bertqa.windows import WindowMaker
 from service.app import create_app
 from service.settings import Settings
 from service.triton import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
@@ -484,3 +486,17 @@ def test_any_text_gives_exact_spans_in_every_unit_or_a_plain_refusal(
     assert [context.encode()[start:end].decode() for start, end, _ in spans["byte"]] == [
         text for _, _, text in spans["codepoint"]
     ]
+
+
+def test_an_overlap_too_large_for_the_models_own_windows_is_no_error_of_the_client(bundle: Bundle) -> None:
+    manifest = replace(bundle.manifest, overlap=60, engine_sha256="3" * 64)
+    maker = WindowMaker(
+        Tokenizer.from_str(bundle.maker.tokenizer_json()), max_seq_len=64, max_question_tokens=16, overlap=60
+    )
+    wide = Bundle(7, manifest, maker)
+    app = create_app(Settings(), engine=FakeEngine(manifest.identity), bundle=wide)
+    with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        for context in ("It was made at «Uber».", "It was made at «Uber». " * 300):
+            reply = client.post("/v1/answer", json={"question": "who made it?", "context": context})
+            assert reply.status_code == 200, reply.text
+            assert reply.json()["answers"][0]["text"] == "Uber"
