@@ -85,7 +85,7 @@ class Manifest(_JsonFile):
     target: Target
     precision: str  # e.g. "bf16", "int8"
     engine_file: str  # beside the manifest
-    engine_sha256: str
+    engine_sha256: str  # of all its files; an OpenVINO engine's are the .xml and then the .bin
     tokenizer_sha256: str
     checkpoint_sha256: str  # of model.safetensors
     vocabulary_size: int

@@ -173,6 +173,7 @@ def window_maker(checkpoint: Path, settings: Settings, config: BertConfig) -> Wi
             checkpoint,
             max_seq_len=settings.max_seq_len,
             max_question_tokens=settings.max_question_tokens,
+            overlap=settings.overlap,
             buckets=buckets,
         )
     except ValueError as error:
