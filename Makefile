@@ -10,6 +10,22 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CHECKPOINT ?= checkpoints/minilm-l6-squad
 SQUAD ?= data/squad
 
+# Triton runs the CPU engine in the shared library of this very Python; better to say so now than after the downloads.
+define CHECK_PYTHON
+import ctypes, sys, sysconfig
+if not (3, 10) <= sys.version_info < (3, 14):
+    sys.exit("bertqa needs Python 3.10 to 3.13: make PYTHON=python3.12 ...")
+name = "libpython%d.%d.so.1.0" % sys.version_info[:2]
+try:
+    ctypes.CDLL(sysconfig.get_config_var("LIBDIR") + "/" + name)
+except OSError:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        sys.exit("bertqa needs " + name + ": apt-get install libpython%d.%d" % sys.version_info[:2])
+endef
+export CHECK_PYTHON
+
 .DEFAULT_GOAL := help
 .PHONY: help serve test lint bench train-env finetune constraints clean
 
@@ -47,7 +63,7 @@ clean:  ## Remove the environment and everything generated
 	rm -rf $(VENV) logs runs model_repository/bert_qa tests/javascript/node_modules
 
 $(VENV)/serve.stamp: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bertqa needs Python 3.10 or newer: make PYTHON=…")'
+	@$(PYTHON) -c "$$CHECK_PYTHON"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) --editable '.[service,builder]'

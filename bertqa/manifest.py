@@ -20,6 +20,7 @@ MODEL_NAME = "bert_qa"
 SETTINGS_FILE = "bertqa.json"
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
+WEIGHTS_FILE = "model.safetensors"
 FORMAT = 1
 """Version of the manifest's own layout."""
 
@@ -129,7 +130,8 @@ def open_bundle(repository: Path, version: int | None = None) -> Bundle:
     model = repository / MODEL_NAME
     fix = "run `python -m engine_builder --checkpoint DIR --target cpu` to build one"
     if version is None:
-        versions = [int(entry.name) for entry in model.glob("[1-9]*") if (entry / MANIFEST_FILE).is_file()]
+        found = [entry for entry in model.glob("[1-9]*") if entry.name.isdecimal()]
+        versions = [int(entry.name) for entry in found if (entry / MANIFEST_FILE).is_file()]
         if not versions:
             raise BundleMismatch(f"{model}: holds no built version; {fix}")
         version = max(versions)

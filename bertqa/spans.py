@@ -25,10 +25,11 @@ Logits = tuple[FloatArray, FloatArray]
 """Start and end logits of one window, each float32 of shape (1, length)."""
 
 _MASKED = np.float32(-np.inf)
+_UNREAL = np.float32(1e30)  # no model's logit; the sum of two smaller ones cannot overflow
 
 
 class InvalidLogits(ValueError):
-    """The engine's output is not usable: NaN, infinite, or of another shape than its window."""
+    """The engine's output is not usable: NaN, infinite, absurdly large, or of another shape than its window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def decode(
         align_to_words: widen spans to whole words, so that none starts or ends inside one.
 
     Raises:
-        InvalidLogits: a logit is NaN or infinite, or a shape differs from its window's.
+        InvalidLogits: a logit is NaN, infinite or above 1e30, or a shape differs from its window's.
         ValueError: ``top_k`` or ``max_answer_tokens`` is below 1.
     """
     if top_k < 1:
@@ -171,8 +172,8 @@ def _window_band(window: Window, pair: Logits, max_answer_tokens: int) -> FloatA
     for name, values in zip(("start_logits", "end_logits"), pair, strict=True):
         if values.shape != window.input_ids.shape:
             raise InvalidLogits(f"{name}: shape {values.shape}, but the window has {window.input_ids.shape}")
-        if not np.isfinite(values).all():
-            raise InvalidLogits(f"{name}: NaN or infinite for a window of {window.length} tokens")
+        if not (np.abs(values) < _UNREAL).all():  # false for NaN too
+            raise InvalidLogits(f"{name}: NaN, infinite or absurdly large for a window of {window.length} tokens")
     context = slice(window.offset, window.offset + window.tokens)
     ends = np.full(window.tokens + max_answer_tokens - 1, _MASKED, dtype=np.float32)
     ends[: window.tokens] = pair[1][0, context]

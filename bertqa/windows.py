@@ -101,6 +101,7 @@ class WindowMaker:
         self.overlap = overlap
         self._check_limits(max_seq_len, max_question_tokens)
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._cls, self._sep, self._pad = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))

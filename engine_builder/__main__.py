@@ -43,8 +43,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--max-f1-loss", type=float, default=0.5, help="percentage points below the float32 checkpoint; default: 0.5"
     )
     # how it is served
-    parser.add_argument("--instances", type=int, default=1, help="engines side by side; default: 1")
-    parser.add_argument("--threads", type=int, default=0, help="cores for each; default: all, shared evenly")
+    parser.add_argument("--instances", type=int, default=2, help="engines side by side; default: 2")
+    parser.add_argument("--threads", type=int, default=0, help="cores that each may use; default: all")
     args = parser.parse_args(argv)
     for flag, value, least in (("--instances", args.instances, 1), ("--threads", args.threads, 0)):
         if value < least:

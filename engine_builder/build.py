@@ -24,6 +24,7 @@ from bertqa.manifest import (
     MODEL_NAME,
     SETTINGS_FILE,
     TOKENIZER_FILE,
+    WEIGHTS_FILE,
     Manifest,
     Settings,
     Target,
@@ -38,7 +39,6 @@ from engine_builder.checkpoint import (
     CALIBRATION_FILE,
     CONFIG_FILE,
     GATE_FILE,
-    WEIGHTS_FILE,
     BertConfig,
     InvalidCheckpoint,
     find_checkpoint,
@@ -73,8 +73,8 @@ class BuildOptions:
     gate_data: Path | None = None  # gate.json of the checkpoint
     calibration_data: Path | None = None  # calibration.json of the checkpoint
     max_f1_loss: float = 0.5  # percentage points below the float32 checkpoint
-    instances: int = 1
-    threads: int = 0  # of each instance; 0 shares all cores evenly
+    instances: int = 2
+    threads: int = 0  # of each instance; 0 is all cores
 
 
 def build(options: BuildOptions) -> Manifest:

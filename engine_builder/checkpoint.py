@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from bertqa.manifest import SETTINGS_FILE, TOKENIZER_FILE, WEIGHTS_FILE
+
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+
 GATE_FILE = "gate.json"
 CALIBRATION_FILE = "calibration.json"
 
@@ -129,7 +131,7 @@ def find_checkpoint(checkpoint: str) -> Path:
         raise InvalidCheckpoint(
             f"{checkpoint}: no such directory; to load it from the hub, `pip install huggingface_hub`"
         ) from error
-    wanted = [CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json", "bertqa.json", GATE_FILE, CALIBRATION_FILE]
+    wanted = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, SETTINGS_FILE, GATE_FILE, CALIBRATION_FILE]
     try:
         return Path(snapshot_download(checkpoint, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -104,10 +104,7 @@ class TritonPythonModel:
             raise RuntimeError(f"{path}: not the engine that manifest.json describes; build it again")
         config = json.loads(args["model_config"])
         self._inputs = [tensor["name"] for tensor in config["input"]]
-        threads = int(config["parameters"]["threads"]["string_value"])
-        if not threads:
-            instances = sum(group["count"] for group in config["instance_group"])
-            threads = max(1, len(os.sched_getaffinity(0)) // instances)
+        threads = int(config["parameters"]["threads"]["string_value"]) or len(os.sched_getaffinity(0))
         self._engine = Engine(path, precision=manifest["precision"], buckets=manifest["buckets"], threads=threads)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

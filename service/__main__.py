@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bertqa.manifest import MANIFEST_FILE, MODEL_NAME
+from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, WEIGHTS_FILE, BundleMismatch, open_bundle, sha256_of
 from service.embedded_triton import (
     EmbeddedTriton,
     TritonError,
@@ -56,7 +56,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="build the engine from this directory if the repository has none (default: the one in checkpoints/)",
+        help="build the engine from this directory if the repository has none of it (default: any engine will do, and "
+        "where there is none, it is built from the one in checkpoints/)",
     )
     parser.add_argument(
         "--triton-url",
@@ -101,7 +102,7 @@ def main(args: argparse.Namespace) -> int:
                 url = triton.url
             if not stopping.is_set():
                 serve(args, port, url, stopping)
-    except (LaunchError, TritonError) as error:
+    except (LaunchError, TritonError, BundleMismatch) as error:
         say(f"error: {error}")
         return 1
     say("ended")
@@ -109,13 +110,20 @@ def main(args: argparse.Namespace) -> int:
 
 
 def ensure_engine(repository: Path, checkpoint: Path | None, stopping: threading.Event) -> None:
-    """Build an engine for the CPU unless the repository holds a version already; end the build if `stopping` is set.
+    """Build an engine for the CPU unless the repository holds that of the checkpoint, or any if none is named.
+
+    Ends the build if `stopping` is set.
 
     Raises:
         LaunchError: there is no checkpoint to build from, or the builder failed.
+        BundleMismatch: the version in the repository is not whole.
     """
+    reason = f"no engine in {repository} yet"
     if any((repository / MODEL_NAME).glob(f"[1-9]*/{MANIFEST_FILE}")):
-        return
+        manifest = open_bundle(repository).manifest
+        if checkpoint is None or manifest.checkpoint_sha256 == sha256_of(checkpoint / WEIGHTS_FILE):
+            return
+        reason = f"the engine in {repository} is of another checkpoint"
     if checkpoint is None:
         found = sorted(path.parent for path in PROJECT.glob("checkpoints/*/model.safetensors"))
         if len(found) != 1:
@@ -124,7 +132,7 @@ def ensure_engine(repository: Path, checkpoint: Path | None, stopping: threading
                 "to build one from; name one with --checkpoint DIR"
             )
         checkpoint = found[0]
-    say(f"no engine in {repository} yet: building one from {checkpoint}, once")
+    say(f"{reason}: building one from {checkpoint}, once")
     command = [sys.executable, "-m", "engine_builder", "--checkpoint", str(checkpoint.resolve()), "--target", "cpu"]
     command += ["--repository", str(repository.resolve())]
     builder = subprocess.Popen(
@@ -181,7 +189,7 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
                 if not ready and _is_ready(args.host, port):
                     ready = True
                     say(f"ready at http://{_reachable(args.host)}:{port}")
-                elif not ready and time.monotonic() - began > _READY_TIMEOUT_S:
+                elif not start and not ready and time.monotonic() - began > _READY_TIMEOUT_S:
                     raise LaunchError(f"the service was not ready after {_READY_TIMEOUT_S:.0f} s")
         finally:
             end_session(process, DRAIN_S + 5)

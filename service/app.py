@@ -66,7 +66,6 @@ def create_app(
             if engine is None:
                 await model.close()
 
-    logging.getLogger("bertqa").setLevel(settings.log_level.upper())
     app = FastAPI(
         title="bertqa", description=_DESCRIPTION, version=own_version(), lifespan=lifespan, redirect_slashes=False
     )

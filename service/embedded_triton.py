@@ -126,7 +126,9 @@ def find_triton(cache: Path) -> TritonInstallation:
     """
     on_path = shutil.which("tritonserver")
     if on_path:
-        return TritonInstallation(Path(on_path), None, {})
+        # Its Python backend takes the packages of the first python3 on PATH: let that be this environment's.
+        path = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", "")])
+        return TritonInstallation(Path(on_path), None, {"PATH": path})
     try:
         root = Path(str(importlib.metadata.distribution(WHEEL).locate_file("pytriton/tritonserver")))
     except importlib.metadata.PackageNotFoundError:

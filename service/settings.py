@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "BERTQA_"
-_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +42,6 @@ class Settings:
     max_questions: int = 64
     """Questions of one call to ``/v1/answers``."""
 
-    log_level: str = "info"
-    """One of debug, info, warning, error, critical."""
-
     def __post_init__(self) -> None:
         """Refuse what cannot work.
 
@@ -59,8 +55,6 @@ class Settings:
         for field in fields(self):
             if field.type is int and getattr(self, field.name) < 1:
                 raise ValueError(f"{_variable(field.name)}: must be at least 1; got {getattr(self, field.name)}")
-        if self.log_level not in _LOG_LEVELS:
-            raise ValueError(f"{PREFIX}LOG_LEVEL: must be one of {', '.join(_LOG_LEVELS)}; got {self.log_level!r}")
 
     @property
     def triton_urls(self) -> tuple[str, ...]:

@@ -439,7 +439,7 @@ def test_every_response_is_hardened(shared_client: httpx.Client) -> None:
 
 def test_settings_are_read_from_the_environment() -> None:
     environ = {"BERTQA_TRITON_URL": "a:1, b:2", "BERTQA_DEADLINE_S": "2.5", "BERTQA_MAX_IN_FLIGHT": "3", "PATH": "x"}
-    read = Settings.from_environment({**environ, "BERTQA_REPOSITORY": "/models", "BERTQA_LOG_LEVEL": ""})
+    read = Settings.from_environment({**environ, "BERTQA_REPOSITORY": "/models", "BERTQA_MAX_CONTEXTS": ""})
     assert (read.triton_urls, read.deadline_s, read.max_in_flight) == (("a:1", "b:2"), 2.5, 3)
     assert str(read.repository) == "/models"
     assert read == replace(Settings.from_environment(environ), repository=read.repository)
@@ -450,7 +450,6 @@ def test_settings_are_read_from_the_environment() -> None:
         ("BERTQA_MAX_IN_FLIGHT", "1.5"),
         ("BERTQA_MAX_BODY_BYTES", "0"),
         ("BERTQA_TRITON_URL", "a:1,,b:2"),
-        ("BERTQA_LOG_LEVEL", "loud"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: "):
             Settings.from_environment({name: value})

@@ -200,7 +200,7 @@ def test_config_says_what_windows_send(options: BuildOptions) -> None:
             (name, data_type, [-1]) for name in names
         ]
     (group,) = config.instance_group
-    assert (group.kind, group.count) == (model_config_pb2.ModelInstanceGroup.KIND_CPU, 1)
+    assert (group.kind, group.count) == (model_config_pb2.ModelInstanceGroup.KIND_CPU, 2)
     policy = config.dynamic_batching.default_queue_policy
     assert policy.timeout_action == model_config_pb2.ModelQueuePolicy.REJECT
     assert policy.max_queue_size == 256
@@ -211,6 +211,14 @@ def test_config_says_what_windows_send(options: BuildOptions) -> None:
     assert config.parameters["threads"].string_value == "1"
     warmed = [[list(warmup.inputs[name].dims) for name in INPUT_NAMES] for warmup in config.model_warmup]
     assert warmed == [[[length]] * 3 for length in manifest.buckets]
+
+
+def test_a_single_instance_has_no_queue_policy(options: BuildOptions) -> None:
+    text = triton_config(build(options), instances=1, threads=0)
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    assert config.instance_group[0].count == 1
+    assert config.HasField("dynamic_batching")
+    assert not config.dynamic_batching.HasField("default_queue_policy")
 
 
 def test_config_of_a_name_with_quotes(options: BuildOptions) -> None:

@@ -189,7 +189,7 @@ def test_documents_without_tokens_have_no_answer() -> None:
     assert decode([], []).answers == ()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("place", [0, 5, 63])
 def test_a_logit_that_is_no_number_is_an_error(value: float, which: int, place: int) -> None:

@@ -128,3 +128,9 @@ def test_the_token_span_of_characters() -> None:
     first, last = windows.token_span(4, 16) or (-1, -1)
     assert (windows.starts[first], windows.ends[last]) == (4, 16)
     assert windows.token_span(3, 4) is None
+
+
+def test_the_name_of_a_special_token_in_a_text_is_text() -> None:
+    (window,) = MAKER("what is [CLS]?", "The tokens [SEP] and [MASK] are special.").windows
+    ids = window.input_ids[0].tolist()
+    assert (ids.count(CLS), ids.count(SEP), ids.count(103)) == (1, 2, 0)
