@@ -96,11 +96,11 @@ def test_the_answer_is_found_in_a_long_text_and_among_several(served: tuple[str,
     reply = post(
         url,
         "/v1/answer",
-        {"question": "How much of the rainforest is in Peru?", "contexts": [filler, filler + CONTEXT + filler]},
+        {"question": "Which country holds most of the forest?", "contexts": [filler, filler + CONTEXT + filler]},
     )
     (answer,) = reply["answers"]
-    assert (answer["text"], answer["context_index"]) == ("13%", 1)
-    assert answer["start"] == len(filler) + CONTEXT.index("13%")
+    assert (answer["text"], answer["context_index"]) == ("Brazil", 1)
+    assert answer["start"] == len(filler) + CONTEXT.index("Brazil")
     assert reply["windows"] > 10
 
 
