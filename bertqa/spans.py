@@ -187,8 +187,9 @@ def _null(start_logits: FloatArray, end_logits: FloatArray) -> float:
 
 def _ranked(flat: FloatArray, wanted: int) -> Iterator[int]:
     """Indexes of the finite values, highest first, ties by index; sorts no more of them than are asked for."""
+    yield int(flat.argmax())  # most often all that is asked for
     finite = int(np.isfinite(flat).sum())
-    taken, size = 0, 4 * wanted
+    taken, size = 1, 4 * wanted
     while taken < finite:
         size = min(size, finite)
         # Everything not below the size-th value, so that ties at the cut do not depend on ``wanted``.

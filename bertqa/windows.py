@@ -5,13 +5,16 @@ few length buckets so that an engine needs one optimization profile per bucket i
 is tokenized once; windows are slices of its tokens, so a character offset never depends on the window it was found in.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 """The engine's inputs, in order; each int32 of shape (1, length)."""
@@ -104,6 +107,7 @@ class WindowMaker:
         self._tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._plain_ascii = _without_normalizer(self._tokenizer)
         self._cls, self._sep, self._pad = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
 
     @classmethod
@@ -178,8 +182,7 @@ class WindowMaker:
         check_unicode("question", question)
         check_unicode("context", context)
 
-        encode = self._tokenizer.encode
-        question_ids = encode(question, add_special_tokens=False).ids
+        question_ids = self._encode(question).ids
         if not question_ids:
             raise ValueError("question: holds no token that the model knows")
         kept = question_ids[:max_question_tokens]
@@ -193,10 +196,11 @@ class WindowMaker:
                 f"beside this question, less one; got {overlap}"
             )
 
-        encoding = encode(context, add_special_tokens=False)
+        encoding = self._encode(context)
         ids = np.array(encoding.ids, dtype=np.int32)
-        offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
-        words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int32)
+        # Flat first: NumPy takes several times as long to read a list of tuples.
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
+        words = np.array(encoding.word_ids, dtype=np.int32)
         firsts = range(0, max(len(ids) - overlap, 1), room - overlap) if len(ids) else range(0)
         return Windows(
             context=context,
@@ -207,6 +211,11 @@ class WindowMaker:
             question_tokens=len(question_ids),
             question_truncated=len(kept) < len(question_ids),
         )
+
+    def _encode(self, text: str) -> Encoding:
+        if self._plain_ascii is not None and not _NOT_PLAIN_ASCII.search(text):
+            return self._plain_ascii.encode(text.lower(), add_special_tokens=False)
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _window(self, head: IntArray, piece: IntArray, first: int) -> Window:
         used = len(head) + len(piece) + 1
@@ -238,6 +247,22 @@ class WindowMaker:
         if number is None:
             raise ValueError(f"the tokenizer has no {token} token; BERT needs it")
         return int(number)
+
+
+_NOT_PLAIN_ASCII = re.compile(r"[^\t\n\r -~]")
+
+
+def _without_normalizer(tokenizer: Tokenizer) -> Tokenizer | None:
+    """The same tokenizer for lower-cased plain ASCII, a third faster; None where lower case is not all that it lacks.
+
+    Of what BERT's uncased normalizer does, only lower case changes printable ASCII, and it moves no offset.
+    """
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    if normalizer.get("type") != "BertNormalizer" or not normalizer.get("lowercase"):
+        return None
+    plain = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"normalizer": None}))
+    plain.encode_special_tokens = True
+    return plain
 
 
 def check_unicode(name: str, text: str) -> None:

@@ -4,6 +4,7 @@ Run it from the repository's root with ``uvicorn --factory service.app:create_ap
 """
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -59,6 +60,10 @@ def create_app(
         model = engine or TritonModel(settings.triton_urls, max_in_flight=settings.max_in_flight)
         app.state.answerer = answerer = Answerer(opened, model, settings, metrics)
         metrics.built(model=opened.manifest.identity, version=own_version())
+        # What is loaded by now stays for good: the garbage collector need not walk it with every full collection.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples, and no cycles of note
         try:
             await _verify_if_up(answerer)
             yield

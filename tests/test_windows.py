@@ -134,3 +134,19 @@ def test_the_name_of_a_special_token_in_a_text_is_text() -> None:
     (window,) = MAKER("what is [CLS]?", "The tokens [SEP] and [MASK] are special.").windows
     ids = window.input_ids[0].tolist()
     assert (ids.count(CLS), ids.count(SEP), ids.count(103)) == (1, 2, 0)
+
+
+@given(text=st.text(st.characters(max_codepoint=127), max_size=300))
+@settings(max_examples=300, deadline=None)
+def test_plain_ascii_is_tokenized_as_everything_else_is(text: str) -> None:
+    # One letter that is not ASCII keeps the whole text off the short cut.
+    short, long = MAKER("what?", text), MAKER("what?", f"{text} é")
+    tokens = len(short.starts)
+    assert len(long.starts) == tokens + 1
+    for name in ("starts", "ends", "words"):
+        assert getattr(short, name).tolist() == getattr(long, name)[:tokens].tolist()
+    short_ids, long_ids = (
+        [int(token) for w in made.windows for token in w.input_ids[0, w.offset : w.offset + w.tokens]]
+        for made in (short, long)
+    )
+    assert short_ids == long_ids[:tokens]
