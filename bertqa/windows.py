@@ -257,10 +257,11 @@ def _without_normalizer(tokenizer: Tokenizer) -> Tokenizer | None:
 
     Of what BERT's uncased normalizer does, only lower case changes printable ASCII, and it moves no offset.
     """
-    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    described = json.loads(tokenizer.to_str())
+    normalizer = described["normalizer"] or {}
     if normalizer.get("type") != "BertNormalizer" or not normalizer.get("lowercase"):
         return None
-    plain = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"normalizer": None}))
+    plain = Tokenizer.from_str(json.dumps(described | {"normalizer": None}))
     plain.encode_special_tokens = True
     return plain
 

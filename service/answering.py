@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from bertqa.manifest import Bundle, BundleMismatch
 from bertqa.spans import MAX_ANSWER_TOKENS, Decoded, Logits, decode
-from bertqa.windows import SPECIAL_TOKENS, Windows, check_unicode
+from bertqa.windows import SPECIAL_TOKENS, Windows
 from service.errors import InvalidField
 from service.metrics import Metrics
 from service.settings import Settings
@@ -221,10 +221,6 @@ class Answerer:
         for field, text in (("question", question.question), *_numbered(question.contexts)):
             if not text or text.isspace():
                 raise InvalidField(field, "must hold more than white space")
-            try:
-                check_unicode(field, text)
-            except ValueError as error:
-                raise InvalidField.from_value_error(error) from None
         # A window advances by at least so many tokens, and a text rarely has more tokens than characters.
         manifest = self.bundle.manifest
         room = (question.max_seq_len or manifest.max_seq_len) - SPECIAL_TOKENS

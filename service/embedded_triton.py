@@ -33,7 +33,7 @@ from bertqa.manifest import MODEL_NAME
 
 LOOPBACK = "127.0.0.1"
 WHEEL = "nvidia-pytriton"
-INSTALL = f"python -m pip install --no-deps {WHEEL}==0.7.0"
+INSTALL = f"python -m pip install --no-deps --constraint constraints.txt {WHEEL}"
 READY_TIMEOUT_S = 300.0
 """Default for the longest start: loading, and a warm-up of every bucket on a slow machine."""
 EXIT_TIMEOUT_S = 5

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from service.triton import MAX_IN_FLIGHT
+
 PREFIX = "BERTQA_"
 
 
@@ -21,7 +23,7 @@ class Settings:
     deadline_s: float = 10.0
     """Seconds from a parsed request to its answer, after which it fails; a request may ask for less."""
 
-    max_in_flight: int = 64
+    max_in_flight: int = MAX_IN_FLIGHT
     """Engine calls of this process at one time; what comes beyond waits for its turn within the deadline."""
 
     max_in_progress: int = 1_024
