@@ -12,10 +12,11 @@ from typing import get_args
 
 from bertqa.manifest import BundleMismatch, Target
 from bertqa.squad import MalformedSquad
-from engine_builder.build import BuildOptions, BuildRefused, build
+from engine_builder.build import BuildOptions, build
 from engine_builder.checkpoint import CALIBRATION_FILE, GATE_FILE, InvalidCheckpoint
 from engine_builder.gate import GateFailed
 from engine_builder.openvino_build import DEFAULT_PRECISION, PRECISIONS
+from engine_builder.publish import BuildRefused
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

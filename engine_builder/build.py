@@ -7,10 +7,8 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version as version_of
@@ -52,13 +50,9 @@ from engine_builder.openvino_build import (
     build_engine,
     supported_precision,
 )
-from engine_builder.triton_config import triton_config
+from engine_builder.publish import BuildRefused, building, publish
 
 ENGINE_FILE = "engine.xml"
-
-
-class BuildRefused(Exception):
-    """The arguments or the state of the repository do not allow the build; the message names the flag."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +101,7 @@ def build(options: BuildOptions) -> Manifest:
         if not calibration:
             raise BuildRefused(f"--calibration-data: {file} holds no question over a text")
 
-    with _building(options.repository / MODEL_NAME) as directory:
+    with building(options.repository / MODEL_NAME) as directory:
         onnx_file = directory / "model.onnx"
         with tqdm(total=3, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]") as steps:
             steps.set_description("exporting the graph")
@@ -204,47 +198,6 @@ def load_engine(path: Path, precision: Precision, buckets: Sequence[int], thread
         return start, end
 
     return predict
-
-
-def publish(directory: Path, manifest: Manifest, version: int | None, *, instances: int, threads: int) -> Path:
-    """Rename a built directory to a version beside it, then write ``config.pbtxt``, which makes it servable.
-
-    The version before stays on disk; older ones are removed.
-
-    Raises:
-        BuildRefused: the version exists, or a later one does, which Triton would go on serving.
-    """
-    model = directory.parent
-    versions = sorted(int(entry.name) for entry in model.iterdir() if entry.name.isdecimal())
-    latest = versions[-1] if versions else 0
-    if version is None:
-        version = latest + 1
-    elif version <= latest:
-        raise BuildRefused(f"--version {version}: {model} already has version {latest}, and Triton serves the highest")
-    target = model / str(version)
-    directory.chmod(0o755)  # a temporary directory is private, and Triton may run as another user
-    directory.rename(target)
-    config = model / ".config.pbtxt"
-    config.write_text(triton_config(manifest, instances=instances, threads=threads))
-    config.replace(model / "config.pbtxt")
-    for old in versions[:-1]:
-        shutil.rmtree(model / str(old))
-    return target
-
-
-@contextmanager
-def _building(model: Path) -> Iterator[Path]:
-    """A directory on the repository's own file system, gone in the end unless it was renamed."""
-    created = [parent for parent in (model, *model.parents) if not parent.exists()]
-    model.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=".building-", dir=model))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        for parent in created:  # innermost first
-            if not any(parent.iterdir()):
-                parent.rmdir()
 
 
 def _data_file(given: Path | None, default: Path, flag: str) -> Path:

@@ -19,10 +19,11 @@ from bertqa.squad import Score
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
 from engine_builder import checkpoint as checkpoints
 from engine_builder import openvino_build
-from engine_builder.build import BuildOptions, BuildRefused, build
+from engine_builder.build import BuildOptions, build
 from engine_builder.checkpoint import InvalidCheckpoint
 from engine_builder.gate import GateFailed, Measured, check_f1
 from engine_builder.openvino_model import Engine, engine_sha256
+from engine_builder.publish import BuildRefused
 from engine_builder.triton_config import triton_config
 
 ROOT = Path(__file__).resolve().parent.parent
