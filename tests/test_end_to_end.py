@@ -38,7 +38,7 @@ def serving(repository: Path, directory: Path, *flags: str) -> Iterator[tuple[st
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, text=True)
     try:
-        for _ in range(2400):
+        for _ in range(6000):
             if match := re.search(r"ready at (http://\S+)", log.read_text()):
                 break
             if process.poll() is not None:
