@@ -2,8 +2,11 @@
 
 The server is ``tritonserver`` on PATH with its own backends, or else the one inside the ``nvidia-pytriton`` wheel. Only
 files of the wheel are used: nothing of the package is imported, so none of its dependencies are needed.
+
+``python -m service.embedded_triton`` runs one in the foreground, as the container does that has nothing else in it.
 """
 
+import argparse
 import contextlib
 import ctypes
 import errno
@@ -62,18 +65,18 @@ class TritonError(RuntimeError):
 
 @dataclass(frozen=True)
 class TritonPorts:
-    """Ports on the loopback interface; where one is taken, the next free one is used in its place."""
+    """Ports to listen on; where one is taken, the next free one is used in its place."""
 
     grpc: int = 8001
     metrics: int = 8002
     http: int = 8003  # Triton's own default, 8000, is where the service listens
 
-    def free(self, avoid: Iterable[int] = ()) -> "TritonPorts":
+    def free(self, avoid: Iterable[int] = (), *, host: str = LOOPBACK) -> "TritonPorts":
         """These ports, or for each that is taken or to be avoided the next one that is not."""
         taken = set(avoid)
         found: dict[str, int] = {}
         for name in ("grpc", "metrics", "http"):
-            found[name] = free_port(LOOPBACK, getattr(self, name), avoid=taken)
+            found[name] = free_port(host, getattr(self, name), avoid=taken)
             taken.add(found[name])
         return TritonPorts(**found)
 
@@ -190,7 +193,7 @@ def _link(directory: Path, targets: Sequence[Path]) -> None:
 
 
 class EmbeddedTriton:
-    """One Triton server, on the loopback interface only, kept alive from `start` to `stop`.
+    """One Triton server, on the loopback interface unless told otherwise, kept alive from `start` to `stop`.
 
     As a context manager it starts on entry and stops on exit. One thread starts and restarts the server; the server
     ends with this process however that ends, and its stubs end with it.
@@ -201,9 +204,10 @@ class EmbeddedTriton:
         repository: Path,
         *,
         model: str = MODEL_NAME,
+        host: str = LOOPBACK,
         ports: TritonPorts | None = None,
         avoid_ports: Collection[int] = (),
-        log_dir: Path = Path("logs"),
+        log_dir: Path | None = Path("logs"),
         ready_timeout_s: float = READY_TIMEOUT_S,
         report: Callable[[str], None] = print,
     ) -> None:
@@ -212,14 +216,16 @@ class EmbeddedTriton:
         Args:
             repository: Triton model repository; only ``model`` of it is loaded.
             model: its name.
+            host: IPv4 address to listen on; 0.0.0.0 is all of this machine's.
             ports: wanted ports.
             avoid_ports: ports that are meant for others, though nothing listens there yet.
-            log_dir: the server writes ``triton-<gRPC port>.log`` there.
+            log_dir: the server writes ``triton-<gRPC port>.log`` there; without one, to standard error.
             ready_timeout_s: longest wait for the model to be ready, warm-up included.
             report: takes each line meant for a person, by default for the console.
         """
         self._repository = self._served = repository
         self._model = model
+        self._host = host
         self._wanted = ports or TritonPorts()
         self._avoid_ports = avoid_ports
         self._log_dir = log_dir
@@ -238,14 +244,18 @@ class EmbeddedTriton:
         """The ports in use, known after `start`."""
 
     @property
+    def _reachable(self) -> str:
+        return LOOPBACK if self._host == "0.0.0.0" else self._host
+
+    @property
     def url(self) -> str:
         """The gRPC address host:port."""
-        return f"{LOOPBACK}:{self.ports.grpc}"
+        return f"{self._reachable}:{self.ports.grpc}"
 
     @property
     def log_file(self) -> Path:
         """Where everything that the server writes can be read."""
-        return self._log_dir / f"triton-{self.ports.grpc}.log"
+        return self._log_dir / f"triton-{self.ports.grpc}.log" if self._log_dir else Path("/dev/stderr")
 
     @property
     def pid(self) -> int | None:
@@ -281,13 +291,15 @@ class EmbeddedTriton:
                 self._served = Path(self._cache.name) / "model_repository"
                 self._served.symlink_to(self._repository.resolve())
             try:
-                self._log_dir.mkdir(parents=True, exist_ok=True)
+                if self._log_dir:
+                    self._log_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise TritonError(
                     f"{self._log_dir}: no directory for logs ({error.strerror}); choose another"
                 ) from None
             self._choose_ports()
-            self.log_file.write_bytes(b"")
+            if self._log_dir:
+                self.log_file.write_bytes(b"")
             self._thread = threading.Thread(target=self._supervise, args=(installation,), name="triton", daemon=True)
             self._thread.start()
             while not self._first.wait(0.1):
@@ -309,7 +321,7 @@ class EmbeddedTriton:
             self._cache.cleanup()
 
     def _choose_ports(self) -> None:
-        self.ports = self._wanted.free(self._avoid_ports)
+        self.ports = self._wanted.free(self._avoid_ports, host=self._host)
         for name in ("grpc", "metrics", "http"):
             wanted, found = getattr(self._wanted, name), getattr(self.ports, name)
             if wanted not in (0, found):
@@ -386,7 +398,7 @@ class EmbeddedTriton:
             f"--load-model={self._model}",
             "--disable-auto-complete-config",  # what config.pbtxt leaves out is an error, not a guess
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
-            *(f"--{service}-address={LOOPBACK}" for service in ("http", "grpc", "metrics")),
+            *(f"--{service}-address={self._host}" for service in ("http", "grpc", "metrics")),
             f"--http-port={self.ports.http}",
             f"--grpc-port={self.ports.grpc}",
             f"--metrics-port={self.ports.metrics}",
@@ -406,17 +418,19 @@ class EmbeddedTriton:
 
     def _read_log(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.stdout
-        with self.log_file.open("ab", buffering=0) as file, process.stdout as output:
+        # A container's /dev/stderr cannot always be opened by the user that runs in it; the descriptor is there.
+        target = self.log_file if self._log_dir else 2
+        with open(target, "ab", buffering=0, closefd=target != 2) as file, process.stdout as output:
             for raw in output:
                 file.write(raw)
                 line = raw.decode(errors="replace").rstrip()
                 self._tail.append(line)
                 problem = _PROBLEM.match(line)
-                if problem and not _HARMLESS.search(line) and not self._stopping.is_set():
+                if self._log_dir and problem and not _HARMLESS.search(line) and not self._stopping.is_set():
                     self._say(_plain(problem["text"]))
 
     def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(LOOPBACK, self.ports.http, timeout=2)
+        connection = http.client.HTTPConnection(self._reachable, self.ports.http, timeout=2)
         try:
             connection.request("GET", f"/v2/models/{self._model}/ready")
             return connection.getresponse().status == 200
@@ -526,3 +540,52 @@ def end_session(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:
             process.wait()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # stubs that outlived it
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m service.embedded_triton",
+        description="Run one Triton server in the foreground, restarted when it dies; its log goes to standard error.",
+    )
+    parser.add_argument(
+        "--repository", type=Path, default=Path("model_repository"), help="with the engine (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--host", default=LOOPBACK, help="IPv4 address to listen on; 0.0.0.0 for all (default: %(default)s)"
+    )
+    for name in ("grpc", "metrics", "http"):
+        parser.add_argument(
+            f"--{name}-port",
+            type=int,
+            default=getattr(TritonPorts, name),
+            help="or the next free one (default: %(default)s)",
+        )
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run until told to end; returns the process's exit code."""
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    triton = EmbeddedTriton(
+        args.repository,
+        host=args.host,
+        ports=TritonPorts(args.grpc_port, args.metrics_port, args.http_port),
+        log_dir=None,
+        report=lambda line: print(f"bertqa: {line}", file=sys.stderr, flush=True),
+    )
+    try:
+        triton.start(stopping)
+        stopping.wait()
+    except TritonError as error:
+        print(f"bertqa: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        triton.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
