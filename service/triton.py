@@ -45,6 +45,9 @@ _RETRIES = 2
 _RETRY_S = 0.1  # mean wait before the first retry; doubled for the next
 _CHANNEL_OPTIONS = (
     ("grpc.lb_policy_name", "round_robin"),  # over all addresses of a name; the default stays with the first
+    # A name is looked up again whenever one of its connections ends, but by default not within 30 s of the last time:
+    # too late where all replicas of a headless service are replaced.
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
     # A restarted Triton is back in seconds, but the default backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -138,7 +141,9 @@ class TritonModel:
         """Open the channels; connections are made when first needed.
 
         Args:
-            urls: gRPC addresses host:port; calls go round them, and all the addresses that a name resolves to.
+            urls: gRPC addresses host:port; calls go round them, and all the addresses that a name resolves to. Replicas
+                added under a name are found when a connection to an older one ends: have servers end them now and then
+                (Triton's ``--grpc-max-connection-age``).
             model: name of the model.
             max_in_flight: windows of all requests that are with Triton at one time.
             max_waiting: windows that may wait for that; one more is `ModelOverloaded` at once.
@@ -238,8 +243,9 @@ class TritonModel:
             except grpc.aio.AioRpcError as error:
                 failure = _translate(error, replica.url, self._model)
                 pause = random.uniform(0.5, 1.5) * _RETRY_S * 2**attempt
-                # A refused or broken connection; asking twice is harmless, for inference changes nothing.
-                again = error.code() is grpc.StatusCode.UNAVAILABLE and isinstance(failure, ModelUnavailable)
+                # A refused or broken connection, or a server that ended (our own cancelling is another exception).
+                # Asking twice is harmless, for inference changes nothing.
+                again = error.code() in _LOST and isinstance(failure, ModelUnavailable)
                 if not again or attempt == _RETRIES or time.monotonic() + pause >= deadline:
                     raise failure from error
             except grpc.aio.UsageError as error:
@@ -253,7 +259,7 @@ class _Replica:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.channel = grpc.aio.insecure_channel(url if ":///" in url else f"dns:///{url}", options=_CHANNEL_OPTIONS)
+        self.channel = grpc.aio.insecure_channel(url if "://" in url else f"dns:///{url}", options=_CHANNEL_OPTIONS)
         self.model_infer = self._method("ModelInfer", None, service_pb2.ModelInferResponse)
         self.model_ready = self._method("ModelReady", service_pb2.ModelReadyRequest, service_pb2.ModelReadyResponse)
         self.model_config = self._method("ModelConfig", service_pb2.ModelConfigRequest, service_pb2.ModelConfigResponse)
@@ -315,6 +321,7 @@ class _Turns:
         self._free += 1
 
 
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _PASSED = "The deadline passed before the engine answered."
 
 

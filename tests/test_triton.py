@@ -1,14 +1,16 @@
 """The engine's client and the embedded server, against a real Triton with a small model that misbehaves on request."""
 
 import asyncio
+import contextlib
 import http.client
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -354,6 +356,139 @@ def test_lost_connection_is_retried_a_few_times_only() -> None:
     with pytest.raises(ModelUnavailable, match="Socket closed"):
         ask_fake(fake)
     assert len(fake.requests) == 3
+
+
+# Replicas behind one name, as a headless service of Kubernetes has them: a name server of our own tells the addresses
+
+
+class Names(asyncio.DatagramProtocol):
+    """A DNS server (RFC 1035) that answers every question for IPv4 addresses with those it has now, and others with
+    none."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = addresses
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, query: bytes, client: Any) -> None:
+        question = query[12 : query.index(0, 12) + 5]  # name, type, class
+        found = self.addresses if question[-4:-2] == b"\0\1" else ()
+        head = query[:2] + struct.pack("!5H", 0x8580, 1, len(found), 0, 0)
+        records = [struct.pack("!3HIH", 0xC00C, 1, 1, 0, 4) + socket.inet_aton(address) for address in found]
+        self.transport.sendto(head + question + b"".join(records), client)
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[str]:
+        """Give the URL of a name that this server alone knows, less its port."""
+        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: self, ("127.0.0.1", 0))
+        try:
+            yield "dns://{}:{}/triton.example".format(*transport.get_extra_info("sockname"))
+        finally:
+            transport.close()
+
+
+class Replica(FakeTriton):
+    """One of several; takes a moment, so that calls are in flight when it ends."""
+
+    def __init__(self) -> None:
+        super().__init__(0, reply(*OUTPUT_NAMES))
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        await asyncio.sleep(0.005)
+        return await super().ModelInfer(request, context)
+
+    async def start(self, address: str, port: int, **options: int) -> int:
+        self.server = grpc.aio.server(options=[(f"grpc.{name}", value) for name, value in options.items()])
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self.server)
+        bound = self.server.add_insecure_port(f"{address}:{port}")
+        await self.server.start()
+        return int(bound)
+
+    async def is_called(self, times: int = 10) -> None:
+        goal, end = len(self.requests) + times, soon(15)
+        while len(self.requests) < goal:
+            assert time.monotonic() < end, "waited in vain"
+            await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def asking(url: str) -> AsyncIterator[None]:
+    """Eight clients that ask without pause, each request of two windows; none may fail."""
+    model = TritonModel([url])
+    done = asyncio.Event()
+
+    async def ask() -> None:
+        while not done.is_set():
+            await model.predict([window(), window()], deadline=soon(5))
+
+    clients = [asyncio.create_task(ask()) for _ in range(8)]
+    try:
+        yield
+    finally:
+        done.set()
+        await asyncio.gather(*clients)
+        await model.close()
+
+
+def test_all_addresses_of_a_name_are_called_and_no_request_misses_one_that_dies() -> None:
+    async def scenario() -> None:
+        first, second = Replica(), Replica()
+        port = await first.start("127.0.0.1", 0)
+        await second.start("127.0.0.2", port)
+        async with Names("127.0.0.1", "127.0.0.2").serving() as name, asking(f"{name}:{port}"):
+            await first.is_called()
+            await second.is_called()
+            before = len(second.requests)
+            await first.is_called(100)
+            assert len(second.requests) - before > 80  # turn by turn
+            await second.server.stop(None)
+            await first.is_called()
+            await second.start("127.0.0.2", port)
+            await second.is_called()
+        await asyncio.gather(first.server.stop(None), second.server.stop(None))
+
+    asyncio.run(scenario())
+
+
+def test_replicas_that_come_and_go_under_a_name_are_found() -> None:
+    async def scenario() -> None:
+        first, second = Replica(), Replica()
+        port = await first.start("127.0.0.1", 0, max_connection_age_ms=500)
+        names = Names("127.0.0.1")
+        async with names.serving() as name, asking(f"{name}:{port}"):
+            await first.is_called()
+            await second.start("127.0.0.2", port)
+            names.addresses = ("127.0.0.1", "127.0.0.2")
+            await second.is_called()  # once a connection to the first has reached its age
+            names.addresses = ("127.0.0.2",)
+            await first.server.stop(None)
+            await second.is_called()
+        await second.server.stop(None)
+
+    asyncio.run(scenario())
+
+
+def test_replicas_that_are_all_replaced_at_once_are_found_before_a_client_gives_up() -> None:
+    async def scenario() -> None:
+        old, new = Replica(), Replica()
+        port = await old.start("127.0.0.1", 0)
+        names = Names("127.0.0.1")
+        async with names.serving() as name:
+            model = TritonModel([f"{name}:{port}"])
+            await model.predict([window()], deadline=soon(5))
+            names.addresses = ("127.0.0.2",)
+            await old.server.stop(None)
+            await new.start("127.0.0.2", port)
+            end = soon(15)  # gRPC's own pause between two questions to a name server is 30 s
+            while not new.requests:
+                assert time.monotonic() < end, "waited in vain"
+                with contextlib.suppress(ModelUnavailable):
+                    await model.predict([window()], deadline=soon(5))
+            await model.close()
+        await new.server.stop(None)
+
+    asyncio.run(scenario())
 
 
 # The embedded server
