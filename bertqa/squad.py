@@ -8,7 +8,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,30 @@ def score(examples: Sequence[Example], predictions: Mapping[str, str]) -> Score:
         exact_matches += max(exact_match(predicted, text) for text in texts)
         f1s += max(f1(predicted, text) for text in texts)
     return Score(100 * exact_matches / len(examples), 100 * f1s / len(examples), len(examples))
+
+
+def score_by_kind(examples: Sequence[Example], predictions: Mapping[str, str]) -> dict[str, float]:
+    """What the official SQuAD v2.0 script prints, under its names: ``exact``, ``f1`` and ``total``.
+
+    Over all questions, and with the prefixes ``HasAns_`` and ``NoAns_`` over those with and without an answer, each of
+    which is left out where there is no such question. References of articles and punctuation alone do not count there.
+
+    Raises:
+        ValueError: there is no example.
+    """
+    examples = [
+        replace(example, references=tuple(r for r in example.references if normalize(r.text))) for example in examples
+    ]
+    report: dict[str, float] = {}
+    for prefix, chosen in (
+        ("", examples),
+        ("HasAns_", [example for example in examples if example.references]),
+        ("NoAns_", [example for example in examples if not example.references]),
+    ):
+        if chosen or not prefix:
+            result = score(chosen, predictions)
+            report |= {f"{prefix}exact": result.exact_match, f"{prefix}f1": result.f1, f"{prefix}total": result.total}
+    return report
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

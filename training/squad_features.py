@@ -40,9 +40,7 @@ class Batch:
     starts: torch.Tensor
     ends: torch.Tensor
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
+    lengths: tuple[int, ...]  # tokens of each feature
 
 
 def hold_back_articles(examples: Sequence[Example], articles: int) -> tuple[list[Example], list[Example]]:
@@ -132,4 +130,5 @@ def collate(features: Sequence[Feature], multiple: int = 16) -> Batch:
         allowed=torch.from_numpy(allowed),
         starts=torch.tensor([feature.start for feature in features]),
         ends=torch.tensor([feature.end for feature in features]),
+        lengths=tuple(len(feature.input_ids) for feature in features),
     )

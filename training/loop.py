@@ -1,0 +1,444 @@
+"""The one training loop, shared by the jobs; it knows neither the model nor the data.
+
+The *global batch* of a step is a pure function of the step, and the gradient is that of the sum of its losses over the
+number of its targets. Each process computes its share of both. So a run on one, two or four processes has the same loss
+curve, an elastic run may change their number between two steps, and a resumed run needs no state of a sampler.
+"""
+
+import argparse
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from training.checkpoints import CheckpointError, State, collect, load_state, restore, save_state
+from training.distributed import Compression, Workers
+from training.lamb import OptimizerName, make_optimizer
+from training.metrics import Metrics, peak_flops
+from training.schedules import linear, poly
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+LOSS_SCALE = 2.0**16
+"""Where the dynamic loss scale of fp16 starts; it halves at an overflow and doubles after 2000 steps without one."""
+LOSS_SCALE_FLOOR = 1.0
+"""Below it the gradients overflow by themselves, and the run is aborted."""
+
+
+class Batch(Protocol):
+    """A micro-batch: a dataclass of tensors on the CPU, with sequences padded to one length."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sequence, without padding."""
+
+
+_Item = TypeVar("_Item")
+_Batch = TypeVar("_Batch", bound=Batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Task(Generic[_Item, _Batch]):
+    """What a job trains on, and how."""
+
+    items: Callable[[int], Sequence[_Item]]
+    """From a step to its global batch, best in order of length: it is cut into micro-batches as it comes."""
+    collate: Callable[[Sequence[_Item]], _Batch]
+    """From some items to a batch on the CPU; called from a thread of its own, and a pure function."""
+    loss: Callable[[torch.nn.Module, _Batch], Tensor]
+    """The *sums* of the loss's terms over the batch's targets: float32 of shape (terms,)."""
+    targets: Callable[[_Batch], Sequence[int]]
+    """How many targets of each term the batch has; the loss is the weighted sum of the means over all targets."""
+    flops: Callable[[_Batch], float]
+    """Of forward and backward, for the MFU; see `training.encoders.bert_flops`."""
+    terms: Mapping[str, float] = field(default_factory=lambda: {"loss": 1.0})
+    """Name of each term in the metrics, and its weight in the loss: 0 for what is only watched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """The loop's settings; their meaning is in `add_loop_arguments`, and those of one run in `identity`."""
+
+    steps: int  # optimizer steps of the whole run
+    batch_size: int
+    micro_batch_size: int | None
+    optimizer: OptimizerName
+    learning_rate: float
+    warmup: float
+    decay: Literal["linear", "poly"]
+    weight_decay: float
+    max_gradient_norm: float
+    clip: Literal["reduced", "micro-batch"]
+    precision: Precision
+    compression: Compression
+    compile: bool
+    seed: int
+    save_every: int
+    log_every: int
+    stop_after: int | None
+    tensorboard: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, steps: int) -> "LoopOptions":
+        """The options of a command line that `add_loop_arguments` has read, for a run of so many steps."""
+        return cls(steps=steps, **{field.name: getattr(args, field.name) for field in fields(cls)[1:]})
+
+    def identity(self) -> dict[str, object]:
+        """What decides the result of a step; a resume state of another identity is refused."""
+        names = ("steps", "batch_size", "optimizer", "learning_rate", "warmup", "decay", "weight_decay")
+        more = ("max_gradient_norm", "clip", "precision", "seed")
+        return {name: getattr(self, name) for name in names + more}
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        schedule = linear if self.decay == "linear" else poly
+        return self.learning_rate * schedule(step, self.steps, self.warmup)
+
+
+def add_loop_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """Add the flags that all jobs share; ``defaults`` replace those here, by the name of the option."""
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch-size", type=at_least_one, default=32, help="sequences per step, over all processes together")
+    add("--micro-batch-size", type=at_least_one, help="most sequences at once on one process; default: its share")
+    add("--optimizer", choices=["adamw", "lamb", "nvlamb"], default="adamw", help="the LAMBs are NVIDIA's two")
+    add("--learning-rate", type=positive, default=1e-4, help="peak, for that batch size")
+    add("--warmup", type=fraction, default=0.06, help="share of the steps with rising learning rate")
+    add("--decay", choices=["linear", "poly"], default="linear", help="after the warm-up; poly is the square root")
+    add("--weight-decay", type=float, default=0.01, help="not on biases and LayerNorm, as in BERT's own optimizer")
+    add("--max-gradient-norm", type=positive, default=1.0, help="larger gradients are clipped to it")
+    add("--clip", choices=["reduced", "micro-batch"], default="reduced", help="the step's gradient, or each addend")
+    add("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="of the matrix products (AMP)")
+    add("--compression", choices=["none", "fp16"], default="none", help="of gradients on the wire")
+    add("--compile", action="store_true", help="compile the model with torch.compile")
+    add("--seed", type=int, default=1, help="of the order, of dropout and of whatever else is drawn")
+    add = parser.add_argument_group("running").add_argument
+    add("--save-every", type=at_least_one, default=250, help="steps between two resume states")
+    add("--log-every", type=at_least_one, default=25, help="steps between two records of metrics.jsonl")
+    add("--stop-after", type=at_least_one, help="end this process after so many steps in all; resume later")
+    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
+    parser.set_defaults(**defaults)
+
+
+def at_least_one(text: str) -> int:
+    """An argument that is a count."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def positive(text: str) -> float:
+    """An argument that is a number above zero."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {value}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """An argument that is a share of a whole which is never all of it."""
+    if not 0 <= (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be a share, from 0 to below 1, not {value}")
+    return value
+
+
+def micro_batches(items: Sequence[_Item], largest: int | None, rank: int, size: int) -> list[Sequence[_Item]]:
+    """One process's micro-batches of a global batch: every process has as many, and together they have all the items.
+
+    The batch is cut in order into pieces whose sizes differ by one at most; micro-batch i of process r is piece
+    ``i * size + r``. Whenever ``largest`` divides the batch, and the processes the pieces, the pieces are the same for
+    any number of processes. A piece is empty where there are more processes than items.
+    """
+    rounds = max(-(-len(items) // ((largest or len(items)) * size)), 1)
+    pieces = rounds * size
+    bounds = [len(items) * piece // pieces for piece in range(pieces + 1)]
+    return [items[bounds[piece] : bounds[piece + 1]] for piece in range(rank, pieces, size)]
+
+
+def train(
+    model: torch.nn.Module,
+    task: Task[_Item, _Batch],
+    options: LoopOptions,
+    workers: Workers,
+    output: Path,
+    identity: dict[str, object],
+) -> bool:
+    """Train a model in place, from the run's resume state on if it has one, to the last step or a signal to stop.
+
+    SIGTERM and SIGINT, sent to any of the processes, end the run after the step under way, with its state saved. No
+    collective operation of ``workers`` may come before this function, see `Workers.run`.
+
+    Args:
+        model: on the device of ``workers``; its parameters are fp32.
+        task: what to train on.
+        options: of the loop.
+        workers: the processes of the run.
+        output: directory of the resume states, ``metrics.jsonl`` and ``loss.png``; written by process 0 alone.
+        identity: what else must be equal for a resumed run to be the same run.
+
+    Returns:
+        True if the run is complete, False if it was stopped before.
+
+    Raises:
+        SystemExit: the loss is not finite, the loss scale reached its floor, or a state cannot be read or written.
+    """
+    return _Loop(model, task, options, workers, output, options.identity() | identity).run()
+
+
+class _Loop(Generic[_Item, _Batch]):
+    """What `train` holds between two steps."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        task: Task[_Item, _Batch],
+        options: LoopOptions,
+        workers: Workers,
+        output: Path,
+        identity: dict[str, object],
+    ) -> None:
+        self.model, self.task, self.options, self.workers, self.output = model, task, options, workers, output
+        self.identity = identity
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.forward: Any = torch.compile(model) if options.compile else model  # of the same parameters
+        optimizer = make_optimizer(options.optimizer, model, options.learning_rate, options.weight_decay)
+        self.optimizer = workers.wrap(optimizer, model, options.compression)  # Horovod's has a state of its own
+        self.scaler = torch.amp.GradScaler(workers.device.type, LOSS_SCALE, enabled=options.precision == "fp16")
+        self.step = self.saved = 0
+        self.signalled = False
+        self.problem: str | None = None  # of process 0 with a file; then all end together
+        if workers.rank == 0:
+            try:
+                if state := load_state(output, identity):
+                    self.resume(state)
+                    self.saved = state.step
+            except CheckpointError as error:
+                self.problem = str(error)
+
+    def run(self) -> bool:
+        with _on_signals(self.stop):
+            finished = self.workers.run(self.synchronize, self.steps)
+        if self.signalled and not finished and self.workers.rank == 0:
+            print(f"stopped after step {self.step} of {self.options.steps}; the same command resumes", flush=True)
+        return finished
+
+    def stop(self) -> None:
+        self.signalled = True
+
+    def resume(self, state: State) -> None:
+        restore(self.model, self.optimizer, state.tensors)
+        self.scaler.load_state_dict(dict(state.scaler))
+        self.step = state.step
+
+    def synchronize(self) -> None:
+        """Give every process what process 0 has."""
+        self.end_if(self.workers.share(self.problem))
+        step, self.saved, scaler = self.workers.share((self.step, self.saved, self.scaler.state_dict()))
+        tensors = self.workers.share_tensors(collect(self.model, self.optimizer))
+        if self.workers.rank:
+            self.resume(State(step, tensors, scaler))
+
+    def steps(self) -> bool:
+        """Run the steps that are left; True if that completes the run."""
+        options, workers = self.options, self.workers
+        peak = sum(workers.gather(peak_flops(workers.device, options.precision)))
+        interval = _Interval(len(self.task.terms), workers.device)
+        self.model.train()
+        with self.metrics() as metrics:
+            for share in self.shares():
+                *targets, stop = workers.sum([*share.targets, self.signalled], between_steps=True)
+                if stop:
+                    self.signalled = True
+                    break
+                self.optimize(share, targets, interval)
+                self.step += 1
+                if metrics:
+                    metrics.advance()
+                if self.step % options.log_every == 0 or self.step % options.save_every == 0:
+                    self.log(interval, peak, metrics)
+                    if self.step % options.save_every == 0:
+                        self.save()
+                    interval = _Interval(len(self.task.terms), workers.device)
+            if interval.steps:
+                self.log(interval, peak, metrics)
+            if self.step > self.saved:
+                self.save()
+        return self.step >= options.steps
+
+    def metrics(self) -> AbstractContextManager[Metrics | None]:
+        """Where process 0 reports; the others do not."""
+        if self.workers.rank:
+            return nullcontext()
+        return Metrics(self.output, self.step, self.options.steps, tensorboard=self.options.tensorboard)
+
+    def shares(self) -> Iterator["_Share[_Batch]"]:
+        """This process's shares of the steps that are left, each made ready while the one before is computed."""
+        last = min(self.options.steps, self.options.stop_after or self.options.steps)
+        with ThreadPoolExecutor(1) as loader:
+            steps = range(self.step, last)
+            upcoming = [loader.submit(self.share, step) for step in steps[:1]]
+            for step in steps:
+                share = upcoming.pop().result()
+                if step + 1 < last:
+                    upcoming.append(loader.submit(self.share, step + 1))
+                yield share
+
+    def share(self, step: int) -> "_Share[_Batch]":
+        """This process's share of a step, on its way to the device."""
+        rank, size = self.workers.rank, self.workers.size
+        pieces = micro_batches(self.task.items(step), self.options.micro_batch_size, rank, size)
+        batches = {rank + size * number: self.task.collate(piece) for number, piece in enumerate(pieces) if piece}
+        targets = [self.task.targets(batch) for batch in batches.values()]
+        lengths = [length for batch in batches.values() for length in batch.lengths]
+        return _Share(
+            batches={number: to_device(batch, self.workers.device) for number, batch in batches.items()},
+            targets=[sum(counts) for counts in zip(*targets, strict=True)] or [0] * len(self.task.terms),
+            counts=(len(lengths), sum(lengths), sum(self.task.flops(batch) for batch in batches.values())),
+        )
+
+    def optimize(self, share: "_Share[_Batch]", targets: Sequence[float], interval: "_Interval") -> None:
+        """Take one optimizer step; ``targets`` are those of all processes."""
+        options, workers, optimizer, scaler = self.options, self.workers, self.optimizer, self.scaler
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate_at(self.step)
+        workers.begin_step(optimizer, len(share.batches))
+        for number, batch in share.batches.items():
+            # A function of the step and the micro-batch, so that a resumed run draws what an uninterrupted one draws.
+            torch.manual_seed(((options.seed * 1_000_003 + self.step) * 65_537 + number) % 2**63)
+            with autocast(options.precision, workers.device):
+                sums = self.task.loss(self.forward, batch)
+            interval.losses += sums.detach()
+            parts = zip(self.task.terms.values(), sums.unbind(), targets, strict=True)
+            loss = scaler.scale(torch.stack([weight * term / max(count, 1.0) for weight, term, count in parts]).sum())
+            if options.clip == "reduced":
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                self.add_clipped(loss)
+        with workers.reduced_gradients(optimizer):
+            scaler.unscale_(optimizer)
+            if options.clip == "reduced":
+                interval.norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.max_gradient_norm)
+            scaler.step(optimizer)
+        scaler.update()
+        interval.add(share)
+
+    def add_clipped(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's part of the loss, clipped by itself, to that of the step."""
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        limit = self.options.max_gradient_norm * self.scaler.get_scale()
+        share = (limit / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            clipped = gradient * share
+            parameter.grad = clipped if parameter.grad is None else parameter.grad.add_(clipped)
+
+    def log(self, interval: "_Interval", peak: float, metrics: Metrics | None) -> None:
+        """Report the steps of an interval; end the run where its loss is no number any more."""
+        terms = self.task.terms
+        sums = self.workers.sum([*interval.losses.tolist(), *interval.targets, *interval.counts])
+        losses, targets, (sequences, tokens, flops) = sums[: len(terms)], sums[len(terms) : -3], sums[-3:]
+        means = {name: loss / max(count, 1.0) for name, loss, count in zip(terms, losses, targets, strict=True)}
+        loss = sum(terms[name] * mean for name, mean in means.items())
+        scale = self.scaler.get_scale()
+        if not math.isfinite(loss):
+            self.end_if(f"step {self.step}: the loss is {loss}; lower --learning-rate, or use --precision fp32")
+        if scale < LOSS_SCALE_FLOOR:
+            self.end_if(
+                f"step {self.step}: the gradients overflow at a loss scale of {scale} too; use --precision bf16"
+            )
+        if metrics is None:
+            return
+        seconds = time.monotonic() - interval.began
+        record = {"loss": loss} | means
+        record |= {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": float(interval.norm),
+            "sequences_per_second": sequences / seconds,
+            "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / peak,
+        }
+        if self.scaler.is_enabled():
+            record["loss_scale"] = scale
+        metrics.write(self.step, record)
+
+    def save(self) -> None:
+        """Write the run's state; all processes end where process 0 cannot."""
+        if self.workers.rank == 0:
+            state = State(self.step, collect(self.model, self.optimizer), self.scaler.state_dict())
+            try:
+                save_state(self.output, state, self.identity)
+            except CheckpointError as error:
+                self.problem = str(error)
+        self.end_if(self.workers.share(self.problem))
+        self.saved = self.step
+
+    def end_if(self, problem: str | None) -> None:
+        """End this process, as all the others do, where there is a problem; process 0 tells."""
+        if problem:
+            raise SystemExit(problem if self.workers.rank == 0 else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Share(Generic[_Batch]):
+    """What one process computes of a step."""
+
+    batches: dict[int, _Batch]  # by their number among the step's micro-batches, on the device
+    targets: list[int]  # of each term
+    counts: tuple[float, float, float]  # sequences, tokens, FLOPs
+
+
+class _Interval:
+    """What one process adds up between two records."""
+
+    def __init__(self, terms: int, device: torch.device) -> None:
+        self.losses = torch.zeros(terms, dtype=torch.float64, device=device)  # read, and so waited for, at its end only
+        self.targets = [0.0] * terms
+        self.counts = [0.0, 0.0, 0.0]
+        self.norm: Tensor = torch.tensor(math.nan)  # of the last step's gradient, before it was clipped
+        self.steps = 0
+        self.began = time.monotonic()
+
+    def add(self, share: _Share[Any]) -> None:
+        """Count a step that was taken."""
+        self.targets = [total + count for total, count in zip(self.targets, share.targets, strict=True)]
+        self.counts = [total + count for total, count in zip(self.counts, share.counts, strict=True)]
+        self.steps += 1
+
+
+def to_device(batch: _Batch, device: torch.device) -> _Batch:
+    """The same batch with its tensors on a device; the copy to a GPU is under way and nobody waits for it."""
+    if device.type == "cpu":
+        return batch
+    tensors = {name: value for name in batch.__dataclass_fields__ if isinstance(value := getattr(batch, name), Tensor)}
+    moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return replace(batch, **moved)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """The AMP context of a precision."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+@contextmanager
+def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call ``stop`` at SIGTERM and SIGINT, in place of ending at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,129 @@
+"""What a run reports: a line of JSON every few steps, speed as a share of the hardware's, and a plot of the loss."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+LOSS_PLOT = "loss.png"
+SHOWN = ("loss", "sequences_per_second", "mfu")
+"""What of a record the progress bar shows."""
+
+PUBLISHED_PEAKS = {"A100": 312e12, "A30": 165e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
+PUBLISHED_PEAKS |= {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+"""Dense tensor-core FLOPs per second in 16 bits from NVIDIA's data sheets, by a part of the device's name."""
+
+
+class Metrics:
+    """Writes the records of a run, one for some steps, and shows them; one process only has it."""
+
+    def __init__(self, directory: Path, step: int, steps: int, *, tensorboard: bool = False) -> None:
+        """Continue a run's records.
+
+        Args:
+            directory: of ``metrics.jsonl``, TensorBoard's files and ``loss.png``; made if it does not exist.
+            step: steps done; records of later ones, which a killed run did in vain, are taken out.
+            steps: of the whole run.
+            tensorboard: write for TensorBoard too.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        path = directory / METRICS_FILE
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(partial, path)
+        self._file = path.open("a", buffering=1)  # whole lines
+        self._progress = tqdm(total=steps, initial=step, unit="step", mininterval=5)
+        self._tensorboard: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
+
+            self._tensorboard = SummaryWriter(str(directory), purge_step=step + 1)
+
+    def advance(self) -> None:
+        """Count a step."""
+        self._progress.update()
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        """Write the record of the steps up to this one; numbers that are not finite become null."""
+        rounded = {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps({"step": step} | rounded) + "\n")
+        self._progress.set_postfix({name: f"{record[name]:.4g}" for name in SHOWN if name in record})
+        if self._tensorboard:
+            for name, value in record.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.close()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        plot_loss(self._directory)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run so far, none where there is no file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def plot_loss(directory: Path) -> None:
+    """Draw the loss and its terms over the steps, from ``metrics.jsonl`` into ``loss.png``."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - slow to import, and needed once
+
+    records = read_metrics(directory / METRICS_FILE)
+    if not records:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    for name in records[-1]:
+        if name == "loss" or name.endswith("_loss"):
+            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), label=name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(directory / LOSS_PLOT, dpi=120)
+
+
+@functools.cache
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOPs per second that this process's device could do at best.
+
+    Of a known GPU in 16 bits its published peak, otherwise what a large product of square matrices reaches here and
+    now; on a CPU that many processes share, all of them should measure at once.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if device.type == "cuda" and precision != "fp32":
+        name = torch.cuda.get_device_name(device)
+        for part, flops in PUBLISHED_PEAKS.items():
+            if re.search(rf"\b{part}\b", name):
+                return flops
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = math.inf
+    until = time.monotonic() + 0.3
+    while time.monotonic() < until:
+        began = time.monotonic()
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for the GPU
+        seconds = min(seconds, time.monotonic() - began)
+    return 2 * size**3 / seconds
