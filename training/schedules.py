@@ -44,7 +44,7 @@ def scaled_learning_rate(base: float, base_batch: int, batch: int, rule: Scaling
         base: learning rate that is good for ``base_batch``.
         base_batch: sequences per step over all processes together.
         batch: likewise, of the run at hand.
-        rule: "sqrt" keeps the variance of an update, right for LAMB (You et al. 2019, section 4.3) and Adam; "linear"
+        rule: "sqrt" keeps the variance of an update, right for LAMB (You et al. 2019) and Adam; "linear"
             is the rule of Goyal et al. 2017 for SGD.
 
     Raises:
