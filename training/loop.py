@@ -64,6 +64,10 @@ class Task(Generic[_Item, _Batch]):
     """Of forward and backward, for the MFU; see `training.encoders.bert_flops`."""
     terms: Mapping[str, float] = field(default_factory=lambda: {"loss": 1.0})
     """Name of each term in the metrics, and its weight in the loss: 0 for what is only watched."""
+    evaluate: Callable[[], Mapping[str, float]] | None = None
+    """More numbers for a record, of data that is not trained on; called by all processes between two steps."""
+    evaluate_every: int = 1
+    """Steps between two evaluations; there is one after the last step too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,8 +267,9 @@ class _Loop(Generic[_Item, _Batch]):
                 self.step += 1
                 if metrics:
                     metrics.advance()
-                if self.step % options.log_every == 0 or self.step % options.save_every == 0:
-                    self.log(interval, peak, metrics)
+                evaluate = self.evaluation()
+                if evaluate or self.step % options.log_every == 0 or self.step % options.save_every == 0:
+                    self.log(interval, peak, metrics, evaluate)
                     if self.step % options.save_every == 0:
                         self.save()
                     interval = _Interval(len(self.task.terms), workers.device)
@@ -273,6 +278,11 @@ class _Loop(Generic[_Item, _Batch]):
             if self.step > self.saved:
                 self.save()
         return self.step >= options.steps
+
+    def evaluation(self) -> Callable[[], Mapping[str, float]] | None:
+        """The evaluation that is due after this step, if one is."""
+        due = self.step % self.task.evaluate_every == 0 or self.step == self.options.steps
+        return self.task.evaluate if due else None
 
     def metrics(self) -> AbstractContextManager[Metrics | None]:
         """Where process 0 reports; the others do not."""
@@ -340,7 +350,13 @@ class _Loop(Generic[_Item, _Batch]):
             clipped = gradient * share
             parameter.grad = clipped if parameter.grad is None else parameter.grad.add_(clipped)
 
-    def log(self, interval: "_Interval", peak: float, metrics: Metrics | None) -> None:
+    def log(
+        self,
+        interval: "_Interval",
+        peak: float,
+        metrics: Metrics | None,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+    ) -> None:
         """Report the steps of an interval; end the run where its loss is no number any more."""
         terms = self.task.terms
         sums = self.workers.sum([*interval.losses.tolist(), *interval.targets, *interval.counts])
@@ -354,10 +370,11 @@ class _Loop(Generic[_Item, _Batch]):
             self.end_if(
                 f"step {self.step}: the gradients overflow at a loss scale of {scale} too; use --precision bf16"
             )
+        seconds = time.monotonic() - interval.began
+        evaluated = evaluate() if evaluate else {}  # by every process; its time does not count
         if metrics is None:
             return
-        seconds = time.monotonic() - interval.began
-        record = {"loss": loss} | means
+        record = {"loss": loss} | means | dict(evaluated)
         record |= {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "gradient_norm": float(interval.norm),
