@@ -1,0 +1,23 @@
+#!/bin/sh
+# A worker of a Kubernetes training job: an SSH server for horovodrun, without root.
+# The keys are those that the operator mounts: a key pair that all pods of the job share.
+set -eu
+
+keys=${1:-/home/trainer/.ssh}
+work=$(mktemp -d)
+ssh-keygen -q -t ed25519 -N '' -f "$work/host_key"
+cat > "$work/sshd_config" <<CONFIG
+Port ${SSH_PORT:-2222}
+HostKey $work/host_key
+PidFile $work/sshd.pid
+AuthorizedKeysFile $keys/authorized_keys
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+UsePAM no
+# The mounted secret belongs to root; the pod's own security settings decide who may read it.
+StrictModes no
+# What the image sets, NCCL's settings and the like, is to be there for the processes that horovodrun starts.
+SetEnv PATH=$PATH
+PermitUserEnvironment no
+CONFIG
+exec "$(command -v sshd || echo /usr/sbin/sshd)" -D -e -f "$work/sshd_config"
