@@ -1,35 +1,44 @@
 """The two small JSON files that tie a model's parts together.
 
 ``bertqa.json`` lies beside a checkpoint's weights: how it was trained to be asked (`Settings`). ``manifest.json`` lies
-beside an engine in ``model_repository/bert_qa/<version>/``: what the engine was built from and measured at
-(`Manifest`). The service reads nothing else to learn how to make windows and where the null threshold lies, and
-refuses to start where tokenizer, manifest and engine do not belong together.
+beside an engine in ``model_repository/<model>/<version>/``, the *bundle*: what the engine was built from and measured
+at (`Manifest`). The service reads nothing else to learn how to make windows and where the null threshold lies, and
+refuses a bundle whose tokenizer, manifest and engine do not belong together. Which of the bundles is served is said by
+`bertqa.repository`.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from bertqa.windows import BUCKETS, MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, WindowMaker
 
 MODEL_NAME = "bert_qa"
-"""Name of the model in Triton's repository."""
+"""Name of the model in Triton's repository, where no other is given."""
 SETTINGS_FILE = "bertqa.json"
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 WEIGHTS_FILE = "model.safetensors"
-FORMAT = 1
+QUESTIONS_FILE = "questions.json"
+FORMAT = 2
 """Version of the manifest's own layout."""
+REBUILD = "build it again with `python -m engine_builder --checkpoint DIR --target cpu`"
+"""What mends a bundle that does not hold together."""
 
 Target = Literal["cpu", "tensorrt"]
+_Any = TypeVar("_Any")
 _File = TypeVar("_File", bound="_JsonFile")
 
 
 class BundleMismatch(ValueError):
     """Parts of a bundle are missing or do not belong together; the message says how to mend it."""
+
+
+class OtherFormat(BundleMismatch):
+    """The bundle was written by another release of bertqa."""
 
 
 class _JsonFile:
@@ -42,23 +51,41 @@ class _JsonFile:
         Raises:
             BundleMismatch: it is missing, not JSON, or has a missing or unknown field; the message names it.
         """
-        try:
-            values = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise BundleMismatch(f"{path}: not readable ({error})") from error
-        if not isinstance(values, dict):
-            raise BundleMismatch(f"{path}: must be a JSON object")
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        if unknown := sorted(values.keys() - known):
-            raise BundleMismatch(f"{path}: unknown field {unknown[0]!r}")
-        try:
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-        except TypeError as error:
-            raise BundleMismatch(f"{path}: {error}") from error
+        return from_json(cls, read_object(path), str(path))
 
     def write(self, path: Path) -> None:
         """Write the file, replacing an older one."""
         path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")  # type: ignore[call-overload]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        BundleMismatch: it is missing, not JSON, or another value.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BundleMismatch(f"{path}: not readable ({error})") from error
+    if not isinstance(values, dict):
+        raise BundleMismatch(f"{path}: must be a JSON object")
+    return values
+
+
+def from_json(cls: type[_Any], values: Mapping[str, Any], place: str) -> _Any:
+    """Make a dataclass of a JSON object with the same field names; lists become tuples.
+
+    Raises:
+        BundleMismatch: a field is missing or unknown; the message begins with ``place`` and names it.
+    """
+    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(values.keys() - known):
+        raise BundleMismatch(f"{place}: unknown field {unknown[0]!r}")
+    try:
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    except TypeError as error:
+        raise BundleMismatch(f"{place}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +116,7 @@ class Manifest(_JsonFile):
     engine_sha256: str  # of all its files; an OpenVINO engine's are the .xml and then the .bin
     tokenizer_sha256: str
     checkpoint_sha256: str  # of model.safetensors
+    onnx_sha256: str  # of the graph between checkpoint and engine
     vocabulary_size: int
     max_seq_len: int
     overlap: int
@@ -99,10 +127,29 @@ class Manifest(_JsonFile):
     reference_f1: float  # of the fp32 checkpoint on the same questions
     gate_questions: int
     gate_data: str  # name and SHA-256 of the questions' file
-    runtime: Mapping[str, str]  # library or driver -> version, at build time
+    runtime: Mapping[str, str]  # library, driver or device -> version, at build time
     built: str  # UTC, ISO 8601
+    triton: tuple[str, str]  # lowest and highest version of Triton that it runs under; "" is open
+    latency_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # bucket -> "p50", ... of the engine
+    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of every other file of the bundle
+    cpu_features: tuple[str, ...] = ()  # of the CPU that it was built on, where it runs on one
     buckets: tuple[int, ...] = BUCKETS
+    max_batch_size: int = 1
     format: int = FORMAT
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read the file.
+
+        Raises:
+            OtherFormat: another release wrote it.
+            BundleMismatch: as in `_JsonFile.read`.
+        """
+        values = read_object(path)
+        found = values.get("format", FORMAT)
+        if found != FORMAT:  # first of all, for its fields may be others too
+            raise OtherFormat(f"{path}: manifest format {found}, this release reads {FORMAT}; {REBUILD}")
+        return from_json(cls, values, str(path))
 
     @property
     def identity(self) -> str:
@@ -114,46 +161,51 @@ class Manifest(_JsonFile):
 class Bundle:
     """A published version: its manifest and the window maker that its engine was measured with."""
 
+    model: str  # its name in Triton's repository
     version: int
     manifest: Manifest
     maker: WindowMaker
 
+    @classmethod
+    def open(cls, directory: Path) -> "Bundle":
+        """Open ``<model>/<version>`` and check that its tokenizer is the one that the engine was built with.
 
-def open_bundle(repository: Path, version: int | None = None) -> Bundle:
-    """Open a version of the model in a Triton repository, the highest one by default, and check that it is whole.
+        The engine's own bytes are not hashed here, which `changed_files` does: the service may run where only manifest
+        and tokenizer are at hand.
 
-    The engine's own bytes are not hashed here: the service may run where only manifest and tokenizer are at hand.
-
-    Raises:
-        BundleMismatch: there is no version, or its tokenizer is not the one that the engine was built with.
-    """
-    model = repository / MODEL_NAME
-    fix = "run `python -m engine_builder --checkpoint DIR --target cpu` to build one"
-    if version is None:
-        found = [entry for entry in model.glob("[1-9]*") if entry.name.isdecimal()]
-        versions = [int(entry.name) for entry in found if (entry / MANIFEST_FILE).is_file()]
-        if not versions:
-            raise BundleMismatch(f"{model}: holds no built version; {fix}")
-        version = max(versions)
-    directory = model / str(version)
-    manifest = Manifest.read(directory / MANIFEST_FILE)
-    if manifest.format != FORMAT:
-        raise BundleMismatch(f"{directory}: manifest format {manifest.format}, this release reads {FORMAT}; {fix}")
-    tokenizer = directory / TOKENIZER_FILE
-    if not tokenizer.is_file() or sha256_of(tokenizer) != manifest.tokenizer_sha256:
-        raise BundleMismatch(f"{tokenizer}: not the tokenizer that the engine was built with; {fix}")
-    maker = WindowMaker.from_directory(
-        directory,
-        max_seq_len=manifest.max_seq_len,
-        max_question_tokens=manifest.max_question_tokens,
-        overlap=manifest.overlap,
-        buckets=manifest.buckets,
-    )
-    if maker.vocabulary_size > manifest.vocabulary_size:
-        raise BundleMismatch(
-            f"{tokenizer}: {maker.vocabulary_size} tokens, but the engine embeds {manifest.vocabulary_size}; {fix}"
+        Raises:
+            BundleMismatch: a part is missing, or they do not belong together.
+        """
+        manifest = Manifest.read(directory / MANIFEST_FILE)
+        tokenizer = directory / TOKENIZER_FILE
+        if not tokenizer.is_file() or sha256_of(tokenizer) != manifest.tokenizer_sha256:
+            raise BundleMismatch(f"{tokenizer}: not the tokenizer that the engine was built with; {REBUILD}")
+        maker = WindowMaker.from_directory(
+            directory,
+            max_seq_len=manifest.max_seq_len,
+            max_question_tokens=manifest.max_question_tokens,
+            overlap=manifest.overlap,
+            buckets=manifest.buckets,
         )
-    return Bundle(version, manifest, maker)
+        if maker.vocabulary_size > manifest.vocabulary_size:
+            raise BundleMismatch(
+                f"{tokenizer}: {maker.vocabulary_size} tokens, but the engine embeds {manifest.vocabulary_size}; "
+                + REBUILD
+            )
+        return cls(directory.parent.name, int(directory.name), manifest, maker)
+
+
+def changed_files(directory: Path, manifest: Manifest) -> list[str]:
+    """Names of the bundle's files that are missing, unreadable, or not as they were when it was published."""
+    changed = []
+    for name, expected in sorted(manifest.files.items()):
+        try:
+            right = sha256_of(directory / name) == expected
+        except OSError:
+            right = False
+        if not right:
+            changed.append(name)
+    return changed
 
 
 def sha256_of(path: Path) -> str:

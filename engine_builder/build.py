@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -17,9 +17,10 @@ from pathlib import Path
 import onnx
 from tqdm import tqdm
 
+from bertqa.hardware import cpu_features
 from bertqa.manifest import (
-    MANIFEST_FILE,
     MODEL_NAME,
+    QUESTIONS_FILE,
     SETTINGS_FILE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
@@ -50,9 +51,18 @@ from engine_builder.openvino_build import (
     build_engine,
     supported_precision,
 )
-from engine_builder.publish import BuildRefused, building, publish
+from engine_builder.publish import (
+    BuildRefused,
+    Publication,
+    Published,
+    building,
+    publish,
+    write_questions,
+)
 
 ENGINE_FILE = "engine.xml"
+MIN_TRITON = "2.49.0"
+"""The first whose poll mode leaves the versions alone that did not change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +73,19 @@ class BuildOptions:
     target: Target
     precision: Precision = DEFAULT_PRECISION
     repository: Path = Path("model_repository")
+    model: str = MODEL_NAME
     version: int | None = None  # one above the latest
+    activate: bool = False
     gate_data: Path | None = None  # gate.json of the checkpoint
     calibration_data: Path | None = None  # calibration.json of the checkpoint
     max_f1_loss: float = 0.5  # percentage points below the float32 checkpoint
-    instances: int = 2
-    threads: int = 0  # of each instance; 0 is all cores
+    instances: int | None = None  # None: as the model has it, or the defaults of `Serving`
+    threads: int | None = None  # of each instance; 0 is all cores
+
+    @property
+    def publication(self) -> Publication:
+        """Those of the flags that say where it goes and how it is served."""
+        return Publication(**{each.name: getattr(self, each.name) for each in fields(Publication)})
 
 
 def build(options: BuildOptions) -> Manifest:
@@ -80,6 +97,7 @@ def build(options: BuildOptions) -> Manifest:
     if options.target == "tensorrt":
         raise BuildRefused("--target tensorrt: this release has no TensorRT builder yet; --target cpu works")
     started = time.monotonic()
+    options.publication.next_version()
     checkpoint = find_checkpoint(options.checkpoint)
     settings = Settings.of_checkpoint(checkpoint)
     if not (checkpoint / SETTINGS_FILE).exists():  # the directory of a hub snapshot is named after its commit
@@ -101,7 +119,7 @@ def build(options: BuildOptions) -> Manifest:
         if not calibration:
             raise BuildRefused(f"--calibration-data: {file} holds no question over a text")
 
-    with building(options.repository / MODEL_NAME) as directory:
+    with building() as directory:
         onnx_file = directory / "model.onnx"
         with tqdm(total=3, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]") as steps:
             steps.set_description("exporting the graph")
@@ -111,10 +129,12 @@ def build(options: BuildOptions) -> Manifest:
             build_engine(onnx_file, directory / ENGINE_FILE, precision, calibration)
             steps.update()
             steps.set_description("compiling it")
-            engine = load_engine(directory / ENGINE_FILE, precision, maker.buckets, options.threads)
+            engine = load_engine(directory / ENGINE_FILE, precision, maker.buckets, options.threads or 0)
             steps.update()
-        measured = measure(gate, maker, engine, load_onnx(onnx_file, threads=options.threads))
+        measured = measure(gate, maker, engine, load_onnx(onnx_file, threads=options.threads or 0))
         check_f1(measured, options.max_f1_loss)
+        write_questions(directory / QUESTIONS_FILE, gate[:64], maker, engine)
+        onnx_sha256 = sha256_of(onnx_file)
         onnx_file.unlink()
         shutil.copy(checkpoint / TOKENIZER_FILE, directory)
         shutil.copy(openvino_model.__file__, directory / "model.py")
@@ -126,6 +146,7 @@ def build(options: BuildOptions) -> Manifest:
             engine_sha256=openvino_model.engine_sha256(directory / ENGINE_FILE),
             tokenizer_sha256=sha256_of(directory / TOKENIZER_FILE),
             checkpoint_sha256=sha256_of(checkpoint / WEIGHTS_FILE),
+            onnx_sha256=onnx_sha256,
             vocabulary_size=config.vocab_size,
             max_seq_len=settings.max_seq_len,
             overlap=settings.overlap,
@@ -139,12 +160,13 @@ def build(options: BuildOptions) -> Manifest:
             runtime={"python": platform.python_version()}
             | {name: version_of(name) for name in ("openvino", "onnxruntime", "onnx", "nncf")},
             built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            triton=(MIN_TRITON, ""),
+            cpu_features=cpu_features(),
             buckets=maker.buckets,
         )
-        manifest.write(directory / MANIFEST_FILE)
-        published = publish(directory, manifest, options.version, instances=options.instances, threads=options.threads)
-    _summary(published, manifest, measured, time.monotonic() - started)
-    return manifest
+        published = publish(directory, manifest, options.publication)
+    _summary(published, options.publication, measured, time.monotonic() - started)
+    return published.manifest
 
 
 def window_maker(checkpoint: Path, settings: Settings, config: BertConfig) -> WindowMaker:
@@ -209,13 +231,22 @@ def _data_file(given: Path | None, default: Path, flag: str) -> Path:
     return path
 
 
-def _summary(published: Path, manifest: Manifest, measured: Measured, seconds: float) -> None:
+def _summary(published: Published, where: Publication, measured: Measured, seconds: float) -> None:
+    manifest = published.manifest
+    next_step = (
+        ""
+        if published.active
+        else (
+            f"\n  not active yet: bertqa models load {where.model} {published.directory.name}, then check, then switch"
+        )
+    )
     _say(
-        f"{published}: {manifest.identity}\n"
+        f"{published.directory}: {manifest.identity}\n"
         f"  F1 {manifest.f1:.2f} (float32 {manifest.reference_f1:.2f}), EM {manifest.exact_match:.2f}, "
         f"on {manifest.gate_questions} questions\n"
         f"  same span as float32 for {measured.same_spans:.1%}, largest logit error {measured.max_logit_error:.3f}\n"
-        f"  {sum(file.stat().st_size for file in published.iterdir()) / 1e6:.0f} MB, built in {seconds:.0f} s"
+        f"  {sum(file.stat().st_size for file in published.directory.iterdir()) / 1e6:.0f} MB, built in {seconds:.0f} s"
+        + next_step
     )
 
 

@@ -1,55 +1,134 @@
-"""Where a build becomes a version: a directory that nobody sees until it is whole, and then its place in the model."""
+"""Where a build becomes a version of a model: written where nobody looks, and moved to its place when it is whole."""
 
+import errno
+import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bertqa.manifest import Manifest
-from engine_builder.triton_config import triton_config
+from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, Manifest, sha256_of
+from bertqa.repository import MODEL_NAMES, Repository
+from bertqa.squad import Example, Predict, answer_all
+from bertqa.windows import WindowMaker
+
+CHECK_QUESTIONS = 8
+"""Questions that a bundle carries with its own answers, to be asked again wherever it is loaded."""
 
 
 class BuildRefused(Exception):
     """The arguments or the state of the repository do not allow the build; the message names the flag."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """Where and how to publish; the fields are flags of the command line."""
+
+    repository: Path = Path("model_repository")
+    model: str = MODEL_NAME
+    version: int | None = None  # one above the latest
+    activate: bool = False  # the first version of a model is active in any case
+    instances: int | None = None  # this and the rest: as they were, or the defaults of `Serving`
+    threads: int | None = None
+
+    def next_version(self) -> int:
+        """The version that would be published now.
+
+        Raises:
+            BuildRefused: the model cannot have that name, or already has this version or a later one.
+        """
+        if not MODEL_NAMES.fullmatch(self.model):
+            raise BuildRefused(f"--model {self.model}: must be letters, digits and _.- and begin with no sign")
+        model = self.repository / self.model
+        versions = [int(entry.name) for entry in model.glob("[0-9]*") if entry.name.isdecimal()]
+        latest = max(versions, default=0)
+        if self.version is None:
+            return latest + 1
+        if self.version <= latest:
+            raise BuildRefused(f"--version {self.version}: {model} already has version {latest}; numbers only rise")
+        return self.version
+
+
 @contextmanager
-def building(model: Path) -> Iterator[Path]:
-    """A directory on the repository's own file system, gone in the end unless it was renamed."""
-    created = [parent for parent in (model, *model.parents) if not parent.exists()]
-    model.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=".building-", dir=model))
-    try:
+def building() -> Iterator[Path]:
+    """A directory to build a bundle in, gone in the end unless it was published.
+
+    It is not in the repository: a Triton that polls that would take it for a model, or for a change of one.
+    """
+    with tempfile.TemporaryDirectory(prefix="bertqa-build-") as parent:
+        directory = Path(parent) / "bundle"
+        directory.mkdir()
         yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        for parent in created:  # innermost first
-            if not any(parent.iterdir()):
-                parent.rmdir()
 
 
-def publish(directory: Path, manifest: Manifest, version: int | None, *, instances: int, threads: int) -> Path:
-    """Rename a built directory to a version beside it, then write ``config.pbtxt``, which makes it servable.
+def write_questions(path: Path, examples: Sequence[Example], maker: WindowMaker, engine: Predict) -> None:
+    """Write the questions that the engine is surest of, with its answers, as a JSON list of objects.
 
-    The version before stays on disk; older ones are removed.
+    The surest, because no rounding on another machine turns them round.
+    """
+    found = [(example, decoded.best) for example, decoded in answer_all(examples, maker, engine)]
+    sure = sorted((pair for pair in found if pair[1]), key=lambda pair: -pair[1].score if pair[1] else 0)
+    questions = [
+        {"question": example.question, "context": example.context, "answer": best.text, "start": best.start}
+        for example, best in sure[:CHECK_QUESTIONS]
+        if best
+    ]
+    path.write_text(json.dumps(questions, ensure_ascii=False, indent=1) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version in its place."""
+
+    directory: Path
+    manifest: Manifest
+    active: bool  # it answers from now on
+
+
+def publish(directory: Path, manifest: Manifest, where: Publication) -> Published:
+    """Make a built directory a version of the model; its manifest is written here, with the hashes of all files.
+
+    The active version and the one before stay on disk, and whatever is loaded; other older ones are removed.
 
     Raises:
-        BuildRefused: the version exists, or a later one does, which Triton would go on serving.
+        BuildRefused: as in `Publication.next_version`.
+        ChangeRefused: the repository cannot be written to.
     """
-    model = directory.parent
-    versions = sorted(int(entry.name) for entry in model.iterdir() if entry.name.isdecimal())
-    latest = versions[-1] if versions else 0
-    if version is None:
-        version = latest + 1
-    elif version <= latest:
-        raise BuildRefused(f"--version {version}: {model} already has version {latest}, and Triton serves the highest")
-    target = model / str(version)
+    repository = Repository(where.repository)
+    hashes = {path.name: sha256_of(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST_FILE}
+    manifest = replace(manifest, files=hashes)
+    manifest.write(directory / MANIFEST_FILE)
     directory.chmod(0o755)  # a temporary directory is private, and Triton may run as another user
-    directory.rename(target)
-    config = model / ".config.pbtxt"
-    config.write_text(triton_config(manifest, instances=instances, threads=threads))
-    config.replace(model / "config.pbtxt")
-    for old in versions[:-1]:
-        shutil.rmtree(model / str(old))
-    return target
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    before = repository.serving().get(where.model)
+    if before:
+        repository.configure(where.model)  # states what is active, so that a higher number alone changes nothing
+    with repository.locked():
+        version = where.next_version()
+        target = repository.directory(where.model, version)
+        target.parent.mkdir(exist_ok=True)
+        _move(directory, target)
+        keep = {version, before.active, before.previous, *before.loaded} if before else {version}
+        for old in repository.versions(where.model):
+            if old < version and old not in keep:
+                shutil.rmtree(repository.directory(where.model, old))
+    repository.configure(where.model, instances=where.instances, threads=where.threads)
+    active = before is None or where.activate
+    if active:
+        repository.activate(where.model, version)
+    return Published(target, manifest, active)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename, or copy to another file system, the manifest last: a directory without one is no version."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(MANIFEST_FILE))
+        shutil.copy(source / MANIFEST_FILE, partial := target / f".{MANIFEST_FILE}")
+        partial.rename(target / MANIFEST_FILE)

@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, WEIGHTS_FILE, BundleMismatch, open_bundle, sha256_of
+from bertqa.manifest import MODEL_NAME, WEIGHTS_FILE, BundleMismatch, OtherFormat, sha256_of
+from bertqa.repository import ChangeRefused, Repository
 from service.embedded_triton import (
     EmbeddedTriton,
     TritonError,
@@ -102,39 +103,52 @@ def main(args: argparse.Namespace) -> int:
                 url = triton.url
             if not stopping.is_set():
                 serve(args, port, url, stopping)
-    except (LaunchError, TritonError, BundleMismatch) as error:
+    except (LaunchError, TritonError, BundleMismatch, ChangeRefused) as error:
         say(f"error: {error}")
         return 1
     say("ended")
     return 0
 
 
-def ensure_engine(repository: Path, checkpoint: Path | None, stopping: threading.Event) -> None:
-    """Build an engine for the CPU unless the repository holds that of the checkpoint, or any if none is named.
+def ensure_engine(root: Path, checkpoint: Path | None, stopping: threading.Event) -> None:
+    """See to it that the repository holds an engine of the checkpoint, or any if none is named, and that it answers.
 
-    Ends the build if `stopping` is set.
+    One that was built before is taken up again; else one is built for the CPU. Ends the build if `stopping` is set.
 
     Raises:
         LaunchError: there is no checkpoint to build from, or the builder failed.
         BundleMismatch: the version in the repository is not whole.
     """
-    reason = f"no engine in {repository} yet"
-    if any((repository / MODEL_NAME).glob(f"[1-9]*/{MANIFEST_FILE}")):
-        manifest = open_bundle(repository).manifest
-        if checkpoint is None or manifest.checkpoint_sha256 == sha256_of(checkpoint / WEIGHTS_FILE):
-            return
-        reason = f"the engine in {repository} is of another checkpoint"
+    repository = Repository(root)
+    models = repository.serving()
+    reason = f"no engine in {root} yet"
+    if checkpoint is None and models:
+        for model in models:
+            repository.open(model)
+        return
+    if MODEL_NAME in models and checkpoint:
+        try:
+            found = _version_of(repository, sha256_of(checkpoint / WEIGHTS_FILE), models[MODEL_NAME].active)
+        except OtherFormat as error:
+            reason = str(error).partition(";")[0]
+        else:
+            if found:
+                repository.open(MODEL_NAME, found)
+                if found != models[MODEL_NAME].active:
+                    repository.activate(MODEL_NAME, found, alone=True)
+                return
+            reason = f"the engines in {root} are of other checkpoints"
     if checkpoint is None:
-        found = sorted(path.parent for path in PROJECT.glob("checkpoints/*/model.safetensors"))
-        if len(found) != 1:
+        weights = sorted(path.parent for path in PROJECT.glob(f"checkpoints/*/{WEIGHTS_FILE}"))
+        if len(weights) != 1:
             raise LaunchError(
-                f"{repository / MODEL_NAME}: holds no built version, and checkpoints/ holds {len(found)} checkpoints "
+                f"{root / MODEL_NAME}: holds no built version, and checkpoints/ holds {len(weights)} checkpoints "
                 "to build one from; name one with --checkpoint DIR"
             )
-        checkpoint = found[0]
+        checkpoint = weights[0]
     say(f"{reason}: building one from {checkpoint}, once")
     command = [sys.executable, "-m", "engine_builder", "--checkpoint", str(checkpoint.resolve()), "--target", "cpu"]
-    command += ["--repository", str(repository.resolve())]
+    command += ["--repository", str(root.resolve())]
     builder = subprocess.Popen(
         command,
         cwd=PROJECT,
@@ -148,6 +162,16 @@ def ensure_engine(repository: Path, checkpoint: Path | None, stopping: threading
         end_session(builder, DRAIN_S)
     if builder.returncode and not stopping.is_set():
         raise LaunchError(f"the engine could not be built (exit code {builder.returncode}); its output is above")
+    if not stopping.is_set():
+        repository.activate(MODEL_NAME, repository.versions(MODEL_NAME)[-1], alone=True)
+
+
+def _version_of(repository: Repository, checkpoint_sha256: str, active: int) -> int | None:
+    """The active version if it was built from the checkpoint, else the latest one that was."""
+    for version in (active, *reversed(repository.versions(MODEL_NAME))):
+        if repository.manifest(MODEL_NAME, version).checkpoint_sha256 == checkpoint_sha256:
+            return version
+    return None
 
 
 def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: threading.Event) -> None:

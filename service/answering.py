@@ -94,7 +94,8 @@ class Answerer:
         """
         if self._verified:
             return
-        loaded = (await self.engine.model_parameters(deadline=deadline)).get("identity", "an engine without identity")
+        parameters = await self.engine.model_parameters(deadline=deadline)
+        loaded = parameters.get(f"identity_{self.bundle.version}", "an engine without identity")
         expected = self.bundle.manifest.identity
         if loaded != expected:
             raise BundleMismatch(

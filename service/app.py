@@ -20,7 +20,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from bertqa.manifest import Bundle, open_bundle
+from bertqa.manifest import Bundle
+from bertqa.repository import Repository
 from service import errors, hugging_face, v1
 from service.answering import Answerer
 from service.edge import Edge
@@ -56,8 +57,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        opened = bundle or open_bundle(settings.repository)
-        model = engine or TritonModel(settings.triton_urls, max_in_flight=settings.max_in_flight)
+        opened = bundle or Repository(settings.repository).open()
+        model = engine or TritonModel(
+            settings.triton_urls, model=opened.model, version=opened.version, max_in_flight=settings.max_in_flight
+        )
         app.state.answerer = answerer = Answerer(opened, model, settings, metrics)
         metrics.built(model=opened.manifest.identity, version=own_version())
         # What is loaded by now stays for good: the garbage collector need not walk it with every full collection.

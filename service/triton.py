@@ -13,6 +13,7 @@ an eighth more CPU per call, and gives the status code as text.
 """
 
 import asyncio
+import copy
 import random
 import time
 from collections import deque
@@ -124,9 +125,9 @@ class Engine(Protocol):
 
 
 class TritonModel:
-    """The model in one Triton server, or in several that are replicas of each other.
+    """A version of a model in one Triton server, or in several that are replicas of each other.
 
-    Holds one channel per address. Make one instance per process, inside its running event loop.
+    Holds one channel per address. Make one instance per process, inside its running event loop, and others by `at`.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class TritonModel:
         urls: Sequence[str],
         *,
         model: str = MODEL_NAME,
+        version: int | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
         max_waiting: int = MAX_WAITING,
         max_in_flight_per_request: int = MAX_IN_FLIGHT_PER_REQUEST,
@@ -145,6 +147,7 @@ class TritonModel:
                 added under a name are found when a connection to an older one ends: have servers end them now and then
                 (Triton's ``--grpc-max-connection-age``).
             model: name of the model.
+            version: of the model; by default the highest that is loaded.
             max_in_flight: windows of all requests that are with Triton at one time.
             max_waiting: windows that may wait for that; one more is `ModelOverloaded` at once.
             max_in_flight_per_request: windows of one request that are with Triton at one time.
@@ -157,11 +160,18 @@ class TritonModel:
         if min(max_in_flight, max_in_flight_per_request) < 1 or max_waiting < 0:
             raise ValueError("max_in_flight, max_in_flight_per_request: at least 1; max_waiting: at least 0")
         self._model = model
+        self._version = str(version or "")
         self._per_request = max_in_flight_per_request
         self._turns = _Turns(max_in_flight, max_waiting)
         self._replicas = [_Replica(url) for url in urls]
         self._calls = count()
         self._heads: dict[int, bytes] = {}
+
+    def at(self, model: str, version: int) -> "TritonModel":
+        """Another version or model of the same servers, over the same channels and within the same bounds."""
+        other = copy.copy(self)
+        other._model, other._version, other._heads = model, str(version), {}
+        return other
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
         """As in `Engine`."""
@@ -184,19 +194,23 @@ class TritonModel:
 
     async def check_ready(self, *, deadline: float) -> None:
         """As in `Engine`."""
-        request = service_pb2.ModelReadyRequest(name=self._model)
+        request = service_pb2.ModelReadyRequest(name=self._model, version=self._version)
         reply = await self._call(lambda replica: replica.model_ready, request, deadline)
         if not reply.ready:
-            raise ModelUnavailable(f"Triton runs, but its model {self._model!r} is not ready.")
+            raise ModelUnavailable(f"Triton runs, but {self._name} is not ready.")
 
     async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
         """As in `Engine`."""
-        request = service_pb2.ModelConfigRequest(name=self._model)
+        request = service_pb2.ModelConfigRequest(name=self._model, version=self._version)
         reply = await self._call(lambda replica: replica.model_config, request, deadline)
         return {name: value.string_value for name, value in reply.config.parameters.items()}
 
+    @property
+    def _name(self) -> str:
+        return f"model {self._model!r}" + (self._version and f" version {self._version}")
+
     async def close(self) -> None:
-        """As in `Engine`."""
+        """As in `Engine`; ends those made by `at` too."""
         await asyncio.gather(*(replica.channel.close() for replica in self._replicas))
 
     async def _work(self, todo: Iterator[tuple[int, Window]], logits: list[Logits], deadline: float) -> None:
@@ -219,6 +233,7 @@ class TritonModel:
         if head is None:
             head = self._heads[length] = service_pb2.ModelInferRequest(
                 model_name=self._model,
+                model_version=self._version,
                 inputs=[{"name": name, "datatype": "INT32", "shape": [1, length]} for name in INPUT_NAMES],
                 outputs=[{"name": name} for name in OUTPUT_NAMES],
             ).SerializeToString()
@@ -241,7 +256,7 @@ class TritonModel:
             try:
                 return await method(replica)(request, timeout=remaining)
             except grpc.aio.AioRpcError as error:
-                failure = _translate(error, replica.url, self._model)
+                failure = _translate(error, replica.url, self._name)
                 pause = random.uniform(0.5, 1.5) * _RETRY_S * 2**attempt
                 # A refused or broken connection, or a server that ended (our own cancelling is another exception).
                 # Asking twice is harmless, for inference changes nothing.
@@ -357,11 +372,11 @@ def _translate(error: grpc.aio.AioRpcError, url: str, model: str) -> ModelError:
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return ModelTimeout(_PASSED)
         case grpc.StatusCode.UNAVAILABLE if "maximum queue size" in details.lower():
-            return ModelOverloaded(f"Triton's queue for model {model!r} is full.")
+            return ModelOverloaded(f"Triton's queue for {model} is full.")
         case grpc.StatusCode.UNAVAILABLE if "timeout expired" in details.lower():
-            return ModelOverloaded(f"The request waited too long in Triton's queue for model {model!r}.")
+            return ModelOverloaded(f"The request waited too long in Triton's queue for {model}.")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.NOT_FOUND if "model" in details.lower():
-            return ModelUnavailable(f"Triton at {url} does not serve model {model!r} now: {details}")
+            return ModelUnavailable(f"Triton at {url} does not serve {model} now: {details}")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
             return ModelUnavailable(f"No connection to Triton at {url}: {details}")
         case _:

@@ -21,7 +21,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from bertqa.manifest import Bundle, Manifest
+from bertqa.manifest import MODEL_NAME, Bundle, Manifest
 from bertqa.spans import Logits
 from bertqa.windows import Window, WindowMaker
 from engine_builder.checkpoint import BertConfig
@@ -51,6 +51,7 @@ def bundle() -> Bundle:
         engine_sha256="0" * 64,
         tokenizer_sha256="1" * 64,
         checkpoint_sha256="2" * 64,
+        onnx_sha256="3" * 64,
         vocabulary_size=len(_PIECES),
         max_seq_len=64,
         overlap=16,
@@ -63,6 +64,7 @@ def bundle() -> Bundle:
         gate_data="none",
         runtime={"numpy": np.__version__},
         built="2026-01-01T00:00:00Z",
+        triton=("2.49.0", ""),
         buckets=(32, 64),
     )
     maker = WindowMaker(
@@ -72,7 +74,7 @@ def bundle() -> Bundle:
         overlap=manifest.overlap,
         buckets=manifest.buckets,
     )
-    return Bundle(7, manifest, maker)
+    return Bundle(MODEL_NAME, 7, manifest, maker)
 
 
 class FakeEngine:
@@ -121,7 +123,7 @@ class FakeEngine:
     async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
         if isinstance(self.failure, ModelError):
             raise self.failure
-        return {"identity": self.identity}
+        return {"identity_7": self.identity}
 
     async def close(self) -> None:
         self.closed = True

@@ -492,7 +492,7 @@ def test_an_overlap_too_large_for_the_models_own_windows_is_no_error_of_the_clie
     maker = WindowMaker(
         Tokenizer.from_str(bundle.maker.tokenizer_json()), max_seq_len=64, max_question_tokens=16, overlap=60
     )
-    wide = Bundle(7, manifest, maker)
+    wide = Bundle("bert_qa", 7, manifest, maker)
     app = create_app(Settings(), engine=FakeEngine(manifest.identity), bundle=wide)
     with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
         for context in ("It was made at «Uber».", "It was made at «Uber». " * 300):

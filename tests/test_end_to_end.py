@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bertqa.manifest import open_bundle
+from bertqa.repository import Repository
 from bertqa.squad import as_squad, read_squad
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +87,7 @@ def test_a_question_is_answered_by_the_real_model(served: tuple[str, Path]) -> N
     assert answer["text"] == "Brazil"
     assert CONTEXT[answer["start"] : answer["end"]] == "Brazil"
     assert reply["has_answer"] is True
-    assert reply["model"] == open_bundle(repository).manifest.identity
+    assert reply["model"] == Repository(repository).open().manifest.identity
 
 
 def test_the_answer_is_found_in_a_long_text_and_among_several(served: tuple[str, Path]) -> None:
@@ -112,7 +112,7 @@ def test_the_hugging_face_route_answers_too(served: tuple[str, Path]) -> None:
 
 def test_the_served_path_scores_what_the_builder_measured(served: tuple[str, Path], tmp_path: Path) -> None:
     url, repository = served
-    manifest = open_bundle(repository).manifest
+    manifest = Repository(repository).open().manifest
     done = bertqa("evaluate", "--data", str(CHECKPOINT / "gate.json"), "--url", url)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -153,7 +153,7 @@ def test_readiness_and_identity_are_those_of_the_loaded_engine(served: tuple[str
     with DIRECT.open(url + "/health/ready", timeout=10) as response:
         assert response.status == 200
     with DIRECT.open(url + "/info", timeout=10) as response:
-        assert json.load(response)["model"] == open_bundle(repository).manifest.identity
+        assert json.load(response)["model"] == Repository(repository).open().manifest.identity
     with DIRECT.open(url + "/metrics", timeout=10) as response:
         assert b"bertqa_" in response.read()
 

@@ -14,8 +14,10 @@ from google.protobuf import text_format  # type: ignore[import-untyped]
 from safetensors.numpy import load_file, save_file
 from tritonclient.grpc import model_config_pb2
 
-from bertqa.manifest import Manifest, open_bundle, sha256_of
+from bertqa.manifest import Manifest, sha256_of
+from bertqa.repository import Repository
 from bertqa.squad import Score
+from bertqa.triton_config import Serving, triton_config
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
 from engine_builder import checkpoint as checkpoints
 from engine_builder import openvino_build
@@ -24,7 +26,6 @@ from engine_builder.checkpoint import InvalidCheckpoint
 from engine_builder.gate import GateFailed, Measured, check_f1
 from engine_builder.openvino_model import Engine, engine_sha256
 from engine_builder.publish import BuildRefused
-from engine_builder.triton_config import triton_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = "Ada Lovelace wrote the first program in London."
@@ -57,7 +58,7 @@ def files(directory: Path) -> list[str]:
 
 def test_a_build_is_a_bundle_that_the_service_opens(options: BuildOptions) -> None:
     manifest = build(options)
-    bundle = open_bundle(options.repository)
+    bundle = Repository(options.repository).open()
     assert bundle.version == 1
     assert bundle.manifest == manifest
     assert (manifest.name, manifest.target, manifest.precision) == ("tiny", "cpu", "fp32")
@@ -67,7 +68,14 @@ def test_a_build_is_a_bundle_that_the_service_opens(options: BuildOptions) -> No
     assert manifest.f1 == manifest.reference_f1  # float32 answers like float32
     assert manifest.gate_questions == len(QUESTIONS)
     version = options.repository / "bert_qa" / "1"
-    assert files(version) == ["engine.bin", "engine.xml", "manifest.json", "model.py", "tokenizer.json"]
+    assert files(version) == [
+        "engine.bin",
+        "engine.xml",
+        "manifest.json",
+        "model.py",
+        "questions.json",
+        "tokenizer.json",
+    ]
     assert manifest.engine_sha256 == engine_sha256(version / "engine.xml")
     assert files(options.repository / "bert_qa")[-1] == "config.pbtxt"
 
@@ -76,7 +84,7 @@ def test_a_build_is_a_bundle_that_the_service_opens(options: BuildOptions) -> No
 def test_every_precision_answers(options: BuildOptions, precision: openvino_build.Precision) -> None:
     manifest = build(replace(options, precision=precision, max_f1_loss=100))
     assert manifest.precision == openvino_build.supported_precision(precision)
-    bundle = open_bundle(options.repository)
+    bundle = Repository(options.repository).open()
     engine = Engine(
         options.repository / "bert_qa" / "1" / manifest.engine_file,
         precision=manifest.precision,
@@ -117,9 +125,11 @@ def test_versions_count_up_and_the_previous_one_stays(options: BuildOptions) -> 
     for _ in range(3):
         build(options)
     model = options.repository / "bert_qa"
-    assert sorted(path.name for path in model.iterdir()) == ["2", "3", "config.pbtxt"]
-    build(replace(options, version=7))
-    assert open_bundle(options.repository).version == 7
+    assert sorted(path.name for path in model.iterdir()) == ["1", "3", "config.pbtxt"]  # the active one, the latest
+    assert Repository(options.repository).open().version == 1
+    build(replace(options, version=7, activate=True))
+    assert Repository(options.repository).open().version == 7
+    assert sorted(path.name for path in model.iterdir()) == ["1", "7", "config.pbtxt"]
     with pytest.raises(BuildRefused, match=r"--version 7: .* already has version 7"):
         build(replace(options, version=7))
 
@@ -207,15 +217,15 @@ def test_config_says_what_windows_send(options: BuildOptions) -> None:
     assert policy.max_queue_size == 256
     assert policy.default_timeout_microseconds > 0
     assert policy.allow_timeout_override
-    assert config.version_policy.latest.num_versions == 1
-    assert config.parameters["identity"].string_value == manifest.identity
+    assert list(config.version_policy.specific.versions) == [1]
+    assert config.parameters["identity_1"].string_value == manifest.identity
     assert config.parameters["threads"].string_value == "1"
     warmed = [[list(warmup.inputs[name].dims) for name in INPUT_NAMES] for warmup in config.model_warmup]
     assert warmed == [[[length]] * 3 for length in manifest.buckets]
 
 
 def test_a_single_instance_has_no_queue_policy(options: BuildOptions) -> None:
-    text = triton_config(build(options), instances=1, threads=0)
+    text = triton_config("bert_qa", {1: build(options)}, Serving(active=1, loaded=(1,), instances=1))
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     assert config.instance_group[0].count == 1
     assert config.HasField("dynamic_batching")
@@ -224,8 +234,10 @@ def test_a_single_instance_has_no_queue_policy(options: BuildOptions) -> None:
 
 def test_config_of_a_name_with_quotes(options: BuildOptions) -> None:
     manifest = replace(build(options), name='ünïcode "quoted" \\')
-    config = text_format.Parse(triton_config(manifest, instances=2, threads=0), model_config_pb2.ModelConfig())
-    assert config.parameters["identity"].string_value == manifest.identity
+    config = text_format.Parse(
+        triton_config("bert_qa", {1: manifest}, Serving(active=1, loaded=(1,))), model_config_pb2.ModelConfig()
+    )
+    assert config.parameters["identity_1"].string_value == manifest.identity
 
 
 def test_hub_checkpoints_need_the_hub_client(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,4 +275,4 @@ def test_the_builder_needs_neither_torch_nor_transformers(options: BuildOptions)
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert open_bundle(options.repository).manifest.precision == "int8"
+    assert Repository(options.repository).open().manifest.precision == "int8"

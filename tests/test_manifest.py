@@ -11,22 +11,23 @@ from bertqa.manifest import (
     Bundle,
     BundleMismatch,
     Manifest,
+    OtherFormat,
     Settings,
-    open_bundle,
+    changed_files,
     sha256_of,
 )
 
 
 @pytest.fixture
-def repository(bundle: Bundle, tmp_path: Path) -> Path:
-    """A repository with versions 1 and 2 of the toy model, without engines."""
-    for version in ("1", "2"):
-        directory = tmp_path / MODEL_NAME / version
-        directory.mkdir(parents=True)
-        (directory / "tokenizer.json").write_text(bundle.maker.tokenizer_json())
-        hashed = sha256_of(directory / "tokenizer.json")
-        dataclasses.replace(bundle.manifest, tokenizer_sha256=hashed).write(directory / MANIFEST_FILE)
-    return tmp_path
+def directory(bundle: Bundle, tmp_path: Path) -> Path:
+    """A bundle of the toy model, without an engine."""
+    directory = tmp_path / MODEL_NAME / "2"
+    directory.mkdir(parents=True)
+    (directory / "tokenizer.json").write_text(bundle.maker.tokenizer_json())
+    hashed = sha256_of(directory / "tokenizer.json")
+    manifest = dataclasses.replace(bundle.manifest, tokenizer_sha256=hashed, files={"tokenizer.json": hashed})
+    manifest.write(directory / MANIFEST_FILE)
+    return directory
 
 
 def test_a_manifest_is_read_as_it_was_written(bundle: Bundle, tmp_path: Path) -> None:
@@ -34,28 +35,21 @@ def test_a_manifest_is_read_as_it_was_written(bundle: Bundle, tmp_path: Path) ->
     assert Manifest.read(tmp_path / "manifest.json") == bundle.manifest
 
 
-def test_the_latest_version_is_opened_or_the_one_asked_for(repository: Path, bundle: Bundle) -> None:
-    assert open_bundle(repository).version == 2
-    opened = open_bundle(repository, 1)
-    assert opened.version == 1
+def test_a_bundle_is_opened_as_it_was_measured(directory: Path, bundle: Bundle) -> None:
+    opened = Bundle.open(directory)
+    assert (opened.model, opened.version) == (MODEL_NAME, 2)
     assert opened.maker.overlap == bundle.manifest.overlap
     assert opened.maker.buckets == bundle.manifest.buckets
 
 
-def test_an_empty_repository_names_the_builder(tmp_path: Path) -> None:
-    with pytest.raises(BundleMismatch, match="python -m engine_builder"):
-        open_bundle(tmp_path)
-
-
-def test_a_changed_tokenizer_is_refused(repository: Path) -> None:
-    path = repository / MODEL_NAME / "2" / "tokenizer.json"
+def test_a_changed_tokenizer_is_refused(directory: Path) -> None:
+    path = directory / "tokenizer.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(BundleMismatch, match=r"tokenizer\.json: not the tokenizer that the engine was built with"):
-        open_bundle(repository)
+        Bundle.open(directory)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_engine_is_refused(repository: Path) -> None:
-    directory = repository / MODEL_NAME / "2"
+def test_a_tokenizer_with_more_tokens_than_the_engine_is_refused(directory: Path) -> None:
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.add_tokens(["brandnewtoken"])
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -63,7 +57,7 @@ def test_a_tokenizer_with_more_tokens_than_the_engine_is_refused(repository: Pat
     hashed = sha256_of(directory / "tokenizer.json")
     dataclasses.replace(manifest, tokenizer_sha256=hashed).write(directory / MANIFEST_FILE)
     with pytest.raises(BundleMismatch, match=f"but the engine embeds {manifest.vocabulary_size}"):
-        open_bundle(repository)
+        Bundle.open(directory)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +76,24 @@ def test_a_broken_manifest_is_named(tmp_path: Path, text: str, message: str) -> 
     assert "manifest.json" in str(caught.value)
 
 
-def test_another_manifest_format_is_refused(repository: Path) -> None:
-    path = repository / MODEL_NAME / "2" / MANIFEST_FILE
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {"format": 99}))
-    with pytest.raises(BundleMismatch, match="manifest format 99"):
-        open_bundle(repository)
+@pytest.mark.parametrize("found", [1, 99])
+def test_another_manifest_format_is_refused_whatever_its_fields(directory: Path, found: int) -> None:
+    path = directory / MANIFEST_FILE
+    path.write_text(json.dumps({"format": found, "a_field_of_its_own": True}))
+    with pytest.raises(
+        OtherFormat, match=f"manifest format {found}, this release reads 2; build it again with .python"
+    ):
+        Bundle.open(directory)
+
+
+def test_changed_and_missing_files_are_named(directory: Path) -> None:
+    manifest = Manifest.read(directory / MANIFEST_FILE)
+    assert changed_files(directory, manifest) == []
+    more = dataclasses.replace(manifest, files={**manifest.files, "engine.bin": "0" * 64})
+    assert changed_files(directory, more) == ["engine.bin"]
+    with (directory / "tokenizer.json").open("r+b") as file:
+        file.write(b"[")
+    assert changed_files(directory, manifest) == ["tokenizer.json"]
 
 
 def test_a_checkpoint_without_settings_takes_the_defaults(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def config(identity: str) -> str:
             timeout_action: REJECT default_timeout_microseconds: 20000000
             allow_timeout_override: true max_queue_size: 16
         }} }}
-        parameters {{ key: "identity" value {{ string_value: "{identity}" }} }}
+        parameters {{ key: "identity_1" value {{ string_value: "{identity}" }} }}
     """
 
 
@@ -183,7 +183,7 @@ def test_no_window_needs_no_engine() -> None:
 def test_ready_and_parameters(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         await model.check_ready(deadline=soon())
-        assert await model.model_parameters(deadline=soon()) == {"identity": "toy"}
+        assert await model.model_parameters(deadline=soon()) == {"identity_1": "toy"}
 
     run(server.url, scenario)
 
@@ -512,7 +512,7 @@ def test_paths_with_spaces(tmp_path: Path) -> None:
     directory = tmp_path / "it's my project"
     spaced = write_repository(directory / "model repository")
     with EmbeddedTriton(spaced, ports=ANY_PORTS, log_dir=directory / "the logs", ready_timeout_s=60) as server:
-        assert run(server.url, lambda model: model.model_parameters(deadline=soon())) == {"identity": "toy"}
+        assert run(server.url, lambda model: model.model_parameters(deadline=soon())) == {"identity_1": "toy"}
         assert server.log_file.stat().st_size
 
 

@@ -1,0 +1,17 @@
+"""What the machine's processor can do, as far as an engine's speed or exactness hangs on it."""
+
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
+_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+_OTHERS = ("avx2", "avx512f")
+
+
+def cpu_features(cpuinfo: Path = CPUINFO) -> tuple[str, ...]:
+    """Instruction sets of this CPU that CPU engines use, as Linux names them; empty where it does not tell."""
+    try:
+        words = set(cpuinfo.read_text().split())
+    except OSError:
+        return ()
+    return tuple(name for name in (*_OTHERS, *_BF16, *_INT8) if name in words)
