@@ -218,6 +218,8 @@ class _Loop(Generic[_Item, _Batch]):
         self.optimizer = workers.wrap(optimizer, model, options.compression)  # Horovod's has a state of its own
         self.scaler = torch.amp.GradScaler(workers.device.type, LOSS_SCALE, enabled=options.precision == "fp16")
         self.step = self.saved = 0
+        self.interval = _Interval(len(task.terms), workers.device)
+        self.norm = torch.tensor(math.nan)  # of the last step's gradient, before it was clipped
         self.signalled = False
         self.problem: str | None = None  # of process 0 with a file; then all end together
         if workers.rank == 0:
@@ -255,7 +257,6 @@ class _Loop(Generic[_Item, _Batch]):
         """Run the steps that are left; True if that completes the run."""
         options, workers = self.options, self.workers
         peak = sum(workers.gather(peak_flops(workers.device, options.precision)))
-        interval = _Interval(len(self.task.terms), workers.device)
         self.model.train()
         with self.metrics() as metrics:
             for share in self.shares():
@@ -263,26 +264,26 @@ class _Loop(Generic[_Item, _Batch]):
                 if stop:
                     self.signalled = True
                     break
-                self.optimize(share, targets, interval)
+                losses = self.optimize(share, targets)
+                self.interval.add(share, losses)
                 self.step += 1
                 if metrics:
                     metrics.advance()
-                evaluate = self.evaluation()
-                if evaluate or self.step % options.log_every == 0 or self.step % options.save_every == 0:
-                    self.log(interval, peak, metrics, evaluate)
-                    if self.step % options.save_every == 0:
+                save = self.step % options.save_every == 0
+                if save or self.step % options.log_every == 0 or self.evaluation_due():
+                    self.log(peak, metrics)
+                    if save:
                         self.save()
-                    interval = _Interval(len(self.task.terms), workers.device)
-            if interval.steps:
-                self.log(interval, peak, metrics)
+                    self.interval = _Interval(len(self.task.terms), workers.device)
+            if self.interval.steps:
+                self.log(peak, metrics)
             if self.step > self.saved:
                 self.save()
         return self.step >= options.steps
 
-    def evaluation(self) -> Callable[[], Mapping[str, float]] | None:
-        """The evaluation that is due after this step, if one is."""
-        due = self.step % self.task.evaluate_every == 0 or self.step == self.options.steps
-        return self.task.evaluate if due else None
+    def evaluation_due(self) -> bool:
+        every = self.task.evaluate_every
+        return self.task.evaluate is not None and (self.step % every == 0 or self.step == self.options.steps)
 
     def metrics(self) -> AbstractContextManager[Metrics | None]:
         """Where process 0 reports; the others do not."""
@@ -315,18 +316,19 @@ class _Loop(Generic[_Item, _Batch]):
             counts=(len(lengths), sum(lengths), sum(self.task.flops(batch) for batch in batches.values())),
         )
 
-    def optimize(self, share: "_Share[_Batch]", targets: Sequence[float], interval: "_Interval") -> None:
-        """Take one optimizer step; ``targets`` are those of all processes."""
+    def optimize(self, share: "_Share[_Batch]", targets: Sequence[float]) -> Tensor:
+        """Take one optimizer step, with the targets of all processes; returns the sums of this one's losses."""
         options, workers, optimizer, scaler = self.options, self.workers, self.optimizer, self.scaler
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate_at(self.step)
         workers.begin_step(optimizer, len(share.batches))
+        losses = torch.zeros(len(targets), device=workers.device)
         for number, batch in share.batches.items():
             # A function of the step and the micro-batch, so that a resumed run draws what an uninterrupted one draws.
             torch.manual_seed(((options.seed * 1_000_003 + self.step) * 65_537 + number) % 2**63)
             with autocast(options.precision, workers.device):
                 sums = self.task.loss(self.forward, batch)
-            interval.losses += sums.detach()
+            losses += sums.detach()
             parts = zip(self.task.terms.values(), sums.unbind(), targets, strict=True)
             loss = scaler.scale(torch.stack([weight * term / max(count, 1.0) for weight, term, count in parts]).sum())
             if options.clip == "reduced":
@@ -335,11 +337,11 @@ class _Loop(Generic[_Item, _Batch]):
                 self.add_clipped(loss)
         with workers.reduced_gradients(optimizer):
             scaler.unscale_(optimizer)
-            if options.clip == "reduced":
-                interval.norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.max_gradient_norm)
+            limit = options.max_gradient_norm if options.clip == "reduced" else math.inf
+            self.norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
             scaler.step(optimizer)
         scaler.update()
-        interval.add(share)
+        return losses
 
     def add_clipped(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's part of the loss, clipped by itself, to that of the step."""
@@ -350,15 +352,9 @@ class _Loop(Generic[_Item, _Batch]):
             clipped = gradient * share
             parameter.grad = clipped if parameter.grad is None else parameter.grad.add_(clipped)
 
-    def log(
-        self,
-        interval: "_Interval",
-        peak: float,
-        metrics: Metrics | None,
-        evaluate: Callable[[], Mapping[str, float]] | None = None,
-    ) -> None:
-        """Report the steps of an interval; end the run where its loss is no number any more."""
-        terms = self.task.terms
+    def log(self, peak: float, metrics: Metrics | None) -> None:
+        """Report the steps since the last record; end the run where their loss is no number any more."""
+        terms, interval = self.task.terms, self.interval
         sums = self.workers.sum([*interval.losses.tolist(), *interval.targets, *interval.counts])
         losses, targets, (sequences, tokens, flops) = sums[: len(terms)], sums[len(terms) : -3], sums[-3:]
         means = {name: loss / max(count, 1.0) for name, loss, count in zip(terms, losses, targets, strict=True)}
@@ -371,13 +367,16 @@ class _Loop(Generic[_Item, _Batch]):
                 f"step {self.step}: the gradients overflow at a loss scale of {scale} too; use --precision bf16"
             )
         seconds = time.monotonic() - interval.began
-        evaluated = evaluate() if evaluate else {}  # by every process; its time does not count
+        evaluated: Mapping[str, float] = {}
+        if self.task.evaluate and self.evaluation_due():  # by every process; its time does not count
+            evaluated = self.task.evaluate()
+            self.model.train()
         if metrics is None:
             return
         record = {"loss": loss} | means | dict(evaluated)
         record |= {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "gradient_norm": float(interval.norm),
+            "gradient_norm": float(self.norm),
             "sequences_per_second": sequences / seconds,
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / peak,
@@ -419,12 +418,12 @@ class _Interval:
         self.losses = torch.zeros(terms, dtype=torch.float64, device=device)  # read, and so waited for, at its end only
         self.targets = [0.0] * terms
         self.counts = [0.0, 0.0, 0.0]
-        self.norm: Tensor = torch.tensor(math.nan)  # of the last step's gradient, before it was clipped
         self.steps = 0
         self.began = time.monotonic()
 
-    def add(self, share: _Share[Any]) -> None:
+    def add(self, share: _Share[Any], losses: Tensor) -> None:
         """Count a step that was taken."""
+        self.losses += losses
         self.targets = [total + count for total, count in zip(self.targets, share.targets, strict=True)]
         self.counts = [total + count for total, count in zip(self.counts, share.counts, strict=True)]
         self.steps += 1
