@@ -13,7 +13,9 @@ import errno
 import http.client
 import importlib.metadata
 import itertools
+import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -31,8 +33,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-
-from bertqa.manifest import MODEL_NAME
+from typing import Any
 
 LOOPBACK = "127.0.0.1"
 WHEEL = "nvidia-pytriton"
@@ -42,10 +43,24 @@ READY_TIMEOUT_S = 300.0
 EXIT_TIMEOUT_S = 5
 """Seconds that Triton gives the inferences in flight when it is told to end."""
 
+FLAGS = (
+    "--model-control-mode=poll",  # the repository's files say what is loaded, and no API needs to be open for it
+    "--repository-poll-secs=1",
+    "--exit-on-error=false",  # a model that cannot be loaded is no reason to end the others,
+    "--strict-readiness=false",  # nor to take away a server that goes on with the version before
+    "--disable-auto-complete-config",  # what config.pbtxt leaves out is an error, not a guess
+    f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+    # A client finds a new replica behind a name when one of its connections ends: here every minute.
+    "--grpc-max-connection-age=60000",
+    "--grpc-max-connection-age-grace=30000",
+)
+"""What every Triton is started with, wherever it runs, beside addresses and paths."""
+
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _PORT_ATTEMPTS = 5
 _MAX_PAUSE_S = 30.0  # between restarts
 _STEADY_S = 60.0  # after so long a life, a death is a first one again
+_STUBS_S = 5.0  # between two looks for new ones
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -203,7 +218,6 @@ class EmbeddedTriton:
         self,
         repository: Path,
         *,
-        model: str = MODEL_NAME,
         host: str = LOOPBACK,
         ports: TritonPorts | None = None,
         avoid_ports: Collection[int] = (),
@@ -214,17 +228,15 @@ class EmbeddedTriton:
         """Say what to serve.
 
         Args:
-            repository: Triton model repository; only ``model`` of it is loaded.
-            model: its name.
+            repository: Triton model repository; what changes in it is noticed within about a second.
             host: IPv4 address to listen on; 0.0.0.0 is all of this machine's.
             ports: wanted ports.
             avoid_ports: ports that are meant for others, though nothing listens there yet.
             log_dir: the server writes ``triton-<gRPC port>.log`` there; without one, to standard error.
-            ready_timeout_s: longest wait for the model to be ready, warm-up included.
+            ready_timeout_s: longest wait for all models to be ready, warm-up included.
             report: takes each line meant for a person, by default for the console.
         """
         self._repository = self._served = repository
-        self._model = model
         self._host = host
         self._wanted = ports or TritonPorts()
         self._avoid_ports = avoid_ports
@@ -273,7 +285,7 @@ class EmbeddedTriton:
         self.stop()
 
     def start(self, stopping: threading.Event | None = None) -> None:
-        """Start the server and return when the model is ready, warmed up.
+        """Start the server and return when every model is ready, warmed up.
 
         Args:
             stopping: set from elsewhere, e.g. by a signal handler, it ends the wait; then nothing is left running.
@@ -281,7 +293,7 @@ class EmbeddedTriton:
         Raises:
             TritonError: it cannot be; nothing is left running.
         """
-        check_repository(self._repository, self._model)
+        models_of(self._repository)
         self._cache = tempfile.TemporaryDirectory(prefix="bertqa-triton-")
         try:
             installation = find_triton(Path(self._cache.name))
@@ -365,22 +377,28 @@ class EmbeddedTriton:
         reader = threading.Thread(target=self._read_log, args=(process,), name="triton-log", daemon=True)
         reader.start()
         try:
-            ready, said, stubs, patience_s = False, began, frozenset[int](), EXIT_TIMEOUT_S + 5.0
+            models = _listed(models_of(self._repository))
+            ready, said, patience_s, stubs = False, began, EXIT_TIMEOUT_S + 5.0, _Stubs(process.pid)
             while process.poll() is None and not self._stopping.is_set():
                 now = time.monotonic()
-                if not ready and self._is_ready():
-                    ready, stubs = True, living_children(process.pid)
-                    self._say(f"model {self._model} is ready after {now - began:.1f} s (gRPC {self.url})")
+                if not ready and (index := self._index()) is not None:
+                    if failures := self._failures(index):
+                        if not self._first.is_set():
+                            return _Death(f"{failures[0]}; see {self.log_file}")
+                        for failure in failures:  # it was ready once: let the other models answer
+                            self._say(failure)
+                    ready = True
+                    self._say(f"{models} ready after {now - began:.1f} s (gRPC {self.url})")
                     self._first.set()
                 elif not ready and now - began > self._ready_timeout_s:
-                    return _Death(f"model {self._model} was not ready after {now - began:.0f} s; see {self.log_file}")
+                    return _Death(f"{models} not ready after {now - began:.0f} s; see {self.log_file}")
                 elif not ready and now - said > 5:
                     said = now
-                    self._say(f"loading {self._model}, {now - began:.0f} s so far")
-                elif ready and not all(map(_is_living, stubs)) and len(living_children(process.pid)) < len(stubs):
+                    self._say(f"loading {models}, {now - began:.0f} s so far")
+                elif ready and stubs.one_is_missing(self._engines):
                     # Triton 2.51 goes on without it, ready by its own account, and fails every request.
                     patience_s = 0
-                    return _Death(f"a process of model {self._model} died; see {self.log_file}")
+                    return _Death(f"an engine's process died; see {self.log_file}")
                 self._stopping.wait(0.5 if ready else 0.1)
         finally:
             end_session(process, patience_s)
@@ -394,10 +412,7 @@ class EmbeddedTriton:
         command = [
             str(installation.binary),
             f"--model-repository={self._served}",
-            "--model-control-mode=explicit",
-            f"--load-model={self._model}",
-            "--disable-auto-complete-config",  # what config.pbtxt leaves out is an error, not a guess
-            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            *FLAGS,
             *(f"--{service}-address={self._host}" for service in ("http", "grpc", "metrics")),
             f"--http-port={self.ports.http}",
             f"--grpc-port={self.ports.grpc}",
@@ -408,7 +423,8 @@ class EmbeddedTriton:
             command.append(f"--backend-directory={installation.backends}")
         return subprocess.Popen(
             command,
-            env={**os.environ, **installation.environment},
+            # A __pycache__ beside model.py would look like a change of the version.
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **installation.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -429,20 +445,51 @@ class EmbeddedTriton:
                 if self._log_dir and problem and not _HARMLESS.search(line) and not self._stopping.is_set():
                     self._say(_plain(problem["text"]))
 
-    def _is_ready(self) -> bool:
+    def _index(self) -> list[dict[str, str]] | None:
+        """Every version that the server knows, with its state; None while it starts, for it answers when that is done.
+
+        Each has ``name``, ``version``, ``state`` (READY, LOADING, UNLOADING, UNAVAILABLE) and ``reason``.
+        """
+        found = self._ask("POST", "/v2/repository/index")
+        return found if isinstance(found, list) else None
+
+    def _failures(self, index: list[dict[str, str]]) -> list[str]:
+        """A sentence for each model of the repository that has no version ready."""
+        failures = []
+        for model in models_of(self._repository):
+            versions = [entry for entry in index if entry["name"] == model]
+            if not any(entry.get("state") == "READY" for entry in versions):
+                told = [entry["reason"] for entry in versions if entry.get("reason", "unloaded") != "unloaded"]
+                logged = _LOAD_FAILED.search("\n".join(self._tail))
+                reason = told[0] if told else logged["reason"] if logged else "no reason given"
+                failures.append(f"model {model} could not be loaded: {_plain(reason)}")
+        return failures
+
+    def _engines(self) -> int:
+        """How many processes run engines, by the server's own account; 0 if it does not tell."""
+        count = 0
+        for entry in self._index() or ():
+            if entry.get("state") == "READY":
+                config = self._ask("GET", f"/v2/models/{entry['name']}/versions/{entry['version']}/config")
+                if isinstance(config, dict) and config.get("backend") == "python":
+                    count += sum(group["count"] for group in config["instance_group"])
+        return count
+
+    def _ask(self, method: str, path: str) -> Any:
         connection = http.client.HTTPConnection(self._reachable, self.ports.http, timeout=2)
         try:
-            connection.request("GET", f"/v2/models/{self._model}/ready")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
+            connection.request(method, path)
+            response = connection.getresponse()
+            return json.loads(response.read()) if response.status == 200 else None
+        except (OSError, ValueError, http.client.HTTPException):
+            return None
         finally:
             connection.close()
 
     def _death(self, code: int | None) -> "_Death":
         text = "\n".join(self._tail)
         if found := _LOAD_FAILED.search(text):
-            return _Death(f"model {self._model} could not be loaded: {_plain(found['reason'])}; see {self.log_file}")
+            return _Death(f"a model could not be loaded: {_plain(found['reason'])}; see {self.log_file}")
         if _PORT_TAKEN.search(text):
             return _Death(f"one of {self.ports} was taken; see {self.log_file}", port_taken=True)
         if code is not None and code < 0:
@@ -451,6 +498,28 @@ class EmbeddedTriton:
         return _Death(
             f"the server ended with exit code {code} ({_plain(next(errors, 'no reason given'))}); see {self.log_file}"
         )
+
+
+class _Stubs:
+    """The processes of the Python backend, one for each engine.
+
+    Children of the server that come and go with versions, but must never be fewer than the engines that it calls ready.
+    """
+
+    def __init__(self, server: int) -> None:
+        self._server = server
+        self._known: frozenset[int] = frozenset()
+        self._looked = -math.inf
+        self._short = False
+
+    def one_is_missing(self, engines: Callable[[], int]) -> bool:
+        """Whether there were too few at two looks in a row; looks when a known one has died, or after some seconds."""
+        now = time.monotonic()
+        if not self._short and now - self._looked < _STUBS_S and all(map(_is_living, self._known)):
+            return False
+        self._looked, self._known = now, living_children(self._server)
+        short_before, self._short = self._short, len(self._known) < engines()
+        return short_before and self._short
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,16 +548,22 @@ def _plain(text: str) -> str:
     return " ".join(text.strip().strip('"').replace("\\n", "\n").split())
 
 
-def check_repository(repository: Path, model: str = MODEL_NAME) -> None:
-    """Refuse a repository that Triton could load nothing from.
+def models_of(repository: Path) -> list[str]:
+    """Names of the models that Triton loads.
 
     Raises:
-        TritonError: there is no built version of the model; the message names the builder's command.
+        TritonError: there is none with a built version; the message names the builder's command.
     """
-    directory = repository / model
-    build = f"run `{Path(sys.executable).name} -m engine_builder --checkpoint DIR --target cpu` to build one"
-    if not (directory / "config.pbtxt").is_file() or not any(directory.glob("[1-9]*/")):
-        raise TritonError(f"{directory}: holds no built version; {build}")
+    found = (path.parent for path in sorted(repository.glob("*/config.pbtxt")))
+    models = [directory.name for directory in found if any(directory.glob("[1-9]*/"))]
+    if not models:
+        build = f"run `{Path(sys.executable).name} -m engine_builder --checkpoint DIR --target cpu` to build one"
+        raise TritonError(f"{repository}: holds no built version; {build}")
+    return models
+
+
+def _listed(models: Sequence[str]) -> str:
+    return f"model {models[0]} is" if len(models) == 1 else f"models {', '.join(models)} are"
 
 
 def restart_pauses() -> Iterator[float]:

@@ -571,7 +571,7 @@ def test_model_that_cannot_be_loaded_gives_the_reason(
 
 
 def test_start_that_takes_too_long_is_given_up(repository: Path, tmp_path: Path) -> None:
-    with pytest.raises(TritonError, match="was not ready after 0 s"):
+    with pytest.raises(TritonError, match="is not ready after 0 s"):
         EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path, ready_timeout_s=0).start()
 
 
