@@ -1,0 +1,141 @@
+"""Documents between the steps: folders of Parquet files, a row for each document.
+
+A row has the document's ``id`` (where it is from), its ``title`` and its ``paragraphs``, a list of strings of plain
+text without line breaks. Row groups hold about a megabyte of text each, so that steps can share a file out.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+GROUP_BYTES = 1 << 20
+"""Characters of text after which a row group is full."""
+IDENTITY_FILE = "documents.json"
+_SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("paragraphs", pa.list_(pa.string()))])
+
+
+class DataError(ValueError):
+    """Data is missing, malformed or does not go together; the message names the file or the flag."""
+
+
+class Document(NamedTuple):
+    """A text with its paragraphs in order."""
+
+    id: str  # e.g. "enwiki-20260901/12"
+    title: str
+    paragraphs: Sequence[str]  # none empty, without line breaks
+
+
+class DocumentGroup(NamedTuple):
+    """A row group of a file of documents."""
+
+    path: Path
+    number: int  # in the file
+    documents: int
+    bytes: int  # of its columns before compression
+
+
+def open_output(directory: Path, identity: Mapping[str, object]) -> None:
+    """Make a folder for the documents of one origin, or go on with it if it is of that origin.
+
+    Args:
+        directory: which holds nothing but these documents.
+        identity: what decides the documents; kept in ``documents.json``.
+
+    Raises:
+        DataError: the folder holds documents of another origin.
+    """
+    path = directory / IDENTITY_FILE
+    described = json.dumps(identity, indent=1, sort_keys=True) + "\n"
+    if path.exists():
+        if path.read_text() != described:
+            raise DataError(f"{directory}: holds documents of {path.read_text().strip()}; give another --output")
+        return
+    if directory.is_dir() and any(directory.glob("*.parquet")):
+        raise DataError(f"{directory}: holds Parquet files without a {IDENTITY_FILE}; give another --output")
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{IDENTITY_FILE}.partial"
+    partial.write_text(described)
+    os.replace(partial, path)
+
+
+def write_documents(path: Path, documents: Iterable[Document]) -> int:
+    """Write a file of documents in one step; those without a paragraph are left out.
+
+    Returns:
+        The number of documents written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    written, group, size = 0, list[Document](), 0
+    with pq.ParquetWriter(partial, _SCHEMA, compression="zstd", write_statistics=False) as writer:
+
+        def flush() -> None:
+            columns = [[getattr(document, name) for document in group] for name in _SCHEMA.names]
+            writer.write_table(pa.table(columns, schema=_SCHEMA))
+            group.clear()
+
+        for document in documents:
+            if not document.paragraphs:
+                continue
+            group.append(document)
+            written += 1
+            size += sum(map(len, document.paragraphs))
+            if size >= GROUP_BYTES:
+                flush()
+                size = 0
+        if group:
+            flush()
+    os.replace(partial, path)
+    return written
+
+
+def document_files(directories: Sequence[Path]) -> list[Path]:
+    """The files of some folders of documents, in order of the folders and of their names.
+
+    Raises:
+        DataError: a folder holds no file of documents, or is given twice.
+    """
+    files: list[Path] = []
+    for directory in directories:
+        found = sorted(directory.glob("*.parquet"))
+        if not found:
+            raise DataError(f"{directory}: holds no documents (*.parquet); `python -m training.data text` makes some")
+        if set(found) & set(files):
+            raise DataError(f"{directory}: is given twice")
+        files += found
+    return files
+
+
+def document_groups(path: Path) -> list[DocumentGroup]:
+    """The row groups of a file of documents.
+
+    Raises:
+        DataError: it is no file of documents, or is corrupt.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(_SCHEMA):
+                raise DataError(f"{path}: has other columns than {', '.join(_SCHEMA.names)}")
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            return [DocumentGroup(path, n, group.num_rows, group.total_byte_size) for n, group in enumerate(groups)]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not readable ({error})") from error
+
+
+def read_group(group: DocumentGroup) -> list[Document]:
+    """The documents of a row group.
+
+    Raises:
+        DataError: the file is corrupt.
+    """
+    try:
+        with pq.ParquetFile(group.path) as file:
+            columns = file.read_row_group(group.number).to_pydict()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{group.path}: not readable ({error})") from error
+    return [Document(*row) for row in zip(*(columns[name] for name in _SCHEMA.names), strict=True)]

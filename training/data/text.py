@@ -1,0 +1,53 @@
+"""Your own text: a folder of ``.txt`` files in UTF-8 -> documents.
+
+A file is a document, and blank lines separate its paragraphs, whose lines are joined. With ``--separator blank-line``
+blank lines separate documents and each line is a paragraph: the form that BERT's own scripts read.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from training.data.documents import DataError, Document, open_output, write_documents
+
+Separator = Literal["file", "blank-line"]
+
+_BLANK_LINES = re.compile(r"\n\s*\n")
+
+
+def convert_text(folder: Path, output: Path, separator: Separator) -> int:
+    """Write the documents of a folder and its sub-folders.
+
+    Returns:
+        The number of documents.
+
+    Raises:
+        DataError: there is no text, a file is not UTF-8, or ``output`` holds documents of another origin.
+    """
+    files = sorted(folder.rglob("*.txt"))
+    if not files:
+        raise DataError(f"{folder}: holds no .txt file")
+    open_output(output, {"origin": "text", "folder": str(folder), "separator": separator})
+    documents = (document for file in files for document in _documents(file, file.relative_to(folder), separator))
+    if not (written := write_documents(output / "text-00000.parquet", documents)):
+        raise DataError(f"{folder}: its .txt files are empty")
+    return written
+
+
+def paragraphs_of(text: str) -> list[str]:
+    """The paragraphs of a text, which blank lines separate, each with its lines joined."""
+    return [joined for paragraph in _BLANK_LINES.split(text) if (joined := " ".join(paragraph.split()))]
+
+
+def _documents(file: Path, name: Path, separator: Separator) -> Iterator[Document]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {error.start}") from error
+    if separator == "file":
+        yield Document(str(name), file.stem, paragraphs_of(text))
+        return
+    for number, block in enumerate(_BLANK_LINES.split(text)):
+        lines = [joined for line in block.splitlines() if (joined := " ".join(line.split()))]
+        yield Document(f"{name}#{number}", f"{file.stem} {number}", lines)

@@ -1,0 +1,341 @@
+"""A Wikipedia dump -> documents of plain text.
+
+Wikimedia publishes each wiki as bzip2-compressed XML in many streams of 100 pages, with SHA-1 sums. The file is split
+between its streams into parts, each of which one process turns into one file of documents. The XML is read by the
+standard library as it is decompressed, the wikitext is parsed by mwparserfromhell. What is kept is running text: no
+redirects and disambiguation pages, no headings, lists, tables, templates, references, galleries, files and categories.
+"""
+
+import bz2
+import io
+import mmap
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import httpx
+import mwparserfromhell
+from mwparserfromhell.nodes import ExternalLink, Heading, HTMLEntity, Tag, Template, Text, Wikilink
+from mwparserfromhell.wikicode import Wikicode
+from tqdm import tqdm
+
+from training.data.documents import DataError, Document, document_groups, open_output, write_documents
+from training.data.downloads import Checksum, DownloadError, fetch_text
+from training.data.parallel import each
+
+MIRROR = "https://dumps.wikimedia.org"
+PART_BYTES = 32 << 20
+"""Compressed bytes of a part, about 100 MB of XML."""
+MIN_WORDS = 5
+"""Shorter paragraphs are captions and remains of markup."""
+
+
+class Dump(NamedTuple):
+    """A dump's file on the server."""
+
+    url: str
+    checksum: Checksum
+
+
+class Part(NamedTuple):
+    """Some streams of a dump, and the file of documents that they become."""
+
+    dump: Path
+    begin: int  # bytes
+    end: int
+    output: Path
+
+
+def find_dump(client: httpx.Client, mirror: str, wiki: str, date: str) -> Dump:
+    """The address and the published SHA-1 of a wiki's articles.
+
+    Args:
+        client: see `training.data.downloads.http_client`.
+        mirror: of dumps.wikimedia.org.
+        wiki: "enwiki", "simplewiki".
+        date: "20260901", or "latest" for the last complete one.
+
+    Raises:
+        DownloadError: there is no such dump, or its list of sums does not have it.
+    """
+    sums = f"{mirror.rstrip('/')}/{wiki}/{date}/{wiki}-{date}-sha1sums.txt"
+    # The list of "latest" has names with their date, so that a dump that is published meanwhile does not mix with it.
+    dated = r"\d{8}" if date == "latest" else re.escape(date)
+    name = rf"{re.escape(wiki)}-({dated})-pages-articles-multistream\.xml\.bz2"
+    line = re.search(rf"^([0-9a-f]{{40}})\s+({name})$", fetch_text(client, sums), re.MULTILINE)
+    if not line:
+        raise DownloadError(f"{sums}: has no sum of pages-articles-multistream.xml.bz2; is --date {date} complete?")
+    digest, file, found = line.groups()
+    return Dump(f"{mirror.rstrip('/')}/{wiki}/{found}/{file}", Checksum("sha1", digest))
+
+
+def convert_dump(dump: Path, output: Path, *, processes: int = 1, part_bytes: int = PART_BYTES) -> int:
+    """Write the documents of a dump; files that an earlier run finished are kept.
+
+    Args:
+        dump: ``…-pages-articles-multistream.xml.bz2``. Of a file that is not multistream, one process does it all.
+        output: folder of the documents.
+        processes: at once.
+        part_bytes: of the dump that become one file.
+
+    Returns:
+        The number of documents.
+
+    Raises:
+        DataError: the dump is not bzip2, not XML or has no article, or ``output`` holds documents of another origin.
+    """
+    open_output(output, {"origin": "wikipedia", "dump": dump.name, "bytes": dump.stat().st_size, "part": part_bytes})
+    wiki = dump.name.split("-")[0]
+    bounds = _bounds(dump, part_bytes)
+    parts = [Part(dump, *bound, output / f"{wiki}-{number:05}.parquet") for number, bound in enumerate(bounds)]
+    left = [part for part in parts if not part.output.exists()]
+    with tqdm(total=bounds[-1][1], unit="B", unit_scale=True, desc=dump.name, disable=None) as progress:
+        progress.update(bounds[-1][1] - sum(part.end - part.begin for part in left))
+        for part, _ in each(convert_part, left, processes):
+            progress.update(part.end - part.begin)
+    documents = sum(group.documents for part in parts for group in document_groups(part.output))
+    if not documents:
+        raise DataError(f"{dump}: holds no article")
+    return documents
+
+
+def convert_part(part: Part) -> int:
+    """Write the documents of some streams; returns their number.
+
+    Raises:
+        DataError: they are not bzip2 or not whole pages.
+    """
+    try:
+        return write_documents(part.output, _documents(part))
+    except (OSError, EOFError, ElementTree.ParseError) as error:
+        raise DataError(f"{part.dump}, bytes {part.begin} to {part.end}: corrupt or no wiki dump ({error})") from error
+
+
+def _documents(part: Part) -> Iterator[Document]:
+    origin = part.dump.name.split("-pages-")[0]
+    with part.dump.open("rb") as file:
+        for page in _pages(_Section(file, part.begin, part.end)):
+            if page.redirect or page.namespace != "0" or _is_disambiguation(page):
+                continue
+            yield Document(f"{origin}/{page.id}", page.title, paragraphs_of(page.text))
+
+
+class _Page(NamedTuple):
+    id: str
+    title: str
+    namespace: str
+    redirect: bool
+    text: str  # wikitext
+
+
+def _pages(compressed: io.RawIOBase) -> Iterator[_Page]:
+    """The pages of one or more streams; only the first stream of a dump has the root element."""
+    parser: Any = ElementTree.XMLPullParser(["start", "end"])  # the events of these two kinds are pairs with an element
+    stream = bz2.BZ2File(io.BufferedReader(compressed))
+    block = stream.read(1 << 20)
+    if not block.lstrip().startswith(b"<mediawiki"):
+        parser.feed("<mediawiki>")
+    root: ElementTree.Element | None = None
+    while block:
+        parser.feed(block)
+        for event, element in parser.read_events():
+            root = element if root is None else root
+            if event == "end" and _local(element) == "page":
+                yield _page(element)
+                root.clear()  # or the tree would hold the whole dump
+        block = stream.read(1 << 20)
+
+
+def _page(element: ElementTree.Element) -> _Page:
+    fields = {_local(child): child for child in element}
+    revision = {_local(child): child.text or "" for child in fields["revision"]} if "revision" in fields else {}
+    return _Page(
+        id=fields["id"].text or "",
+        title=fields["title"].text or "",
+        namespace=fields["ns"].text or "",
+        redirect="redirect" in fields,
+        text=revision.get("text", ""),
+    )
+
+
+def _local(element: ElementTree.Element) -> str:
+    """The name of an element without its namespace, which changes with the version of the export format."""
+    return element.tag.rpartition("}")[2]
+
+
+_DISAMBIGUATION = re.compile(
+    r"\{\{\s*(disambig(uation)?|dab|disamb|hndis|geodis|mil-?unit[- ]?dis|numberdis|school[- ]?dis|surname|given name)"
+    r"\s*[|}]|__DISAMBIG__",
+    re.IGNORECASE,
+)
+
+
+def _is_disambiguation(page: _Page) -> bool:
+    return page.title.endswith("(disambiguation)") or bool(_DISAMBIGUATION.search(page.text))
+
+
+_NO_TEXT = frozenset(
+    (
+        *("ref", "references", "table", "gallery", "imagemap", "graph", "mapframe", "maplink", "timeline", "score"),
+        *("math", "chem", "ce", "hiero", "syntaxhighlight", "source", "code", "pre", "poem"),
+        *("noinclude", "includeonly", "templatestyles", "inputbox", "indicator", "del", "s"),
+    )
+)
+"""Tags that are left out with what they enclose."""
+_FILE_OR_CATEGORY = re.compile(
+    r"\s*:?\s*(file|image|category|media|wikt|wiktionary|[a-z]{2,3}(-[a-z]+)*)\s*:", re.IGNORECASE
+)
+_DROPPED = "\0"  # marks a line that is no running text: a heading, an item of a list
+
+
+def paragraphs_of(wikitext: str) -> list[str]:
+    """The running text of a page, paragraph by paragraph."""
+    text = _text_of(mwparserfromhell.parse(_without_hidden(wikitext), skip_style_tags=True))
+    paragraphs: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if not line.strip() or _DROPPED in line:
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(line)
+    tidied = (_tidy(" ".join(lines)) for lines in paragraphs)
+    return [paragraph for paragraph in tidied if len(paragraph.split()) >= MIN_WORDS]
+
+
+def _text_of(code: Wikicode | None) -> str:
+    return "".join(map(_node_text, code.nodes)) if code else ""
+
+
+def _node_text(node: Any) -> str:
+    match node:
+        case Text():
+            return str(node.value)
+        case Wikilink():
+            if _FILE_OR_CATEGORY.match(str(node.title)):
+                return ""
+            return _text_of(node.text) if node.text is not None else _text_of(node.title)
+        case ExternalLink():
+            return _text_of(node.title)
+        case HTMLEntity():
+            return str(node.normalize())
+        case Heading():
+            return f"\n{_DROPPED}\n"
+        case Template():
+            return _template_text(node)
+        case Tag():
+            name = str(node.tag).strip().lower()
+            if node.wiki_markup and name in ("li", "dd", "dt", "hr"):
+                return _DROPPED
+            if name == "br":
+                return " "
+            return "" if name in _NO_TEXT else _text_of(node.contents)
+    return ""  # comments, arguments of templates
+
+
+def _positional(number: int) -> Callable[[Template], str]:
+    """The text of a template's positional argument, from 1; -1 is the last one."""
+
+    def text(template: Template) -> str:
+        values = [parameter.value for parameter in template.params if not parameter.showkey]
+        return _text_of(values[number - 1 if number > 0 else number]) if len(values) >= abs(number) else ""
+
+    return text
+
+
+def _quantity(template: Template) -> str:
+    return f"{_positional(1)(template)} {_positional(2)(template)}".strip()
+
+
+_TEMPLATES: dict[str, Callable[[Template], str]] = {
+    **dict.fromkeys(("convert", "cvt"), _quantity),
+    **dict.fromkeys(("lang", "langx", "transliteration", "transl"), _positional(-1)),
+    **dict.fromkeys(
+        ("nowrap", "nobr", "nobold", "small", "abbr", "ill", "interlanguage link", "sic", "math", "mvar"),
+        _positional(1),
+    ),
+    **dict.fromkeys(("circa", "c."), lambda template: f"c. {_positional(1)(template)}".strip()),
+    "as of": lambda template: f"As of {_positional(1)(template)}",
+    **dict.fromkeys(("snd", "spnd", "spaced ndash", "ndash", "endash", "en dash"), lambda template: " – "),
+    **dict.fromkeys(("mdash", "emdash", "em dash"), lambda template: "—"),
+    **dict.fromkeys(("'", "'s"), lambda template: str(template.name).strip().replace("'", "’")),
+}
+"""The templates that stand within sentences, and what they show; all others are left out."""
+
+
+def _template_text(template: Template) -> str:
+    show = _TEMPLATES.get(str(template.name).strip().lower())
+    return show(template) if show else ""
+
+
+_HIDDEN = re.compile(r"<!--.*?-->|<ref\b[^>]*?/\s*>|<ref\b[^>]*>.*?</ref\s*>", re.DOTALL | re.IGNORECASE)
+_INNERMOST_TEMPLATE = re.compile(r"\{\{\s*([^{}|]*?)\s*(?:\|[^{}]*)?\}\}")
+_INNERMOST_TABLE = re.compile(r"^[\s:]*\{\|(?:(?!\{\||\|\}(?!\})).)*\|\}(?!\})", re.DOTALL | re.MULTILINE)
+
+
+def _without_hidden(wikitext: str) -> str:
+    """Cut out comments, references, tables, and templates that show nothing: parsing them is most of the time."""
+    before, text = "", _HIDDEN.sub("", wikitext)
+    while text != before:
+        before, text = text, _INNERMOST_TABLE.sub("", _INNERMOST_TEMPLATE.sub(_shown, text))
+    return text
+
+
+def _shown(template: re.Match[str]) -> str:
+    return template[0] if template[1].lower() in _TEMPLATES else ""
+
+
+_TIDY = [
+    (re.compile(r"'{2,}"), ""),  # bold and italics
+    (re.compile(r"\s+"), " "),
+    (re.compile(r"\(\s*(?:[,;:]\s*)+"), "("),  # "(; born 1815)", where a template of the pronunciation was
+    (re.compile(r"(?:\s*[,;:])+\s*\)"), ")"),
+    (re.compile(r"\s*\(\s*\)"), ""),
+    (re.compile(r"\s+([,.;:)])"), r"\1"),
+]
+
+
+def _tidy(text: str) -> str:
+    """Close the gaps that left-out markup leaves."""
+    for pattern, replacement in _TIDY:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+_STREAM = re.compile(rb"BZh[1-9]1AY&SY")  # headers of a bzip2 stream and of its first block, which begin at a byte
+
+
+def _bounds(dump: Path, part_bytes: int) -> list[tuple[int, int]]:
+    """Where the parts of a dump begin and end: between streams, if its streams hold whole pages."""
+    size = dump.stat().st_size
+    with dump.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        starts = [match.start() for match in _STREAM.finditer(data)]
+        if not starts or starts[0] != 0:
+            raise DataError(f"{dump}: is no bzip2 file")
+        if len(starts) > 1:
+            head = bz2.BZ2Decompressor().decompress(data[starts[1] : starts[1] + (1 << 20)], 64)
+            if not head.lstrip().startswith((b"<page>", b"</mediawiki>")):
+                return [(0, size)]
+    bounds, begin = [], 0
+    for start in [*starts[1:], size]:
+        if start - begin >= part_bytes or start == size:
+            bounds.append((begin, start))
+            begin = start
+    return bounds
+
+
+class _Section(io.RawIOBase):
+    """The bytes of a file from one place to another, as a file."""
+
+    def __init__(self, file: io.BufferedReader, begin: int, end: int) -> None:
+        file.seek(begin)
+        self._file, self._left = file, end - begin
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._file.read(min(len(buffer), self._left))
+        buffer[: len(block)] = block
+        self._left -= len(block)
+        return len(block)
