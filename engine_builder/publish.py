@@ -14,6 +14,9 @@ from bertqa.repository import MODEL_NAMES, Repository
 from bertqa.squad import Example, Predict, answer_all
 from bertqa.windows import WindowMaker
 
+NO_CACHE = "__pycache__"
+"""A file of this name keeps Triton's Python from writing its cache beside ``model.py``, which in poll mode is a change
+of the version and has it loaded a second time. The stub ignores PYTHONDONTWRITEBYTECODE."""
 CHECK_QUESTIONS = 8
 """Questions that a bundle carries with its own answers, to be asked again wherever it is loaded."""
 
@@ -97,6 +100,8 @@ def publish(directory: Path, manifest: Manifest, where: Publication) -> Publishe
         ChangeRefused: the repository cannot be written to.
     """
     repository = Repository(where.repository)
+    if manifest.target == "cpu":
+        (directory / NO_CACHE).write_text("See NO_CACHE of engine_builder/publish.py.\n")
     hashes = {path.name: sha256_of(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST_FILE}
     manifest = replace(manifest, files=hashes)
     manifest.write(directory / MANIFEST_FILE)

@@ -423,8 +423,7 @@ class EmbeddedTriton:
             command.append(f"--backend-directory={installation.backends}")
         return subprocess.Popen(
             command,
-            # A __pycache__ beside model.py would look like a change of the version.
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **installation.environment},
+            env={**os.environ, **installation.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
