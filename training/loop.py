@@ -257,6 +257,8 @@ class _Loop(Generic[_Item, _Batch]):
         """Run the steps that are left; True if that completes the run."""
         options, workers = self.options, self.workers
         peak = sum(workers.gather(peak_flops(workers.device, options.precision)))
+        if not self.interval.steps:
+            self.interval = _Interval(len(self.task.terms), workers.device)  # whose clock starts now
         self.model.train()
         with self.metrics() as metrics:
             for share in self.shares():
@@ -380,6 +382,7 @@ class _Loop(Generic[_Item, _Batch]):
             "sequences_per_second": sequences / seconds,
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / peak,
+            "processes": self.workers.size,
         }
         if self.scaler.is_enabled():
             record["loss_scale"] = scale
