@@ -54,7 +54,8 @@ def open_output(directory: Path, identity: Mapping[str, object]) -> None:
     described = json.dumps(identity, indent=1, sort_keys=True) + "\n"
     if path.exists():
         if path.read_text() != described:
-            raise DataError(f"{directory}: holds documents of {path.read_text().strip()}; give another --output")
+            other = " ".join(path.read_text().split())
+            raise DataError(f"{directory}: holds documents of {other}; give another --output")
         return
     if directory.is_dir() and any(directory.glob("*.parquet")):
         raise DataError(f"{directory}: holds Parquet files without a {IDENTITY_FILE}; give another --output")

@@ -172,7 +172,7 @@ def _transfer(client: httpx.Client, url: str, partial: Path) -> bool:
                 total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=partial.stem, disable=None
             ) as bar,
         ):
-            for block in response.iter_raw(_BLOCK):
+            for block in response.iter_raw():  # as they come: a chunk size would lose what a break leaves of a chunk
                 file.write(block)
                 bar.update(len(block))
             file.flush()

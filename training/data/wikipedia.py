@@ -7,10 +7,9 @@ redirects and disambiguation pages, no headings, lists, tables, templates, refer
 """
 
 import bz2
-import io
 import mmap
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -88,7 +87,10 @@ def convert_dump(dump: Path, output: Path, *, processes: int = 1, part_bytes: in
     """
     open_output(output, {"origin": "wikipedia", "dump": dump.name, "bytes": dump.stat().st_size, "part": part_bytes})
     wiki = dump.name.split("-")[0]
-    bounds = _bounds(dump, part_bytes)
+    try:
+        bounds = _bounds(dump, part_bytes)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{dump}: corrupt ({error})") from error
     parts = [Part(dump, *bound, output / f"{wiki}-{number:05}.parquet") for number, bound in enumerate(bounds)]
     left = [part for part in parts if not part.output.exists()]
     with tqdm(total=bounds[-1][1], unit="B", unit_scale=True, desc=dump.name, disable=None) as progress:
@@ -115,11 +117,10 @@ def convert_part(part: Part) -> int:
 
 def _documents(part: Part) -> Iterator[Document]:
     origin = part.dump.name.split("-pages-")[0]
-    with part.dump.open("rb") as file:
-        for page in _pages(_Section(file, part.begin, part.end)):
-            if page.redirect or page.namespace != "0" or _is_disambiguation(page):
-                continue
-            yield Document(f"{origin}/{page.id}", page.title, paragraphs_of(page.text))
+    for page in _pages(_decompressed(part)):
+        if page.redirect or page.namespace != "0" or _is_disambiguation(page):
+            continue
+        yield Document(f"{origin}/{page.id}", page.title, paragraphs_of(page.text))
 
 
 class _Page(NamedTuple):
@@ -130,22 +131,19 @@ class _Page(NamedTuple):
     text: str  # wikitext
 
 
-def _pages(compressed: io.RawIOBase) -> Iterator[_Page]:
-    """The pages of one or more streams; only the first stream of a dump has the root element."""
+def _pages(blocks: Iterable[bytes]) -> Iterator[_Page]:
+    """The pages of a part's XML; only the first part of a dump opens the root element, and only the last closes it."""
     parser: Any = ElementTree.XMLPullParser(["start", "end"])  # the events of these two kinds are pairs with an element
-    stream = bz2.BZ2File(io.BufferedReader(compressed))
-    block = stream.read(1 << 20)
-    if not block.lstrip().startswith(b"<mediawiki"):
-        parser.feed("<mediawiki>")
     root: ElementTree.Element | None = None
-    while block:
+    for block in blocks:
+        if root is None and not block.lstrip().startswith(b"<mediawiki"):
+            parser.feed("<mediawiki>")
         parser.feed(block)
         for event, element in parser.read_events():
             root = element if root is None else root
             if event == "end" and _local(element) == "page":
                 yield _page(element)
                 root.clear()  # or the tree would hold the whole dump
-        block = stream.read(1 << 20)
 
 
 def _page(element: ElementTree.Element) -> _Page:
@@ -312,10 +310,14 @@ def _bounds(dump: Path, part_bytes: int) -> list[tuple[int, int]]:
         starts = [match.start() for match in _STREAM.finditer(data)]
         if not starts or starts[0] != 0:
             raise DataError(f"{dump}: is no bzip2 file")
-        if len(starts) > 1:
-            head = bz2.BZ2Decompressor().decompress(data[starts[1] : starts[1] + (1 << 20)], 64)
-            if not head.lstrip().startswith((b"<page>", b"</mediawiki>")):
-                return [(0, size)]
+        if len(starts) == 1:
+            return [(0, size)]
+        head = bz2.BZ2Decompressor().decompress(data[starts[1] : starts[1] + (1 << 20)], 64)
+        tail = b"".join(_decompressed(Part(dump, starts[-1], size, dump)))
+        if not tail.rstrip().endswith(b"</mediawiki>"):
+            raise DataError(f"{dump}: is cut off, its last stream does not end with </mediawiki>")
+        if not head.lstrip().startswith((b"<page>", b"</mediawiki>")):
+            return [(0, size)]  # its streams do not hold whole pages
     bounds, begin = [], 0
     for start in [*starts[1:], size]:
         if start - begin >= part_bytes or start == size:
@@ -324,18 +326,25 @@ def _bounds(dump: Path, part_bytes: int) -> list[tuple[int, int]]:
     return bounds
 
 
-class _Section(io.RawIOBase):
-    """The bytes of a file from one place to another, as a file."""
+def _decompressed(part: Part) -> Iterator[bytes]:
+    """The XML of a part's streams, in blocks.
 
-    def __init__(self, file: io.BufferedReader, begin: int, end: int) -> None:
-        file.seek(begin)
-        self._file, self._left = file, end - begin
+    Not with bz2.open, which takes a damaged stream behind a whole one for no data.
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        block = self._file.read(min(len(buffer), self._left))
-        buffer[: len(block)] = block
-        self._left -= len(block)
-        return len(block)
+    Raises:
+        OSError: a stream is corrupt.
+        EOFError: the last one is cut off.
+    """
+    stream, left = None, part.end - part.begin
+    with part.dump.open("rb") as file:
+        file.seek(part.begin)
+        while data := file.read(min(1 << 20, left)):
+            left -= len(data)
+            while data:
+                stream = stream or bz2.BZ2Decompressor()
+                yield stream.decompress(data)
+                data = stream.unused_data
+                if stream.eof:
+                    stream = None
+    if stream or left:
+        raise EOFError("the last stream is cut off")
