@@ -67,12 +67,13 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._progress.close()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
-        plot_loss(self._directory)
+        if error is None:
+            plot_loss(self._directory)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

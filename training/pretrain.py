@@ -1,0 +1,349 @@
+"""Pre-train a BERT, from scratch or from a checkpoint: ``horovodrun -np 2 python -m training.pretrain --shards …``.
+
+Masked words and next sentences together, as in Devlin et al. 2018, section 3.1, by NVIDIA's recipe for LAMB: phase 1 on
+sequences of 128 tokens, then phase 2 on 512, a run of its own that starts from the weights of the first. Every number
+of the recipe is a flag. The learning rate belongs to the *global* batch: where ``--batch-size`` is another than the
+recipe's and ``--learning-rate`` is not given, the rate is scaled by the square root. The output directory becomes a
+``BertForPreTraining`` checkpoint for ``--init`` of this job and of the fine-tuning jobs, and for transformers.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import BertConfig, BertForPreTraining
+
+from bertqa.manifest import TOKENIZER_FILE
+from training.checkpoints import save_json, save_tensors
+from training.distributed import Workers, start_workers
+from training.encoders import (
+    add_encoder_arguments,
+    attention_implementation,
+    bert_flops,
+    encoder_source,
+    load_model,
+)
+from training.loop import (
+    LoopOptions,
+    Precision,
+    Task,
+    add_loop_arguments,
+    at_least_one,
+    autocast,
+    micro_batches,
+    positive,
+    to_device,
+    train,
+)
+from training.masked_lm import Item, MaskedBatch, MaskedPairs, block_diagonal
+from training.schedules import scaled_learning_rate
+from training.shards import ShardError, ShardMismatch, ShardSet
+
+SIZES = {  # layers, hidden size: Turc et al. 2019, table 1, and Devlin et al. 2018
+    "tiny": (2, 128),
+    "mini": (4, 256),
+    "small": (4, 512),
+    "base": (12, 768),
+    "large": (24, 1024),
+}
+"""Heads are 64 wide, and the feed-forward layer is four times as wide as the hidden ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A phase of NVIDIA's recipe: ``scripts/run_pretraining.sh`` of DeepLearningExamples' BERT for PyTorch."""
+
+    max_seq_len: int
+    max_predictions_per_seq: int
+    batch_size: int
+    learning_rate: float  # of LAMB, for that batch size
+    steps: int
+    warmup: float  # share of the steps
+
+
+PHASES = {1: Phase(128, 20, 65_536, 6e-3, 7_038, 0.2843), 2: Phase(512, 80, 32_768, 4e-3, 1_563, 0.128)}
+ADAMW_LEARNING_RATE, ADAMW_BATCH_SIZE = 1e-4, 256
+"""Devlin et al. 2018, appendix A.2."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and fill in what it leaves to the recipe of its phase."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and its resume state")
+    parser.add_argument("--phase", type=int, choices=[1, 2], default=1, help="of the recipe, see the defaults below")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=at_least_one, help="default: 7038 in phase 1, 1563 in phase 2")
+    length.add_argument("--epochs", type=positive, help="passes over the shard set, in place of --steps")
+    add = parser.add_argument_group("data").add_argument
+    add("--shards", type=Path, required=True, help="shard set, made by python -m training.data shard")
+    add("--max-seq-len", type=at_least_one, help="what the shards must have; default: 128 in phase 1, 512 in phase 2")
+    add("--max-predictions-per-seq", type=at_least_one, help="likewise; default: 20 in phase 1, 80 in phase 2")
+    add("--packing", action="store_true", help="several sequences in a row, in place of batches of like length")
+    add("--no-nsp", dest="nsp", action="store_false", help="masked words only, without next-sentence prediction")
+    add("--held-out-shards", type=int, help="last shards that are only evaluated on; default: 1 where there are more")
+    add("--evaluate-every", type=at_least_one, default=500, help="steps between two evaluations on those")
+    add("--evaluate-on", type=at_least_one, default=2048, help="sequences of an evaluation, at most")
+    add = parser.add_argument_group("model, where it starts from scratch").add_argument
+    add("--config", help=f"{', '.join(SIZES)}, or a config.json; default: base")
+    add("--pad-vocabulary", type=at_least_one, default=8, help="the vocabulary is padded to a multiple of it")
+    add_encoder_arguments(parser, init=None)
+    recipe = {"batch_size": None, "learning_rate": None, "warmup": None, "decay": None}  # these are filled in below
+    add_loop_arguments(parser, optimizer="lamb", micro_batch_size=64, **recipe)
+    args = parser.parse_args(argv)
+    if args.init and args.config:
+        parser.error("--config makes a new model and --init takes one that exists; give one of them")
+    if args.phase == 2 and not (args.init or args.config):
+        parser.error("--phase 2 goes on from the output of phase 1, give it as --init (or --config for a new model)")
+
+    phase = PHASES[args.phase]
+    steps = phase.steps if args.steps is None and args.epochs is None else args.steps
+    args.config = None if args.init else args.config or "base"
+    names = ("max_seq_len", "max_predictions_per_seq", "batch_size", "warmup")
+    defaults = {name: getattr(phase, name) for name in names} | {"steps": steps}
+    for name, value in (defaults | {"decay": "linear" if args.optimizer == "adamw" else "poly"}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.learning_rate is None:
+        lamb = phase.learning_rate, phase.batch_size
+        known = (ADAMW_LEARNING_RATE, ADAMW_BATCH_SIZE) if args.optimizer == "adamw" else lamb
+        args.learning_rate = scaled_learning_rate(*known, args.batch_size)
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Open the shards, check that they fit the model, train, and write the checkpoint."""
+    workers = start_workers()
+    torch.manual_seed(args.seed)
+    try:
+        shards = ShardSet.open(args.shards, hashed=workers.rank == 0)
+        model = make_model(args, shards)
+        check(args, shards, model.config)
+        training, held_out = split(shards, args.held_out_shards)
+    except (ShardError, ShardMismatch) as error:
+        raise SystemExit(str(error)) from error
+    try:
+        pairs = MaskedPairs(training, batch_size=args.batch_size, seed=args.seed, packed=args.packing)
+    except ValueError as error:
+        raise SystemExit(f"--batch-size {args.batch_size}: {error}") from error
+    if not args.nsp:  # what has no gradient takes no step and no weight decay, on any number of processes
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".pooler." not in name and ".seq_relationship." not in name)
+    torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
+    options = LoopOptions.of(args, args.steps or max(round(args.epochs * pairs.per_epoch), 1))
+    if workers.rank == 0:
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"{weights / 1e6:.1f} million weights, {len(training)} sequences, {options.steps} steps of "
+            f"{options.batch_size}, so {options.steps / pairs.per_epoch:.2f} epochs",
+            flush=True,
+        )
+
+    task = pretraining_task(model.config, pairs, nsp=args.nsp)
+    evaluate = evaluator(args, workers, model, task, held_out) if held_out else None
+    task = replace(task, evaluate=evaluate, evaluate_every=args.evaluate_every)
+    identity = {name: getattr(args, name) for name in ("init", "config", "dropout", "packing", "nsp")}
+    identity |= {"shards": [shard.sha256 for shard in training.manifest.shards]}
+    if train(model, task, options, workers, args.output, identity) and workers.rank == 0:
+        write_checkpoint(args.output, model, args.shards)
+
+
+def make_model(args: argparse.Namespace, shards: ShardSet) -> "PretrainingBert":
+    """The model to start from: that of ``--init``, else a new one for the tokenizer of the shards."""
+    if args.init:
+        return load_model(PretrainingBert, encoder_source(args.init), dropout=args.dropout, attention=args.attention)
+    vocabulary = -(-shards.manifest.vocab_size // args.pad_vocabulary) * args.pad_vocabulary
+    if args.config in SIZES:
+        layers, hidden = SIZES[args.config]
+        config = BertConfig(
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            num_attention_heads=hidden // 64,
+            intermediate_size=4 * hidden,
+        )
+    elif Path(args.config).is_file():
+        config = BertConfig.from_json_file(args.config)
+    else:
+        raise SystemExit(f"--config {args.config}: neither a file nor one of {', '.join(SIZES)}")
+    config.vocab_size = vocabulary
+    config.pad_token_id = shards.manifest.special_tokens["[PAD]"]
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
+    config._attn_implementation = attention_implementation(args.attention)
+    return PretrainingBert(config)
+
+
+def check(args: argparse.Namespace, shards: ShardSet, config: BertConfig) -> None:
+    """Refuse shards that were not made for the model or the flags.
+
+    Raises:
+        ShardMismatch: naming both values.
+    """
+    tokenizer = Path(encoder_source(args.init)) / TOKENIZER_FILE if args.init else None
+    shards.check_model(
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        type_vocab_size=config.type_vocab_size,
+        tokenizer=tokenizer.read_text() if tokenizer and tokenizer.is_file() else None,
+        max_seq_len=args.max_seq_len,
+        max_predictions_per_seq=args.max_predictions_per_seq,
+    )
+
+
+def split(shards: ShardSet, held_out: int | None) -> tuple[ShardSet, ShardSet | None]:
+    """The shards to train on, and the last ones, which are only evaluated on."""
+    every = shards.manifest.shards
+    count = min(len(every) - 1, 1) if held_out is None else held_out
+    if not 0 <= count < len(every):
+        raise SystemExit(f"--held-out-shards {count}: {shards.directory} has {len(every)} shards, and one must be left")
+    if not count:
+        return shards, None
+    parts = (replace(shards.manifest, shards=part) for part in (every[:-count], every[-count:]))
+    training, last = (ShardSet(shards.directory, manifest) for manifest in parts)
+    return training, last
+
+
+class PretrainingBert(BertForPreTraining):  # type: ignore[no-untyped-call]
+    """A ``BertForPreTraining`` whose heads see only the tokens that have a target: a seventh of all, and each [CLS]."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        masked_positions: torch.Tensor,
+        first_tokens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores of the vocabulary at the masked tokens, and of "B follows A" and "B is random" at each [CLS].
+
+        Args:
+            input_ids: (rows, length).
+            attention_mask: None where all attend to all, else as `attention_of` gives it.
+            token_type_ids: (rows, length).
+            position_ids: (rows, length).
+            masked_positions: flat indexes, (masked tokens,).
+            first_tokens: flat indexes, (sequences,); None to leave next sentences out.
+
+        Returns:
+            (masked tokens, vocabulary) and (sequences, 2).
+        """
+        encoded = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+        )
+        hidden = encoded.last_hidden_state.flatten(0, 1)
+        words = self.cls.predictions(hidden[masked_positions])
+        if first_tokens is None:
+            return words, None
+        assert self.bert.pooler is not None
+        # The encoder's own pooler takes the first token of a row, and a packed row begins several sequences.
+        return words, self.cls.seq_relationship(self.bert.pooler(hidden[first_tokens].unsqueeze(1)))
+
+
+def pretraining_task(config: BertConfig, pairs: MaskedPairs, *, nsp: bool) -> Task[Item, MaskedBatch]:
+    """Masked words, and next sentences unless ``nsp`` is False, as the loop trains on them."""
+    fused = config._attn_implementation == "sdpa"
+
+    def loss(model: torch.nn.Module, batch: MaskedBatch) -> torch.Tensor:
+        words, sentences = model(
+            input_ids=batch.input_ids,
+            attention_mask=attention_of(batch, fused=fused),
+            token_type_ids=batch.token_type_ids,
+            position_ids=batch.position_ids,
+            masked_positions=batch.masked_positions,
+            first_tokens=batch.first_tokens if nsp else None,
+        )
+        sums = _sums(words, batch.labels)
+        return torch.stack([*sums, *_sums(sentences, batch.next_sentence)] if nsp else sums)
+
+    def targets(batch: MaskedBatch) -> list[int]:
+        masked, sequences = len(batch.labels), len(batch.lengths)
+        return [masked, masked, sequences, sequences] if nsp else [masked, masked]
+
+    def flops(batch: MaskedBatch) -> float:
+        hidden, sequences = config.hidden_size, len(batch.lengths)
+        heads = len(batch.labels) * hidden * (hidden + config.vocab_size)
+        return bert_flops(config, batch.lengths, heads + (sequences * hidden * (hidden + 2) if nsp else 0))
+
+    terms = {"mlm_loss": 1.0, "mlm_accuracy": 0.0}
+    return Task(
+        items=pairs.items,
+        collate=pairs.collate,
+        loss=loss,
+        targets=targets,
+        flops=flops,
+        terms=terms | {"nsp_loss": 1.0, "nsp_accuracy": 0.0} if nsp else terms,
+    )
+
+
+def attention_of(batch: MaskedBatch, *, fused: bool) -> torch.Tensor | None:
+    """The mask of the attention: none where nothing is padded, by key where rows hold one sequence, else by pair.
+
+    Args:
+        batch: of any layout.
+        fused: for torch's fused attention, which takes booleans; plain attention adds the mask to its scores.
+    """
+    rows, length = batch.input_ids.shape
+    if len(batch.lengths) == rows:
+        return None if sum(batch.lengths) == rows * length else batch.attention_mask
+    allowed = block_diagonal(batch.sequence_ids)
+    if fused:
+        return allowed
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, torch.finfo(torch.float32).min)
+
+
+def _sums(logits: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+    """The sum of the cross entropies, and how many labels have the highest score."""
+    return [
+        functional.cross_entropy(logits.float(), labels, reduction="sum"),
+        (logits.detach().argmax(-1) == labels).sum().float(),
+    ]
+
+
+def evaluator(
+    args: argparse.Namespace,
+    workers: Workers,
+    model: PretrainingBert,
+    task: Task[Item, MaskedBatch],
+    shards: ShardSet,
+) -> Callable[[], dict[str, float]]:
+    """A function that gives the means of the task's terms over sequences that are not trained on, always the same."""
+    pairs = MaskedPairs(shards, batch_size=1, seed=0)
+    rows = np.linspace(0, len(shards) - 1, min(len(shards), args.evaluate_on)).astype(int)
+    rows = rows[np.argsort(shards.lengths[rows], kind="stable")]
+    items = [Item(epoch=0, row=row) for row in rows.tolist()]
+    precision: Precision = args.precision
+
+    def evaluate() -> dict[str, float]:
+        sums = torch.zeros(len(task.terms), dtype=torch.float64)
+        counts = torch.zeros_like(sums)
+        model.eval()  # type: ignore[no-untyped-call]
+        for piece in micro_batches(items, args.micro_batch_size, workers.rank, workers.size):
+            if piece:
+                batch = to_device(pairs.collate(piece), workers.device)
+                with torch.inference_mode(), autocast(precision, workers.device):
+                    sums += task.loss(model, batch).cpu()
+                counts += torch.tensor(task.targets(batch))
+        model.train()
+        total = workers.sum([*sums.tolist(), *counts.tolist()])
+        means = (value / count for value, count in zip(total, total[len(sums) :], strict=False))
+        return {f"held_out_{name}": mean for name, mean in zip(task.terms, means, strict=True)}
+
+    return evaluate
+
+
+def write_checkpoint(directory: Path, model: PretrainingBert, shards: Path) -> None:
+    """Write config, fp32 weights and tokenizer, as transformers names them."""
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    save_tensors(directory / "model.safetensors", weights, {"format": "pt"})
+    save_json(directory / "config.json", model.config.to_diff_dict() | {"architectures": [BertForPreTraining.__name__]})
+    (directory / TOKENIZER_FILE).write_bytes((shards / TOKENIZER_FILE).read_bytes())
+
+
+if __name__ == "__main__":
+    main(parse_args())
