@@ -10,13 +10,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from bertqa.manifest import Bundle, BundleMismatch
 from bertqa.spans import MAX_ANSWER_TOKENS, Decoded, Logits, decode
 from bertqa.windows import SPECIAL_TOKENS, Windows
 from service.errors import InvalidField
 from service.metrics import Metrics
+from service.models import Models, Served
 from service.settings import Settings
-from service.triton import Engine, ModelOverloaded, ModelUnavailable
+from service.triton import ModelOverloaded, ModelUnavailable
 
 T = TypeVar("T")
 
@@ -30,8 +30,9 @@ MAX_SPANS = 16_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked; None stands for the model's own value. Field names are those that errors give."""
+    """What is asked, and of whom; None stands for the model's own value. Field names are those that errors give."""
 
+    model: Served
     question: str
     contexts: tuple[str, ...]
     top_k: int = 1
@@ -75,46 +76,26 @@ class Result:
 
 
 class Answerer:
-    """Answers questions with one bundle and one engine, and sees to it that those belong together."""
+    """Answers questions, each with the model that it is put to."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, settings: Settings, metrics: Metrics) -> None:
-        self.bundle = bundle
-        self.engine = engine
+    def __init__(self, models: Models, settings: Settings, metrics: Metrics) -> None:
+        self.models = models
         self.settings = settings
         self.metrics = metrics
-        self._verified = False
         self._in_progress = 0
 
-    async def verify(self, *, deadline: float) -> None:
-        """Compare the loaded engine with the manifest; costs nothing from then on, until the engine has been away.
-
-        Raises:
-            BundleMismatch: they differ.
-            ModelError: the engine cannot be asked yet.
-        """
-        if self._verified:
-            return
-        parameters = await self.engine.model_parameters(deadline=deadline)
-        loaded = parameters.get(f"identity_{self.bundle.version}", "an engine without identity")
-        expected = self.bundle.manifest.identity
-        if loaded != expected:
-            raise BundleMismatch(
-                f"Triton has loaded {loaded}, but version {self.bundle.version} of the repository that the service "
-                f"reads is {expected}; give both the same model repository, or reload Triton"
-            )
-        self._verified = True
-
-    async def check_ready(self, *, deadline: float) -> None:
+    async def check_ready(self, model: Served, deadline: float) -> None:
         """Send a real question through tokenizer, engine and decoder.
 
         Raises:
-            BundleMismatch: as in `verify`.
+            BundleMismatch: as in `Served.verify`.
             ModelError: the engine does not answer.
             InvalidLogits: it answers nonsense.
         """
-        self._verified = False  # a probe is the moment to notice that Triton has loaded something else
-        await self.engine.check_ready(deadline=deadline)
-        await self.answer_all([Question(question="Is it ready?", contexts=("It is ready.",))], deadline=deadline)
+        model.verified = False  # a probe is the moment to notice that Triton has loaded something else
+        await model.engine.check_ready(deadline=deadline)
+        asked = Question(model=model, question="Is it ready?", contexts=("It is ready.",))
+        await self.answer_all([asked], deadline=deadline)
 
     async def answer(self, question: Question, *, deadline: float) -> Result:
         """Answer one question; arguments and errors as in `answer_all`, but fields are named without their place."""
@@ -132,7 +113,7 @@ class Answerer:
 
         Raises:
             InvalidField: a question is outside the limits; ``questions[i].`` and a field of `Question` are named.
-            BundleMismatch: as in `verify`.
+            BundleMismatch: as in `Served.verify`.
             ModelError: the engine did not answer, or too many questions are in progress.
             InvalidLogits: it answered nonsense.
         """
@@ -141,7 +122,8 @@ class Answerer:
             raise ModelOverloaded(f"{self._in_progress} questions are in progress, and {limit} may be.")
         self._in_progress += len(questions)
         try:
-            await self.verify(deadline=deadline)
+            for model in {question.model for question in questions}:
+                await model.verify(deadline=deadline)
             tokenized = []
             for number, question in enumerate(questions):
                 try:
@@ -171,7 +153,7 @@ class Answerer:
         for number, context in enumerate(question.contexts):
             try:
                 documents.append(
-                    self.bundle.maker(
+                    question.model.bundle.maker(
                         question.question,
                         context,
                         overlap=question.overlap,
@@ -185,12 +167,13 @@ class Answerer:
 
     async def _infer(self, tokenized: Tokenized, deadline: float) -> Result:
         question, documents = tokenized.question, tokenized.documents
+        model = question.model
         started = time.perf_counter()
         windows = [window for document in documents for window in document.windows]
         try:
-            flat = iter(await self.engine.predict(windows, deadline=deadline) if windows else [])
+            flat = iter(await model.engine.predict(windows, deadline=deadline) if windows else [])
         except ModelUnavailable:
-            self._verified = False  # it may come back as another
+            model.verified = False  # it may come back as another
             raise
         logits = [[next(flat) for _ in document.windows] for document in documents]
         inferred = time.perf_counter()
@@ -201,12 +184,13 @@ class Answerer:
                 logits,
                 top_k=question.top_k,
                 max_answer_tokens=question.max_answer_tokens,
-                null_threshold=self.bundle.manifest.null_threshold,
+                null_threshold=model.bundle.manifest.null_threshold,
                 align_to_words=question.align_to_words,
             ),
         )
         ended = time.perf_counter()
         self.metrics.answered(inferred - started, ended - inferred)
+        model.count()
         return Result(question, documents, logits, decoded, tokenized.seconds, inferred - started, ended - inferred)
 
     def _check(self, question: Question) -> None:
@@ -223,7 +207,7 @@ class Answerer:
             if not text or text.isspace():
                 raise InvalidField(field, "must hold more than white space")
         # A window advances by at least so many tokens, and a text rarely has more tokens than characters.
-        manifest = self.bundle.manifest
+        manifest = question.model.bundle.manifest
         room = (question.max_seq_len or manifest.max_seq_len) - SPECIAL_TOKENS
         room -= question.max_question_tokens or manifest.max_question_tokens
         step = room - (min(manifest.overlap, room // 2) if question.overlap is None else question.overlap)

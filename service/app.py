@@ -27,6 +27,7 @@ from service.answering import Answerer
 from service.edge import Edge
 from service.exchange import answerer_of
 from service.metrics import Metrics
+from service.models import Follower, Models, Served
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, UNAVAILABLE, Health, Info
 from service.settings import Settings
 from service.triton import Engine, ModelError, TritonModel
@@ -47,32 +48,41 @@ need them."""
 def create_app(
     settings: Settings | None = None, *, engine: Engine | None = None, bundle: Bundle | None = None
 ) -> FastAPI:
-    """Make the application; settings that are not given come from the environment, bundle and engine from those.
+    """Make the application; settings that are not given come from the environment, bundles and engines from those.
 
-    Starting refuses an engine that is not the one which the bundle describes (`bertqa.manifest.BundleMismatch`), but
-    not one that is not up yet: until it is, and the check has passed, ``/health/ready`` fails and questions get 503.
+    Without a bundle it serves every model of the repository and follows what becomes active there. Starting refuses an
+    engine that is not the one which its bundle describes (`bertqa.manifest.BundleMismatch`), but not one that is not up
+    yet: until it is, and the check has passed, ``/health/ready`` fails and questions get 503.
     """
     settings = settings or Settings.from_environment(os.environ)
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        opened = bundle or Repository(settings.repository).open()
-        model = engine or TritonModel(
-            settings.triton_urls, model=opened.model, version=opened.version, max_in_flight=settings.max_in_flight
-        )
-        app.state.answerer = answerer = Answerer(opened, model, settings, metrics)
-        metrics.built(model=opened.manifest.identity, version=own_version())
+        triton = engine or TritonModel(settings.triton_urls, max_in_flight=settings.max_in_flight)
+        follower = Follower(Repository(settings.repository), triton, metrics)
+        if bundle:
+            models = Models(bundle.model, {bundle.model: Served(bundle, triton, metrics)})
+        else:
+            models = follower.start(settings.model or None)
+        app.state.answerer = answerer = Answerer(models, settings, metrics)
+        metrics.built(version=own_version())
+        metrics.serves(each.bundle for each in models)
         # What is loaded by now stays for good: the garbage collector need not walk it with every full collection.
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples, and no cycles of note
+        following: asyncio.Task[None] | None = None
         try:
-            await _verify_if_up(answerer)
+            await _verify_if_up(models)
+            if not bundle:
+                following = asyncio.create_task(follower.follow(models, answerer.check_ready))
             yield
         finally:
+            if following:
+                following.cancel()
             if engine is None:
-                await model.close()
+                await triton.close()
 
     app = FastAPI(
         title="bertqa", description=_DESCRIPTION, version=own_version(), lifespan=lifespan, redirect_slashes=False
@@ -99,11 +109,12 @@ def own_version() -> str:
         return "checkout"
 
 
-async def _verify_if_up(answerer: Answerer) -> None:
-    try:
-        await answerer.verify(deadline=time.monotonic() + PROBE_S)
-    except ModelError as error:
-        log.warning("the engine is not up yet, its identity will be checked when it is: %s", error)
+async def _verify_if_up(models: Models) -> None:
+    for model in models:
+        try:
+            await model.verify(deadline=time.monotonic() + PROBE_S)
+        except ModelError as error:
+            log.warning("the engine is not up yet, its identity will be checked when it is: %s", error)
 
 
 async def _page() -> Response:
@@ -115,17 +126,17 @@ async def _live() -> Health:
     return Health(status="live")
 
 
-async def _ready(request: Request) -> Health:
-    """A real question goes through tokenizer, engine and decoder within a second."""
-    deadline = time.monotonic() + PROBE_S
-    await answerer_of(request).check_ready(deadline=deadline)
+async def _ready(request: Request, model: str | None = None) -> Health:
+    """A real question goes through tokenizer, engine and decoder within a second, of the default model or another."""
+    answerer = answerer_of(request)
+    await answerer.check_ready(answerer.models[model], time.monotonic() + PROBE_S)
     return Health(status="ready")
 
 
 async def _info(request: Request) -> Info:
     """What runs here, and within which limits."""
     answerer = answerer_of(request)
-    settings, bundle = answerer.settings, answerer.bundle
+    settings, bundle = answerer.settings, answerer.models[None].bundle
     names = ("max_body_bytes", "max_question_chars", "max_context_chars", "max_contexts", "max_questions", "deadline_s")
     return Info(
         model=bundle.manifest.identity,

@@ -4,6 +4,7 @@ The tree, beside `service.triton.ModelError` for the engine's side::
 
     RequestError               what the client can mend
     ├── MalformedBody          400, not JSON
+    ├── NoSuchModel            404, of the address
     ├── BodyTooLarge           413
     ├── NotJson                415, the content type says so
     └── InvalidField           422, a field is missing, unknown, of the wrong type or out of range
@@ -33,6 +34,10 @@ class RequestError(Exception):
 
 class MalformedBody(RequestError):
     """The body is not one JSON value in UTF-8."""
+
+
+class NoSuchModel(RequestError):
+    """The address names a model that is not served."""
 
 
 class BodyTooLarge(RequestError):
@@ -72,6 +77,7 @@ class InvalidField(RequestError):
 
 STATUS: Mapping[type[Exception], tuple[int, str]] = {
     MalformedBody: (400, "malformed_json"),
+    NoSuchModel: (404, "not_found"),
     BodyTooLarge: (413, "body_too_large"),
     NotJson: (415, "not_json"),
     InvalidField: (422, "validation"),

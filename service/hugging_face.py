@@ -1,7 +1,7 @@
 """The ``question-answering`` contract of Hugging Face's inference API, so that its clients find an endpoint here.
 
-``InferenceClient(base_url).question_answering(...)`` posts to the address as it stands, hence the several paths; none
-of them depends on the model's name, because old code keeps sending the name that it had on the hub.
+``InferenceClient(base_url).question_answering(...)`` posts to the address as it stands, hence the several paths. While
+there is one model, none of them depends on its name, because old code keeps sending the name that it had on the hub.
 """
 
 import json
@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bertqa.manifest import Manifest
 from bertqa.windows import SPECIAL_TOKENS
 from service.answering import Question, Result
-from service.errors import InvalidField, first_problem
+from service.errors import InvalidField, NoSuchModel, first_problem
 from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
+from service.models import Served
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, PROBLEMS
 
 MAX_ANSWER_LEN = 15
@@ -105,11 +105,16 @@ Reply: TypeAlias = Span | list[Span] | Predictions
 router = APIRouter(route_class=JsonRoute, tags=["Hugging Face compatible"])
 
 
-@router.post("/models/{model_id:path}/pipeline/question-answering", include_in_schema=False)
 @router.post("/models/{model_id:path}", response_model=Reply, responses=PROBLEMS, openapi_extra=DEADLINE_PARAMETER)
+@router.post("/models/{model_id:path}/pipeline/question-answering", include_in_schema=False)  # the first to match
 async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, request: Request) -> Response:
-    """The same under a model's name; any name will do, the one model here answers."""
-    return await question_answering(body, request)
+    """The same under a model's name; while there is only one, any name will do."""
+    models = answerer_of(request).models
+    if model_id in models:
+        return await _answer(body, request, models[model_id])
+    if len(models) > 1:
+        raise NoSuchModel(f"{model_id:.100}: no such model; there are {', '.join(models.names)}")
+    return await _answer(body, request, models[None])
 
 
 @router.post("/", response_model=Reply, responses=PROBLEMS, openapi_extra=DEADLINE_PARAMETER)
@@ -117,6 +122,10 @@ async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, r
 @router.post("/predict/", include_in_schema=False)
 async def question_answering(body: HuggingFaceRequest, request: Request) -> Response:
     """An object when `top_k` is absent or 1, as the ``transformers`` pipeline has it, else a list."""
+    return await _answer(body, request, answerer_of(request).models[None])
+
+
+async def _answer(body: HuggingFaceRequest, request: Request, model: Served) -> Response:
     answerer = answerer_of(request)
     if (body.inputs is None) == (not body.instances):
         raise InvalidField("inputs", "required; exactly one of `inputs` and `instances` must be given")
@@ -124,7 +133,7 @@ async def question_answering(body: HuggingFaceRequest, request: Request) -> Resp
         raise InvalidField("instances", f"must be at most {answerer.settings.max_questions}")
     parameters = body.parameters or _of_query(request)
     asked = [body.inputs] if body.inputs is not None else body.instances or []
-    questions = [to_question(each, parameters, answerer.bundle.manifest) for each in asked]
+    questions = [to_question(each, parameters, model) for each in asked]
     work = answerer.answer_all(questions, deadline=deadline_of(request, answerer.settings.deadline_s))
     try:
         results = await unless_gone(request, work)
@@ -138,14 +147,16 @@ async def question_answering(body: HuggingFaceRequest, request: Request) -> Resp
     return Response(text, headers=server_timing(results), media_type="application/json")
 
 
-def to_question(inputs: Inputs, parameters: Parameters, manifest: Manifest) -> Question:
+def to_question(inputs: Inputs, parameters: Parameters, model: Served) -> Question:
     """Translate a request. Values that the client gave are kept or refused later; defaults adapt to them."""
+    manifest = model.bundle.manifest
     wanted = parameters.max_seq_len or manifest.max_seq_len
     max_seq_len = min(max(wanted, min(manifest.buckets)), manifest.max_seq_len)
     question_len = parameters.max_question_len or min(manifest.max_question_tokens, max_seq_len // 2)
     room = max_seq_len - question_len - SPECIAL_TOKENS
     doc_stride = parameters.doc_stride
     return Question(
+        model=model,
         question=inputs.question,
         contexts=(inputs.context,),
         top_k=parameters.top_k or 1,

@@ -5,9 +5,12 @@ port needs files shared between them, which costs more on the hot path than it t
 """
 
 import platform
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client import Info as InfoMetric
+
+from bertqa.manifest import Bundle
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -29,6 +32,12 @@ class Metrics:
         self._truncations = Counter(
             "bertqa_question_truncations", "Questions cut to the model's limit of tokens", registry=self.registry
         )
+        self._questions = Counter(
+            "bertqa_questions", "Questions answered, probes included", ["model", "version"], registry=self.registry
+        )
+        self._models = Gauge(
+            "bertqa_model_info", "What answers now", ["model", "version", "identity"], registry=self.registry
+        )
         self._windows = Histogram(
             "bertqa_windows", "Windows of a question, each one engine call", buckets=WINDOWS, registry=self.registry
         )
@@ -46,8 +55,18 @@ class Metrics:
         self._build = InfoMetric("bertqa_build", "What runs here", registry=self.registry)
 
     def built(self, **labels: str) -> None:
-        """Tell versions and the model's identity, as labels."""
+        """Tell versions, as labels."""
         self._build.info({**labels, "python": platform.python_version()})
+
+    def serves(self, bundles: Iterable[Bundle]) -> None:
+        """Tell which version of each model answers from now on."""
+        self._models.clear()
+        for bundle in bundles:
+            self._models.labels(bundle.model, str(bundle.version), bundle.manifest.identity).set(1)
+
+    def questions(self, model: str, version: int) -> Callable[[], None]:
+        """What counts a question that this version answered."""
+        return self._questions.labels(model, str(version)).inc
 
     def tokenized(self, seconds: float, windows: int, truncated: bool) -> None:
         """Count a question that became windows."""

@@ -28,6 +28,7 @@ _ANSWERED: dict[str, Any] = {
     "question_tokens": 7,
     "truncated": False,
     "model": "minilm-squad-cpu-int8-0123456789ab",
+    "version": 1,
     "offset_unit": "codepoint",
     "timings": _TIMINGS,
 }
@@ -83,6 +84,7 @@ class AnswerRequest(BaseModel):
         description="What `start` and `end` count: code points (Python), UTF-16 units (JavaScript), bytes.",
     )
     explain: bool = Field(default=False, description="Also tell what each window of the texts gave.")
+    model: str | None = Field(default=None, description="One of those at `/v1/models`; null: the default.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "AnswerRequest":
@@ -156,6 +158,7 @@ class AnswerResponse(BaseModel):
     question_tokens: int = Field(description="Tokens of the question before any cut.")
     truncated: bool = Field(description="The question was cut to the model's limit of tokens.")
     model: str = Field(description="Identity of the engine that answered.")
+    version: int = Field(description="Its version of the model that was asked.")
     offset_unit: OffsetUnit
     timings: Timings
     explain: Explanation | None = Field(default=None, description="Only present if asked for.")
@@ -168,6 +171,31 @@ class AnswersResponse(BaseModel):
 
     results: list[AnswerResponse]
     timings: Timings = Field(description="The slowest question of each stage, and the whole call in all.")
+
+
+class ModelItem(BaseModel):
+    """A model, at the version that answers now."""
+
+    name: str = Field(description="What the `model` field of a question may say.")
+    version: int
+    identity: str = Field(description="What replies call it.")
+    checkpoint: str
+    target: str
+    precision: str
+    f1: float = Field(description="Percent, of the engine on the builder's questions.")
+    exact_match: float
+    null_threshold: float
+    max_seq_len: int
+    buckets: tuple[int, ...] = Field(description="Lengths of its windows, in tokens.")
+    latency_ms: dict[str, dict[str, float]] = Field(description="Of the engine alone by bucket, when it was built.")
+    built: str
+
+
+class ModelsResponse(BaseModel):
+    """The models that answer here."""
+
+    default: str = Field(description="The one that is asked where a question names none.")
+    models: list[ModelItem]
 
 
 class Problem(BaseModel):

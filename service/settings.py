@@ -18,7 +18,10 @@ class Settings:
     """Triton's gRPC address host:port; several, separated by commas, are replicas of one model."""
 
     repository: Path = Path("model_repository")
-    """Triton's model repository, or a copy of it: manifest and tokenizer of the model are read from there."""
+    """Triton's model repository, or a copy of it: manifests and tokenizers are read from there."""
+
+    model: str = ""
+    """Model that answers where a request names none; empty: ``bert_qa``, or the only one that there is."""
 
     deadline_s: float = 10.0
     """Seconds from a parsed request to its answer, after which it fails; a request may ask for less."""

@@ -119,6 +119,10 @@ class Engine(Protocol):
         """
         ...
 
+    def at(self, model: str, version: int) -> "Engine":
+        """Another version or model of the same servers, over the same channels and within the same bounds."""
+        ...
+
     async def close(self) -> None:
         """End the connections; calls in flight fail."""
         ...
@@ -168,7 +172,7 @@ class TritonModel:
         self._heads: dict[int, bytes] = {}
 
     def at(self, model: str, version: int) -> "TritonModel":
-        """Another version or model of the same servers, over the same channels and within the same bounds."""
+        """As in `Engine`."""
         other = copy.copy(self)
         other._model, other._version, other._heads = model, str(version), {}
         return other

@@ -9,11 +9,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bertqa.graphemes import offset_in
-from bertqa.manifest import Manifest
+from bertqa.manifest import Bundle, Manifest
 from bertqa.spans import best_of_each_window
 from service.answering import Question, Result, off_loop
 from service.errors import InvalidField
 from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
+from service.models import Served
 from service.schemas import (
     PROBLEMS,
     AnswerItem,
@@ -23,6 +24,8 @@ from service.schemas import (
     AnswersResponse,
     ExplainedWindow,
     Explanation,
+    ModelItem,
+    ModelsResponse,
     Timings,
 )
 
@@ -36,10 +39,11 @@ async def answer(query: AnswerRequest, request: Request) -> Response:
     answerer = answerer_of(request)
     deadline = deadline_of(request, answerer.settings.deadline_s)
     try:
-        result = await unless_gone(request, answerer.answer(to_question(query), deadline=deadline))
+        question = to_question(query, answerer.models[query.model])
+        result = await unless_gone(request, answerer.answer(question, deadline=deadline))
     except InvalidField as error:
         raise _renamed(error, query) from None
-    response = await off_loop(result.question.chars, lambda: to_response(query, result, answerer.bundle.manifest))
+    response = await off_loop(result.question.chars, lambda: to_response(query, result))
     response.timings.total_ms = _ms(time.perf_counter() - started)
     return _json(response, [result])
 
@@ -49,11 +53,16 @@ async def answers(query: AnswersRequest, request: Request) -> Response:
     """Answer several questions side by side; all must be valid, and one that fails fails the call."""
     started = time.perf_counter()
     answerer = answerer_of(request)
-    settings, manifest = answerer.settings, answerer.bundle.manifest
+    settings = answerer.settings
     if len(query.questions) > settings.max_questions:
         raise InvalidField("questions", f"must be at most {settings.max_questions}; got {len(query.questions)}")
     deadline = deadline_of(request, settings.deadline_s)
-    questions = [to_question(each) for each in query.questions]
+    questions = []
+    for number, each in enumerate(query.questions):
+        try:
+            questions.append(to_question(each, answerer.models[each.model]))
+        except InvalidField as error:
+            raise error.inside(f"questions[{number}]") from None
     try:
         results = await unless_gone(request, answerer.answer_all(questions, deadline=deadline))
     except InvalidField as error:
@@ -62,16 +71,30 @@ async def answers(query: AnswersRequest, request: Request) -> Response:
         raise _renamed(InvalidField(field, error.problem), query.questions[number]).inside(place) from None
     responses = await off_loop(
         sum(question.chars for question in questions),
-        lambda: [to_response(*pair, manifest) for pair in zip(query.questions, results, strict=True)],
+        lambda: [to_response(*pair) for pair in zip(query.questions, results, strict=True)],
     )
     timings = _timings(results)
     timings.total_ms = _ms(time.perf_counter() - started)
     return _json(AnswersResponse(results=responses, timings=timings), results)
 
 
-def to_question(query: AnswerRequest) -> Question:
+@router.get("/models", response_model=ModelsResponse)
+async def models(request: Request) -> ModelsResponse:
+    """What the ``model`` field may name, and what each was measured at."""
+    found = answerer_of(request).models
+    return ModelsResponse(default=found.default, models=[_item(each.bundle) for each in found])
+
+
+def _item(bundle: Bundle) -> ModelItem:
+    manifest = bundle.manifest
+    facts = {name: getattr(manifest, name) for name in ModelItem.model_fields if hasattr(manifest, name)}
+    return ModelItem(**{**facts, "name": bundle.model, "checkpoint": manifest.name, "version": bundle.version})
+
+
+def to_question(query: AnswerRequest, model: Served) -> Question:
     """Translate a request."""
     return Question(
+        model=model,
         question=query.question,
         contexts=query.texts,
         top_k=query.top_k,
@@ -80,8 +103,9 @@ def to_question(query: AnswerRequest) -> Question:
     )
 
 
-def to_response(query: AnswerRequest, result: Result, manifest: Manifest) -> AnswerResponse:
+def to_response(query: AnswerRequest, result: Result) -> AnswerResponse:
     """Translate a result; offsets are counted in the unit that the request names."""
+    bundle = result.question.model.bundle
     decoded, contexts, unit = result.decoded, result.question.contexts, query.offset_unit
     found = () if query.no_answer and not decoded.has_answer else decoded.answers
     return AnswerResponse(
@@ -100,10 +124,11 @@ def to_response(query: AnswerRequest, result: Result, manifest: Manifest) -> Ans
         windows=sum(len(document.windows) for document in result.documents),
         question_tokens=result.documents[0].question_tokens,
         truncated=result.documents[0].question_truncated,
-        model=manifest.identity,
+        model=bundle.manifest.identity,
+        version=bundle.version,
         offset_unit=unit,
         timings=_timings([result]),
-        explain=_explain(query, result, manifest) if query.explain else None,
+        explain=_explain(query, result, bundle.manifest) if query.explain else None,
     )
 
 

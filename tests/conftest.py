@@ -125,6 +125,9 @@ class FakeEngine:
             raise self.failure
         return {"identity_7": self.identity}
 
+    def at(self, model: str, version: int) -> "FakeEngine":
+        return self
+
     async def close(self) -> None:
         self.closed = True
 

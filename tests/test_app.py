@@ -63,6 +63,7 @@ def test_answers_with_everything_that_the_api_promises(shared_client: httpx.Clie
         "question_tokens": 5,
         "truncated": False,
         "model": bundle.manifest.identity,
+        "version": 7,
         "offset_unit": "codepoint",
     }
     assert timings.keys() == {"tokenize_ms", "infer_ms", "decode_ms", "total_ms"}
@@ -398,7 +399,8 @@ def test_info_metrics_and_documentation(client: httpx.Client, bundle: Bundle) ->
         "bertqa_windows_sum 2.0",
         'bertqa_seconds_count{stage="tokenize"} 2.0',
         'bertqa_seconds_count{stage="total"} 2.0',
-        f'model="{bundle.manifest.identity}"',
+        f'bertqa_model_info{{identity="{bundle.manifest.identity}",model="bert_qa",version="7"}} 1.0',
+        'bertqa_questions_total{model="bert_qa",version="7"} 2.0',
     ):
         assert line in text
     document = client.get("/openapi.json").json()

@@ -69,6 +69,7 @@ def test_a_build_is_a_bundle_that_the_service_opens(options: BuildOptions) -> No
     assert manifest.gate_questions == len(QUESTIONS)
     version = options.repository / "bert_qa" / "1"
     assert files(version) == [
+        "__pycache__",
         "engine.bin",
         "engine.xml",
         "manifest.json",

@@ -12,6 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from bertqa.manifest import Bundle
 from service.hugging_face import Inputs, Parameters, to_question
+from service.metrics import Metrics
+from service.models import Served
 
 QUESTION, CONTEXT = "Where was it made?", "😀 made at «Uber» by 漢字"
 INPUTS = {"question": QUESTION, "context": CONTEXT}
@@ -167,8 +169,10 @@ def test_an_unknown_parameter_of_the_query_string_is_refused(shared_client: http
 
 
 def test_parameters_become_ours(bundle: Bundle, engine: FakeEngine) -> None:
+    served = Served(bundle, engine, Metrics())
+
     def question(**parameters: int) -> tuple[int | None, int | None, int | None, int]:
-        asked = to_question(Inputs(question="a", context="b"), Parameters(**parameters), bundle.manifest)  # type: ignore[arg-type]
+        asked = to_question(Inputs(question="a", context="b"), Parameters(**parameters), served)  # type: ignore[arg-type]
         return asked.max_seq_len, asked.max_question_tokens, asked.overlap, asked.max_answer_tokens
 
     assert question() == (64, 16, 16, 15)

@@ -360,6 +360,24 @@ def test_without_a_clipboard_the_command_is_shown_to_be_copied(open_page: Callab
     assert page.evaluate("getSelection().toString()").startswith("curl ")
 
 
+# ---- several models ----
+
+
+def test_a_model_is_chosen_where_there_are_several(open_page: Callable[..., Page], page: Page) -> None:
+    expect(page.get_by_label("Model", exact=True)).to_be_hidden()  # there is one
+    models = {"default": "bert_qa", "models": [{"name": "bert_qa"}, {"name": "korean"}]}
+    page.route("**/v1/models", lambda route: route.fulfill(json=models))
+    page.reload()
+    expect(page.get_by_label("Model", exact=True)).to_have_value("bert_qa")
+    with page.expect_request("**/v1/answer") as sent:
+        ask(page, QUESTION, TEXT)
+    assert '"model":"bert_qa"' in (sent.value.post_data or "")
+    expect(page.locator("mark")).to_have_text("Uber")
+    page.get_by_label("Model", exact=True).select_option("korean")
+    ask(page)
+    expect(page.locator("#failure")).to_contain_text("must be one of bert_qa; got 'korean'")
+
+
 # ---- without a mouse, without eyes ----
 
 

@@ -144,6 +144,7 @@ function readForm() {
     ...(contexts.length === 1 ? { context: contexts[0] } : { contexts }),
     top_k: TOP_K,
     offset_unit: "utf16",
+    ...(find("choice").value && { model: find("choice").value }),
   };
   return { body, texts: filled };
 }
@@ -362,6 +363,19 @@ async function copyCommand() {
   }
 }
 
+// ---- the models ----
+
+// A choice only where there is one.
+async function offerModels() {
+  const reply = await fetch("v1/models")
+    .then((response) => response.json())
+    .catch(() => null);
+  if (!(reply?.models?.length > 1)) return;
+  find("choice").replaceChildren(...reply.models.map(({ name }) => element("option", { value: name }, name)));
+  find("choice").value = reply.default;
+  find("choice-field").hidden = false;
+}
+
 // ---- start ----
 
 form.addEventListener("submit", (event) => {
@@ -390,5 +404,6 @@ find("samples")
       return element("li", {}, button);
     }),
   );
+offerModels();
 addText(SAMPLE.text);
 question.value = SAMPLE.questions[0];
