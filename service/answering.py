@@ -132,7 +132,7 @@ class Answerer:
                     raise error.inside(f"questions[{number}]") from None
             if len(tokenized) == 1:
                 return [await self._infer(tokenized[0], deadline)]
-            return await _side_by_side([self._infer(each, deadline) for each in tokenized])
+            return await side_by_side([self._infer(each, deadline) for each in tokenized])
         finally:
             self._in_progress -= len(questions)
 
@@ -231,7 +231,7 @@ async def off_loop(chars: int, work: Callable[[], T]) -> T:
     return work() if chars <= INLINE_CHARS else await asyncio.to_thread(work)
 
 
-async def _side_by_side(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def side_by_side(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Await all; the first failure, or our own cancellation, cancels the rest and waits until they are gone."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
