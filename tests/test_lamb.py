@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.nn.utils import get_total_norm
@@ -230,6 +230,7 @@ def problems(draw: st.DrawFn) -> tuple[dict[str, Array], list[dict[str, Array]],
     return weights, steps, options
 
 
+@settings(deadline=None)
 @given(problem=problems(), weight_decay=st.sampled_from([0.0, 0.01, 0.5]))
 def test_lamb_agrees_with_the_reference(
     problem: tuple[dict[str, Array], list[dict[str, Array]], dict[str, Any]], weight_decay: float

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.schedules import ScalingRule, linear, poly, scaled_learning_rate
@@ -35,6 +35,7 @@ def test_poly_agrees_with_nvidias_two_counts_up_to_one_step() -> None:
         assert min(abs(poly(step, 1563, 0.128) - nvidia(count)) for count in (step, step + 1)) < 1e-3
 
 
+@settings(deadline=None)
 @given(steps=st.integers(1, 3000), warmup=st.floats(0, 0.99), schedule=st.sampled_from([linear, poly]))
 def test_every_step_has_a_rate_that_rises_to_the_peak_and_then_falls(
     steps: int, warmup: float, schedule: Callable[[int, int, float], float]
@@ -54,6 +55,7 @@ def test_the_square_root_rule_gives_the_rates_of_the_lamb_paper() -> None:
         assert scaled_learning_rate(5e-3, 32768, 512 * 2**doublings) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(base=st.floats(1e-6, 1), batches=st.tuples(*[st.integers(1, 2**17)] * 3))
 @pytest.mark.parametrize(("rule", "for_twice_the_batch"), [("sqrt", 2**0.5), ("linear", 2)])
 def test_a_rate_scaled_twice_is_the_rate_scaled_once(

@@ -1,0 +1,247 @@
+"""Fine-tune a BERT encoder on a GLUE task: ``python -m training.finetune_glue --task MRPC --data … --output …``.
+
+The recipe is that of Devlin et al. 2018, section 4.1: the pooled vector of [CLS] through dropout and one linear layer,
+AdamW, linear warm-up then linear decay to zero. With ``horovodrun -np 2`` before it, two processes share each step. The
+output directory becomes a checkpoint, with the metrics on the development set in ``training_report.json`` and the
+predictions for the test set, as the benchmark's server takes them, beside it.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.processors import BertProcessing
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import BertConfig, BertForSequenceClassification
+
+from bertqa.manifest import TOKENIZER_FILE
+from training.batches import Batches
+from training.checkpoints import save_json, save_tensors
+from training.distributed import Workers, start_workers
+from training.encoders import add_encoder_arguments, bert_flops, encoder_source, load_model, load_tokenizer
+from training.glue import TASKS, Example, GlueError, GlueTask, predictions, read_glue, score, write_submission
+from training.loop import (
+    LoopOptions,
+    Precision,
+    Task,
+    add_loop_arguments,
+    at_least_one,
+    autocast,
+    positive,
+    to_device,
+    train,
+)
+
+EVALUATION_BATCH = 64
+TOKENIZED_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A tokenized example: ``[CLS] text [SEP]``, or ``[CLS] text [SEP] other text [SEP]``."""
+
+    input_ids: NDArray[np.int32]  # (tokens,)
+    first: int  # number of tokens before those of the other text
+    truncated: bool
+    label: int | float  # class or score; 0 in a test set
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Features padded to one length; int64 of shape (features, length)."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_type_ids: torch.Tensor
+    labels: torch.Tensor  # (features,), int64 classes or float32 scores
+    lengths: tuple[int, ...]  # tokens of each feature
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(TASKS), required=True, help="name of the task")
+    parser.add_argument("--data", type=Path, required=True, help="directory of the tasks' folders")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and its resume state")
+    parser.add_argument("--epochs", type=positive, default=3.0, help="passes over the examples; may be a fraction")
+    parser.add_argument("--max-seq-len", type=at_least_one, default=128, help="tokens kept of an example")
+    add_encoder_arguments(parser)
+    add_loop_arguments(parser, learning_rate=5e-5, warmup=0.1)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, report the metrics on the development set, predict the test set, and write the checkpoint."""
+    workers = start_workers()
+    glue = TASKS[args.task]
+    try:
+        sets = read_sets(args.data / glue.name, glue)
+    except GlueError as error:
+        raise SystemExit(f"--data: {error}" if workers.rank == 0 else 1) from error
+    torch.manual_seed(args.seed)
+    source = encoder_source(args.init)
+    model = load_model(
+        BertForSequenceClassification,
+        source,
+        dropout=args.dropout,
+        attention=args.attention,
+        id2label=dict(enumerate(glue.labels or ("score",))),
+        label2id={label: number for number, label in enumerate(glue.labels or ("score",))},
+    )
+    torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
+    if args.max_seq_len > model.config.max_position_embeddings:
+        raise SystemExit(
+            f"--max-seq-len {args.max_seq_len}: the encoder takes at most {model.config.max_position_embeddings} tokens"
+        )
+    tokenizer = load_tokenizer(source)
+    features = {name: list(make_features(examples, tokenizer, args.max_seq_len)) for name, examples in sets.items()}
+    training = features["train"]
+    if len(training) < args.batch_size:
+        raise SystemExit(f"--data: {len(training)} examples are not one batch of --batch-size {args.batch_size}")
+    options = LoopOptions.of(args, max(round(args.epochs * (len(training) // args.batch_size)), 1))
+    if workers.rank == 0:
+        sizes = ", ".join(f"{name} {len(rows)}" for name, rows in sets.items())
+        print(f"{glue.name}: {sizes} examples, {options.steps} steps", flush=True)
+    identity = {name: getattr(args, name) for name in ("task", "init", "dropout", "max_seq_len")}
+    task = label_task(training, model.config, options)
+    if not train(model, task, options, workers, args.output, identity | {"features": len(training)}):
+        return
+
+    report: dict[str, object] = {
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "truncated": {name: sum(feature.truncated for feature in rows) for name, rows in features.items()},
+    }
+    for name, rows in features.items():
+        if name == "train":
+            continue
+        predicted = predictions(glue, predict(model, rows, workers, args.precision))
+        if name.startswith("dev"):
+            report[name] = score(glue, predicted, np.array([row.label for row in rows])) | {"total": len(rows)}
+        elif workers.rank == 0:
+            submission = f"{glue.name}{glue.sections[name.removeprefix('test')]}.tsv"
+            write_submission(args.output / submission, glue, sets[name], predicted)
+    if workers.rank == 0:
+        write_checkpoint(args.output, model, tokenizer)
+        save_json(args.output / "training_report.json", report)
+        print(json.dumps(report, indent=1), flush=True)
+
+
+def read_sets(directory: Path, glue: GlueTask) -> dict[str, list[Example]]:
+    """The sets of a task by the names of their files: training, development, and test as far as there are files.
+
+    Raises:
+        GlueError: a file is missing or corrupt.
+    """
+    sets = {"train": read_glue(directory / "train.tsv", glue)}
+    for section in glue.sections:
+        sets[f"dev{section}"] = read_glue(directory / f"dev{section}.tsv", glue)
+    for section in glue.sections:
+        path = directory / f"test{section}.tsv"
+        if path.exists():
+            sets[f"test{section}"] = read_glue(path, glue, labelled=False)
+    return sets
+
+
+def make_features(examples: Sequence[Example], tokenizer: Tokenizer, max_seq_len: int) -> Iterator[Feature]:
+    """Tokenize examples; of two texts that are too long together, the longer one is cut first.
+
+    Raises:
+        ValueError: the tokenizer has no [CLS] or [SEP].
+    """
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # what follows is state of the object, and would be saved
+    sep, cls = tokenizer.token_to_id("[SEP]"), tokenizer.token_to_id("[CLS]")
+    if sep is None or cls is None:
+        raise ValueError("the tokenizer has no [CLS] or no [SEP]")
+    tokenizer.post_processor = BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text
+    tokenizer.enable_truncation(max_seq_len, strategy="longest_first")
+    tokenizer.no_padding()
+    for begin in range(0, len(examples), TOKENIZED_AT_ONCE):
+        part = examples[begin : begin + TOKENIZED_AT_ONCE]
+        texts = [example.texts if len(example.texts) == 2 else example.texts[0] for example in part]
+        for example, encoding in zip(part, tokenizer.encode_batch_fast(texts), strict=True):
+            types = encoding.type_ids
+            yield Feature(
+                input_ids=np.array(encoding.ids, np.int32),
+                first=len(types) - sum(types),
+                truncated=bool(encoding.overflowing),
+                label=0 if example.label is None else example.label,
+            )
+
+
+def collate(features: Sequence[Feature], multiple: int = 8) -> Batch:
+    """Pad features to a common length, a multiple of ``multiple`` tokens; [PAD] is token 0 as in every BERT."""
+    lengths = tuple(len(feature.input_ids) for feature in features)
+    input_ids = np.zeros((len(features), -(-max(lengths) // multiple) * multiple), dtype=np.int64)
+    attention_mask, token_type_ids = np.zeros_like(input_ids), np.zeros_like(input_ids)
+    for row, feature in enumerate(features):
+        input_ids[row, : lengths[row]] = feature.input_ids
+        attention_mask[row, : lengths[row]] = 1
+        token_type_ids[row, feature.first : lengths[row]] = 1
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        token_type_ids=torch.from_numpy(token_type_ids),
+        labels=torch.tensor([feature.label for feature in features]),
+        lengths=lengths,
+    )
+
+
+def label_task(features: Sequence[Feature], config: BertConfig, options: LoopOptions) -> Task[int, Batch]:
+    """The examples as the loop trains on them; its items are their indexes."""
+    lengths = [len(feature.input_ids) for feature in features]
+    head = config.hidden_size * config.hidden_size  # the pooler, of one token each; the linear layer is next to nothing
+    return Task(
+        items=Batches(lengths, options.batch_size, seed=options.seed),
+        collate=lambda indexes: collate([features[index] for index in indexes]),
+        loss=label_loss,
+        targets=lambda batch: [len(batch.lengths)],
+        flops=lambda batch: bert_flops(config, batch.lengths, head * len(batch.lengths)),
+    )
+
+
+def label_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross entropy of the classes, or squared error of the scores, summed over the batch; float32 of shape (1,)."""
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids)
+    logits = output.logits.float()
+    if batch.labels.is_floating_point():
+        return functional.mse_loss(logits[:, 0], batch.labels, reduction="sum").unsqueeze(0)
+    return functional.cross_entropy(logits, batch.labels, reduction="sum").unsqueeze(0)
+
+
+def predict(
+    model: BertForSequenceClassification, features: Sequence[Feature], workers: Workers, precision: Precision
+) -> NDArray[np.float32]:
+    """The logits of all features, (features, classes or 1): each process computes its share, and has all of them."""
+    model.eval()  # type: ignore[no-untyped-call]
+    order = np.argsort([len(feature.input_ids) for feature in features], kind="stable")[workers.rank :: workers.size]
+    parts = np.array_split(order, -(-len(order) // EVALUATION_BATCH)) if len(order) else []
+    found: list[tuple[int, NDArray[np.float32]]] = []
+    for part in tqdm(parts, unit="batch", disable=workers.rank != 0, mininterval=5):
+        batch = to_device(collate([features[index] for index in part]), workers.device)
+        with torch.inference_mode(), autocast(precision, workers.device):
+            output = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids
+            )
+        found += zip(part.tolist(), output.logits.float().cpu().numpy(), strict=True)
+    rows = {index: row for share in workers.gather(found) for index, row in share}
+    return np.stack([rows[index] for index in range(len(features))])
+
+
+def write_checkpoint(directory: Path, model: BertForSequenceClassification, tokenizer: Tokenizer) -> None:
+    """Write config, fp16 weights and tokenizer: a checkpoint directory."""
+    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_tensors(directory / "model.safetensors", weights, {"format": "pt"})
+    save_json(directory / "config.json", model.config.to_diff_dict() | {"architectures": [type(model).__name__]})
+    (directory / TOKENIZER_FILE).write_text(tokenizer.to_str())
+
+
+if __name__ == "__main__":
+    main(parse_args())
