@@ -378,6 +378,7 @@ def test_a_corrupt_dump_is_named(tmp_path: Path) -> None:
             convert_dump(dump, tmp_path / str(len(broken)))
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab c\n{}[]|='<>/&;:*#!-r ef", max_size=120))
 def test_no_wikitext_breaks_the_extractor_or_leaves_line_breaks(wikitext: str) -> None:
     for paragraph in paragraphs_of(wikitext):
@@ -555,7 +556,7 @@ def test_text_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         convert_text(tmp_path, tmp_path / "out", "file")
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.text(min_size=1, alphabet="a é漢😀\n", max_size=9), max_size=4), max_size=12))
 def test_documents_are_read_as_they_were_written(texts: list[list[str]]) -> None:
     documents = [Document(str(number), f"title {number}", paragraphs) for number, paragraphs in enumerate(texts)]

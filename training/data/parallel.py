@@ -1,9 +1,11 @@
 """Independent pieces of work, done by some processes."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import TypeVar
 
 from training.data.documents import DataError
@@ -32,7 +34,8 @@ def each(
             yield piece, work(piece)
         return
     # Spawned: a fork would copy the locks of the threads that Arrow and the tokenizers have by then.
-    with ProcessPoolExecutor(min(processes, len(pieces)), mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(pieces)), context, initializer=_end_with_parent) as pool:
         jobs = {pool.submit(work, piece): piece for piece in pieces}
         try:
             for job in as_completed(jobs):
@@ -41,3 +44,15 @@ def each(
             raise DataError("a process died, out of memory or killed; the same command goes on") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone: one that is killed tells nobody, and its pool would wait for ever."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

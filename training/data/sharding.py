@@ -16,9 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import sentencex
 from tokenizers import Tokenizer
+from tokenizers.decoders import WordPiece as WordPieceDecoder
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
 from tokenizers.trainers import WordPieceTrainer
 from tqdm import tqdm
 
@@ -175,6 +177,9 @@ def train_tokenizer(documents: Sequence[Path], output: Path, *, vocab_size: int,
     groups = [group for path in document_files(documents) for group in document_groups(path)]
     texts = (document.paragraphs for group in tqdm(groups, disable=None) for document in read_group(group))
     tokenizer.train_from_iterator(texts, trainer)
+    ends = [(token, SPECIAL_TOKENS.index(token)) for token in ("[SEP]", "[CLS]")]  # the trainer numbers them first
+    tokenizer.post_processor = BertProcessing(*ends)
+    tokenizer.decoder = WordPieceDecoder()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     tokenizer.save(str(partial))
