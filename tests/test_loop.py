@@ -188,7 +188,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(tmp_path: Path) -> No
     expected = toy_model()
     batch = collate(list(range(12)))
     logits = expected(batch.tokens)
-    functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100).backward()
+    functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100).backward()  # type: ignore[no-untyped-call]
     gradients: list[torch.Tensor] = []
 
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -252,7 +252,7 @@ def test_the_loss_scale_is_resumed(tmp_path: Path) -> None:
 
 def overflowing(model: torch.nn.Module, batch: ToyBatch) -> torch.Tensor:
     loss = toy_loss(model, batch)
-    loss.register_hook(lambda gradient: gradient * math.inf)
+    loss.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
     return loss
 
 

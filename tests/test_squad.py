@@ -3,7 +3,18 @@ from pathlib import Path
 
 import pytest
 
-from bertqa.squad import Example, MalformedSquad, Reference, as_squad, exact_match, f1, normalize, read_squad, score
+from bertqa.squad import (
+    Example,
+    MalformedSquad,
+    Reference,
+    as_squad,
+    exact_match,
+    f1,
+    normalize,
+    read_squad,
+    score,
+    score_by_kind,
+)
 
 EXAMPLES = [
     Example("1", "Denver", "Who won?", "The Denver Broncos won.", (Reference("Denver Broncos", 4),)),
@@ -90,3 +101,20 @@ def test_a_score_takes_the_best_reference_and_counts_missing_predictions_as_wron
 def test_nothing_to_score_is_an_error() -> None:
     with pytest.raises(ValueError, match="no example"):
         score([], {})
+
+
+def test_the_scores_of_v2_are_told_by_kind_of_question() -> None:
+    empty = Example("4", "Oslo", "Which?", "In Oslo it snows.", (Reference("In", 0), Reference("the", 0)))
+    report = score_by_kind([*EXAMPLES, empty], {"1": "Broncos", "2": "Denver", "3": "", "4": "in"})
+    assert report == pytest.approx(
+        {
+            **{"exact": 100 / 4, "f1": 100 * (2 / 3 + 1) / 4, "total": 4},
+            **{"HasAns_exact": 100 / 3, "HasAns_f1": 100 * (2 / 3 + 1) / 3, "HasAns_total": 3},
+            **{"NoAns_exact": 0.0, "NoAns_f1": 0.0, "NoAns_total": 1},
+        }
+    )
+    # A reference of articles alone is none, as in the official script.
+    assert score_by_kind([empty], {"4": ""})["exact"] == 0.0
+    assert score_by_kind(EXAMPLES[:1], {"1": "Denver Broncos"}) == {
+        **{"exact": 100.0, "f1": 100.0, "total": 1, "HasAns_exact": 100.0, "HasAns_f1": 100.0, "HasAns_total": 1}
+    }

@@ -5,6 +5,7 @@ and then renamed, so that a run killed while it writes, or a full disk, costs no
 two generations are kept, and each carries a SHA-256 of its contents: a flipped bit is named and not trained on.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -165,7 +166,8 @@ def _write(
         save_file(dict(tensors), partial, metadata=dict(metadata))
         _flush(partial)
     except (SafetensorError, OSError) as error:  # safetensors wraps the errors of the file system
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise CheckpointError(f"{path}: cannot be written ({error}); what was saved before is untouched") from error
     if keep and path.exists():
         os.replace(path, path.with_name(keep))

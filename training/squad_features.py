@@ -91,23 +91,6 @@ def make_features(examples: Iterable[Example], maker: WindowMaker) -> Iterator[F
             yield Feature(window.input_ids[0, :tokens].copy(), window.offset, start, end)
 
 
-def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, pool: int = 64) -> list[list[int]]:
-    """Indexes of one epoch's global batches: shuffled, each of features of like length, the last one dropped if short.
-
-    Pools of ``pool`` batches are sorted by length before they are cut into batches, so that little is padded and the
-    order is still random. A pure function of its arguments: a resumed run and every process get the same batches.
-    """
-    chooser = np.random.default_rng([seed, epoch])
-    order = chooser.permutation(len(lengths))
-    sizes = np.asarray(lengths)
-    batches: list[list[int]] = []
-    for begin in range(0, len(order), pool * batch_size):
-        part = order[begin : begin + pool * batch_size]
-        part = part[np.argsort(sizes[part], kind="stable")]
-        batches += [part[at : at + batch_size].tolist() for at in range(0, len(part) - batch_size + 1, batch_size)]
-    return [batches[index] for index in chooser.permutation(len(batches))]
-
-
 def collate(features: Sequence[Feature], multiple: int = 16) -> Batch:
     """Pad features to a common length, a multiple of ``multiple`` tokens; [PAD] is token 0 as in every BERT."""
     longest = max(len(feature.input_ids) for feature in features)
