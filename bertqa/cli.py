@@ -1,4 +1,7 @@
-"""The ``bertqa`` command: ``serve`` starts the service, ``ask`` and ``evaluate`` are HTTP clients of a running one."""
+"""The ``bertqa`` command.
+
+``serve``, ``models`` and ``doctor`` are jobs of the service; ``ask`` and ``evaluate`` are clients of a running one.
+"""
 
 import argparse
 import importlib.util
@@ -22,12 +25,17 @@ class CommandError(Exception):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Read the command line; what follows ``serve`` is left to the service's own launcher."""
+    """Read the command line; what follows a job of the service is left to that."""
     parser = argparse.ArgumentParser(prog="bertqa", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    serve = commands.add_parser("serve", help="start Triton and the REST service", add_help=False)
-    serve.set_defaults(run=run_serve)
+    for name, module, text in (
+        ("serve", "service", "start Triton and the REST service"),
+        ("models", "service.rollout", "put another version of a model into service, and take it back"),
+        ("doctor", "service.doctor", "look for what would go wrong, and say what mends it"),
+    ):
+        command = commands.add_parser(name, help=text, add_help=False)
+        command.set_defaults(run=run_module, module=module)
 
     ask = commands.add_parser("ask", help="ask one question about a text")
     ask.add_argument("question")
@@ -51,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     for name in ("limit", "concurrency"):
         if (value := getattr(args, name, None)) is not None and value < 1:
             parser.error(f"--{name}: must be at least 1, not {value}")
-    if rest and args.command != "serve":
+    if rest and args.run is not run_module:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, rest
 
@@ -69,11 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def run_serve(_: argparse.Namespace, rest: list[str]) -> NoReturn:
-    """Become the service's launcher, in this very process so that signals reach it."""
+def run_module(args: argparse.Namespace, rest: list[str]) -> NoReturn:
+    """Become a job of the service, in this very process so that signals reach it."""
     if importlib.util.find_spec("service") is None:
-        raise CommandError("serve runs from a checkout of the project: pip install -e '.[service,builder]' there")
-    os.execv(sys.executable, [sys.executable, "-m", "service", *rest])
+        raise CommandError(
+            f"{args.command} runs from a checkout of the project: pip install -e '.[service,builder]' there"
+        )
+    os.execv(sys.executable, [sys.executable, "-m", args.module, *rest])
 
 
 def run_ask(args: argparse.Namespace, _: list[str]) -> int:

@@ -70,6 +70,18 @@ class Repository:
         found = {name: stated.get(name) or self._highest(name) for name in names}
         return {name: serving for name, serving in found.items() if serving}
 
+    def served(self, model: str) -> Serving:
+        """How one model is served.
+
+        Raises:
+            ChangeRefused: there is no such model; the message names those that there are.
+            BundleMismatch: ``serving.json`` is broken.
+        """
+        models = self.serving()
+        if model not in models:
+            raise ChangeRefused(f"{model}: no such model in {self.root}; there are {', '.join(models) or 'none'}")
+        return models[model]
+
     def open(self, model: str = MODEL_NAME, version: int | None = None) -> Bundle:
         """Open a version of a model, by default the active one.
 
@@ -166,10 +178,7 @@ class Repository:
     def _change(self, model: str, change: Callable[[Serving], Serving]) -> None:
         """Change how a model is served: first what Triton reads, then what the service does."""
         with self.locked():
-            present = self.serving().get(model)
-            if present is None:
-                raise ChangeRefused(f"{model}: no such model in {self.root}; there are {', '.join(self.serving())}")
-            serving = change(present)
+            serving = change(self.served(model))
             manifests = {version: self.manifest(model, version) for version in self.versions(model)}
             if missing := [version for version in serving.loaded if version not in manifests]:
                 there = ", ".join(map(str, manifests))

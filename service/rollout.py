@@ -1,0 +1,429 @@
+"""Put another version of a model into service, and take it back, with no request failing: behind ``bertqa models``.
+
+The way is load, check, switch, and once all is well unload. Triton and the service each read the model repository, so
+this job writes there and asks Triton how far it is; it never touches what answers before the new version has proved
+itself.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import grpc
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from bertqa.manifest import QUESTIONS_FILE, REBUILD, Bundle, BundleMismatch, changed_files
+from bertqa.repository import ChangeRefused, Repository
+from bertqa.spans import InvalidLogits
+from service.answering import Answerer, Question
+from service.metrics import Metrics
+from service.models import Models, Served
+from service.settings import Settings
+from service.triton import ModelError, TritonModel
+
+PROJECT = Path(__file__).resolve().parent.parent
+QUIET_S = 3.0
+"""A version that answered nothing for so long is asked no more; services look for another one every second."""
+_LOOK_S = 0.2
+_STALE_S = 10.0  # after so long, a failure that Triton tells is one of ours
+_CALL_S = 5.0
+
+
+class RolloutFailed(Exception):
+    """The new version did not come up or did not answer as it should; what answered before still does."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a Triton says of a version."""
+
+    name: str  # READY, LOADING, UNLOADING or UNAVAILABLE
+    reason: str = ""  # e.g. why it could not be loaded
+
+
+UNKNOWN = State("UNAVAILABLE")
+
+
+class Servers:
+    """Every Triton that serves the repository; a name with several addresses stands for as many."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        """Look up the addresses.
+
+        Args:
+            urls: gRPC addresses host:port.
+
+        Raises:
+            RolloutFailed: one cannot be looked up.
+        """
+        self.urls = [address for url in urls for address in _addresses(url)]
+        options = [("grpc.enable_http_proxy", 0)]
+        self._clients = {url: InferenceServerClient(url, channel_args=options) for url in self.urls}
+
+    def close(self) -> None:
+        """End the connections."""
+        for client in self._clients.values():
+            client.close()
+
+    def states(self, model: str, version: int) -> dict[str, State]:
+        """What each server says of the version.
+
+        Raises:
+            RolloutFailed: one does not answer.
+        """
+        return {url: states.get((model, version), UNKNOWN) for url, states in self.all_states().items()}
+
+    def all_states(self) -> dict[str, dict[tuple[str, int], State]]:
+        """What each server says of every version that it knows, by model and version.
+
+        Raises:
+            RolloutFailed: one does not answer.
+        """
+        return {
+            url: {
+                (entry.name, int(entry.version)): State(entry.state, entry.reason)
+                for entry in self._ask(url, "get_model_repository_index").models
+                if entry.version
+            }
+            for url in self.urls
+        }
+
+    def answered(self, model: str, version: int) -> int:
+        """Engine calls that the version has answered on all servers together; 0 on those that do not have it.
+
+        Raises:
+            RolloutFailed: one does not answer.
+        """
+        count = 0
+        for url, state in self.states(model, version).items():
+            if state.name == "READY":
+                found = self._ask(url, "get_inference_statistics", model, str(version))
+                count += sum(each.inference_count for each in found.model_stats)
+        return count
+
+    def versions(self) -> dict[str, str]:
+        """The version of each Triton.
+
+        Raises:
+            RolloutFailed: one does not answer.
+        """
+        return {url: self._ask(url, "get_server_metadata").version for url in self.urls}
+
+    def _ask(self, url: str, method: str, *arguments: str) -> Any:
+        try:
+            return getattr(self._clients[url], method)(*arguments, client_timeout=_CALL_S)
+        except (InferenceServerException, grpc.RpcError) as error:
+            raise RolloutFailed(
+                f"Triton at {url} does not answer: {error}; give its address with --triton-url"
+            ) from None
+
+
+def _addresses(url: str) -> list[str]:
+    host, _, port = url.removeprefix("dns:///").rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:
+        raise RolloutFailed(f"--triton-url {url}: {error}") from None
+    addresses = dict.fromkeys(str(address[0]) for *_, address in found)
+    if host == "localhost":  # one server with two addresses, and it may listen on one of them only
+        return [url]
+    return [f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in addresses]
+
+
+class Rollout:
+    """The steps, each of which leaves a working service behind whether it succeeds or not."""
+
+    def __init__(
+        self, repository: Repository, servers: Servers, *, timeout_s: float, report: Callable[[str], None]
+    ) -> None:
+        self._repository = repository
+        self._servers = servers
+        self._timeout_s = timeout_s
+        self._report = report
+
+    def load(self, model: str, version: int) -> None:
+        """Load a version beside those that are, and check it.
+
+        Raises:
+            RolloutFailed, BundleMismatch, ChangeRefused: it is not loaded.
+        """
+        bundle = self._whole(model, version)
+        loaded_before = version in self._repository.served(model).loaded
+        states = self._servers.states(model, version)
+        self._repository.load(model, version)
+        try:
+            self._until_ready(model, version, states)
+            self._ask_questions(bundle)
+        except BaseException:
+            if not loaded_before:  # or Triton would try again every second
+                self._repository.unload(model, version)
+            raise
+
+    def check(self, model: str, version: int) -> None:
+        """See that the bundle is whole, and that each Triton answers its questions with it as when it was built.
+
+        Raises:
+            RolloutFailed, BundleMismatch: it is not, or they do not.
+        """
+        bundle = self._whole(model, version)
+        for url, state in self._servers.states(model, version).items():
+            if state.name != "READY":
+                raise RolloutFailed(
+                    f"{model} {version} is not loaded in Triton at {url} ({state.name.lower()}); "
+                    f"run `bertqa models load {model} {version}`"
+                )
+        self._ask_questions(bundle)
+
+    def switch(self, model: str, version: int, *, unchecked: bool = False) -> None:
+        """Let a loaded version answer, after a check.
+
+        Raises:
+            RolloutFailed, BundleMismatch, ChangeRefused: what answered before still does.
+        """
+        if version not in self._repository.served(model).loaded:
+            raise ChangeRefused(
+                f"{model}: version {version} is not loaded; run `bertqa models load {model} {version}` first"
+            )
+        if not unchecked:
+            self.check(model, version)
+        self._repository.switch(model, version)
+        self._report(f"{model} answers from version {version}; every service follows within about a second")
+
+    def rollback(self, model: str, *, unchecked: bool = False) -> None:
+        """Let the version answer that did before, loading it again if need be.
+
+        Raises:
+            RolloutFailed, BundleMismatch, ChangeRefused: there is none, or it cannot answer; nothing has changed.
+        """
+        serving = self._repository.served(model)
+        if serving.previous is None:
+            raise ChangeRefused(f"{model}: no version answered before {serving.active}")
+        if serving.previous not in serving.loaded:
+            self.load(model, serving.previous)
+        self.switch(model, serving.previous, unchecked=unchecked)
+
+    def unload(self, model: str, version: int, *, force: bool = False) -> None:
+        """Have every Triton drop a version, once nobody asks it any more.
+
+        Raises:
+            RolloutFailed: it is still being asked.
+            ChangeRefused: it is the active one.
+        """
+        if version == self._repository.served(model).active:
+            self._repository.unload(model, version)  # raises, and says why
+        end = time.monotonic() + self._timeout_s
+        while not force:
+            before = self._servers.answered(model, version)
+            time.sleep(QUIET_S)
+            asked = self._servers.answered(model, version) - before
+            if not asked:
+                break
+            if time.monotonic() > end:
+                raise RolloutFailed(
+                    f"{model} {version} still answers, {asked} calls in the last {QUIET_S:.0f} s; is every service on "
+                    "the active version? --force unloads it nevertheless"
+                )
+        self._repository.unload(model, version)
+        self._until(
+            lambda: all(state.name == "UNAVAILABLE" for state in self._servers.states(model, version).values()),
+            f"unloading {model} {version}",
+        )
+        self._report(f"{model} {version} is unloaded; it stays on disk")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table of all versions, with a line of headings."""
+        try:
+            servers = self._servers.all_states()
+        except RolloutFailed as error:
+            self._report(str(error))
+            servers = {}
+        rows: list[tuple[str, ...]] = [("MODEL", "VERSION", "SERVED", "TRITON", "F1", "BUILT", "IDENTITY")]
+        for model, serving in self._repository.serving().items():
+            for version in self._repository.versions(model):
+                manifest = self._repository.manifest(model, version)
+                states = [states.get((model, version), UNKNOWN).name.lower() for states in servers.values()]
+                role = {serving.active: "active", serving.previous: "previous"}.get(version, "-")
+                told = ",".join(sorted(set(states))) or "?"
+                rows.append(
+                    (model, str(version), role, told, f"{manifest.f1:.2f}", manifest.built[:16], manifest.identity)
+                )
+        return rows
+
+    def _whole(self, model: str, version: int) -> Bundle:
+        self._repository.served(model)
+        if version not in (there := self._repository.versions(model)):
+            raise ChangeRefused(f"{model}: there is no version {version}, only {', '.join(map(str, there))}")
+        bundle = self._repository.open(model, version)
+        directory = self._repository.directory(model, version)
+        if changed := changed_files(directory, bundle.manifest):
+            raise BundleMismatch(f"{directory / changed[0]}: not as it was published; {REBUILD}")
+        return bundle
+
+    def _until_ready(self, model: str, version: int, before: Mapping[str, State]) -> None:
+        """Wait until every server has the version; a failure that was told before is not ours until it is repeated."""
+        began = time.monotonic()
+        tried = set[str]()
+
+        def ready() -> bool:
+            states = self._servers.states(model, version)
+            for url, state in states.items():
+                if state.name == "LOADING":
+                    tried.add(url)
+                failed = state.name == "UNAVAILABLE" and state.reason not in ("", "unloaded")
+                if failed and (url in tried or state != before[url] or time.monotonic() - began > _STALE_S):
+                    reason = " ".join(state.reason.replace("\\n", " ").split())
+                    raise RolloutFailed(f"Triton at {url} cannot load {model} {version}: {reason}")
+            return all(state.name == "READY" for state in states.values())
+
+        self._until(ready, f"loading {model} {version}")
+        self._report(f"{model} {version} is loaded, {time.monotonic() - began:.1f} s")
+
+    def _until(self, condition: Callable[[], bool], doing: str) -> None:
+        began = said = time.monotonic()
+        while not condition():
+            now = time.monotonic()
+            if now - began > self._timeout_s:
+                raise RolloutFailed(
+                    f"{doing} took more than {self._timeout_s:.0f} s; does Triton poll this repository?"
+                )
+            if now - said > 5:
+                said = now
+                self._report(f"{doing}, {now - began:.0f} s so far")
+            time.sleep(_LOOK_S)
+
+    def _ask_questions(self, bundle: Bundle) -> None:
+        path = self._repository.directory(bundle.model, bundle.version) / QUESTIONS_FILE
+        questions = json.loads(path.read_bytes())
+        for url in self._servers.urls:
+            seconds = asyncio.run(ask(url, bundle, questions))
+            self._report(
+                f"{bundle.model} {bundle.version} at {url} answers {len(questions)} questions as when it was built, "
+                f"{1000 * median(seconds):.1f} ms each"
+                if seconds
+                else f"{path}: no question to ask"
+            )
+
+
+async def ask(url: str, bundle: Bundle, questions: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Put the bundle's questions to one server.
+
+    Returns:
+        Seconds that the engine took for each.
+
+    Raises:
+        RolloutFailed: it does not answer, has loaded another engine, or gives another answer.
+    """
+    triton = TritonModel([url], model=bundle.model, version=bundle.version)
+    metrics, settings = Metrics(), Settings()
+    served = Served(bundle, triton, metrics)
+    answerer = Answerer(Models(bundle.model, {bundle.model: served}), settings, metrics)
+    seconds = []
+    try:
+        for each in questions:
+            question = Question(model=served, question=each["question"], contexts=(each["context"],))
+            result = await answerer.answer(question, deadline=time.monotonic() + settings.deadline_s)
+            best = result.decoded.best
+            if best is None or (best.text, best.start) != (each["answer"], each["start"]):
+                raise RolloutFailed(
+                    f"{bundle.model} {bundle.version} at {url} answers {each['question']!r:.80} with "
+                    f"{best and best.text!r:.80}; when it was built it said {each['answer']!r:.80}"
+                )
+            seconds.append(result.infer_s)
+    except (ModelError, BundleMismatch, InvalidLogits) as error:
+        raise RolloutFailed(f"{bundle.model} {bundle.version} at {url}: {error}") from error
+    finally:
+        await triton.close()
+    return seconds
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    settings = Settings.from_environment({"BERTQA_REPOSITORY": str(PROJECT / "model_repository"), **os.environ})
+    parser = argparse.ArgumentParser(
+        prog="bertqa models", description="Put another version of a model into service, and take it back."
+    )
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    for name, text in (
+        ("list", "the versions of every model"),
+        ("load", "load a version beside those that answer, and check it"),
+        ("check", "ask a loaded version the questions that it answered when it was built"),
+        ("switch", "check a loaded version and let it answer"),
+        ("rollback", "let the version answer that did before"),
+        ("unload", "drop a version that nobody asks any more from memory"),
+    ):
+        step = steps.add_parser(name, help=text, description=text)
+        if name != "list":
+            step.add_argument("model", help="name of the model")
+        if name in ("load", "check", "switch", "unload"):
+            step.add_argument("version", type=int)
+        if name in ("switch", "rollback"):
+            step.add_argument("--unchecked", action="store_true", help="without asking it anything first")
+        if name == "unload":
+            step.add_argument("--force", action="store_true", help="even while it is being asked")
+        step.add_argument(
+            "--repository", type=Path, default=settings.repository, help="model repository (default: %(default)s)"
+        )
+        step.add_argument(
+            "--triton-url",
+            default=settings.triton_url,
+            metavar="HOST:PORT",
+            help="gRPC address of Triton, or of all of them with commas; a name stands for all its addresses "
+            "(default: %(default)s)",
+        )
+        step.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for Triton (default: 300)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Take the step; returns the process's exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a load that is stopped is taken back
+    try:
+        servers = Servers([url.strip() for url in args.triton_url.split(",")])
+        try:
+            _take(args, Rollout(Repository(args.repository), servers, timeout_s=args.timeout, report=_say))
+        finally:
+            servers.close()
+    except (RolloutFailed, ChangeRefused, BundleMismatch) as error:
+        _say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _take(args: argparse.Namespace, rollout: Rollout) -> None:
+    match args.step:
+        case "list":
+            rows = rollout.rows()
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            for row in rows:
+                print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        case "load":
+            rollout.load(args.model, args.version)
+        case "check":
+            rollout.check(args.model, args.version)
+        case "switch":
+            rollout.switch(args.model, args.version, unchecked=args.unchecked)
+        case "rollback":
+            rollout.rollback(args.model, unchecked=args.unchecked)
+        case "unload":
+            rollout.unload(args.model, args.version, force=args.force)
+
+
+def _say(line: str) -> None:
+    print(f"bertqa: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

@@ -1,0 +1,292 @@
+"""Two versions of a real model in a real Triton behind two services, under load: nothing fails, nothing is mixed up."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from conftest import write_checkpoint
+from safetensors.numpy import load_file, save_file
+
+from bertqa.manifest import MODEL_NAME, Manifest, sha256_of
+from bertqa.repository import Repository
+from bertqa.squad import Example, Reference, as_squad
+from engine_builder.build import BuildOptions, build
+from engine_builder.openvino_model import engine_sha256
+from service import rollout
+from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port
+from service.triton import TritonModel
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTEXT = "Ada Lovelace wrote the first program in London."
+QUESTIONS = {"Who wrote it?": "Ada Lovelace", "Where was it written?": "London"}
+
+
+def publish(repository: Repository, directory: Path, seed: int) -> None:
+    """Build a version from a checkpoint of its own, with random weights."""
+    checkpoint = write_checkpoint(directory / f"tiny{seed}")
+    weights = load_file(checkpoint / "model.safetensors")
+    random = np.random.default_rng(seed)
+    noisy = {name: (value + random.normal(0, 0.3, value.shape)).astype(value.dtype) for name, value in weights.items()}
+    save_file(noisy, checkpoint / "model.safetensors")
+    examples = [
+        Example(question, "t", question, CONTEXT, (Reference(text, CONTEXT.index(text)),))
+        for question, text in QUESTIONS.items()
+    ]
+    (checkpoint / "gate.json").write_text(json.dumps(as_squad(examples)))
+    build(
+        BuildOptions(
+            checkpoint=str(checkpoint),
+            target="cpu",
+            precision="fp32",
+            repository=repository.root,
+            threads=1,
+            instances=1,
+        )
+    )
+
+
+@dataclass
+class Product:
+    """Triton, two services over one repository, and what the clients got."""
+
+    repository: Repository
+    triton: EmbeddedTriton
+    urls: list[str]
+    replies: list[tuple[str, int, Any]] = field(default_factory=list)  # service, status, body
+
+    def versions(self) -> list[int]:
+        """Which version each service answers from."""
+        return [httpx.get(f"{url}/v1/models", trust_env=False).json()["models"][0]["version"] for url in self.urls]
+
+    def models(self, *words: str) -> int:
+        """`bertqa models`, in this process."""
+        flags = ["--repository", str(self.repository.root), "--triton-url", self.triton.url]
+        return rollout.main(rollout.parse_args([*words[:1], *flags, *words[1:]]))
+
+
+@pytest.fixture(scope="module")
+def product(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Product]:
+    directory = tmp_path_factory.mktemp("rollout")
+    repository = Repository(directory / "model_repository")
+    for seed in (1, 2):
+        publish(repository, directory, seed)
+    with contextlib.ExitStack() as stack:
+        triton = EmbeddedTriton(repository.root, ports=TritonPorts(0, 0, 0), log_dir=directory / "logs")
+        stack.enter_context(triton)
+        urls = [stack.enter_context(service(repository.root, triton.url)) for _ in range(2)]
+        until(lambda: all(httpx.get(f"{url}/health/ready", trust_env=False).status_code == 200 for url in urls))
+        yield Product(repository, triton, urls)
+
+
+@contextlib.contextmanager
+def service(repository: Path, triton_url: str) -> Iterator[str]:
+    """A service in a process of its own."""
+    port = free_port("127.0.0.1", 0)
+    command = [sys.executable, "-m", "uvicorn", "--factory", "service.app:create_app", f"--port={port}"]
+    environment = {"BERTQA_REPOSITORY": str(repository), "BERTQA_TRITON_URL": triton_url}
+    with subprocess.Popen(
+        [*command, "--log-level=warning", "--loop=uvloop"], cwd=ROOT, env={**os.environ, **environment}
+    ) as process:
+        try:
+            until(lambda: answers(f"http://127.0.0.1:{port}/health/live") or process.poll() is not None)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            assert process.wait(30) == -signal.SIGTERM  # uvicorn passes it on to itself when it has finished
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url, trust_env=False).status_code == 200
+    return False
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def load(product: Product) -> Iterator[None]:
+    """Four clients that ask without pause, two of each service; whatever comes back is kept."""
+    done = threading.Event()
+
+    def ask(url: str) -> None:
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+            while not done.is_set():
+                reply = client.post("/v1/answer", json={"question": "Who wrote it?", "context": CONTEXT})
+                product.replies.append((url, reply.status_code, reply.json()))
+
+    clients = [threading.Thread(target=ask, args=(url,)) for url in product.urls * 2]
+    for client in clients:
+        client.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for client in clients:
+            client.join()
+
+
+def test_a_whole_rollout_under_load_fails_and_mixes_up_nothing(
+    product: Product, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = {}
+    for version in (1, 2):
+        bundle = product.repository.open(version=version)
+        path = product.repository.directory(MODEL_NAME, version) / "questions.json"
+        (answer,) = (each["answer"] for each in json.loads(path.read_text()) if each["question"] == "Who wrote it?")
+        expected[version] = (bundle.manifest.identity, answer)
+    assert expected[1][1] != expected[2][1]
+
+    product.replies.clear()
+    with load(product):
+        assert product.versions() == [1, 1]
+        assert product.models("switch", MODEL_NAME, "2") == 1
+        assert "version 2 is not loaded; run `bertqa models load bert_qa 2` first" in capsys.readouterr().err
+        assert product.models("load", MODEL_NAME, "2") == 0
+        assert "answers 2 questions as when it was built" in capsys.readouterr().err
+        assert product.models("check", MODEL_NAME, "2") == 0
+        assert product.versions() == [1, 1]
+        assert product.models("switch", MODEL_NAME, "2") == 0
+        until(lambda: product.versions() == [2, 2], 10)
+        assert product.models("rollback", MODEL_NAME) == 0
+        until(lambda: product.versions() == [1, 1], 10)
+        assert product.models("switch", MODEL_NAME, "2") == 0
+        assert product.models("unload", MODEL_NAME, "2") == 1
+        assert "version 2 is the active one; switch to another first" in capsys.readouterr().err
+        assert product.models("unload", MODEL_NAME, "1") == 0
+        assert product.models("list") == 0
+        listed = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[1:]]
+        assert listed == [[MODEL_NAME, "1", "previous", "unavailable"], [MODEL_NAME, "2", "active", "ready"]]
+        assert product.models("rollback", MODEL_NAME) == 0  # loads it again
+        until(lambda: product.versions() == [1, 1], 10)
+
+    assert {status for _, status, _ in product.replies} == {200}
+    found = {version: set[tuple[str, str]]() for version in expected}
+    for _, _, body in product.replies:
+        found[body["version"]].add((body["model"], body["answers"][0]["text"]))
+    assert found == {version: {pair} for version, pair in expected.items()}
+    assert {(url, body["version"]) for url, _, body in product.replies} == {
+        (url, version) for url in product.urls for version in (1, 2)
+    }
+
+
+def test_a_version_that_is_asked_is_not_unloaded(product: Product, capsys: pytest.CaptureFixture[str]) -> None:
+    active = product.repository.serving()[MODEL_NAME].active
+    other = 3 - active
+    assert product.models("load", MODEL_NAME, str(other)) == 0
+    done = threading.Event()
+
+    def ask() -> None:
+        async def scenario() -> None:
+            model = TritonModel([product.triton.url], version=other)
+            (window,) = product.repository.open(version=other).maker("Who wrote it?", CONTEXT).windows
+            while not done.is_set():
+                await model.predict([window], deadline=time.monotonic() + 10)
+            await model.close()
+
+        asyncio.run(scenario())
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        assert product.models("unload", MODEL_NAME, str(other), "--timeout", "1") == 1
+        assert f"{MODEL_NAME} {other} still answers, " in capsys.readouterr().err
+    finally:
+        done.set()
+        asking.join()
+    assert product.models("unload", MODEL_NAME, str(other)) == 0
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def break_engine(directory: Path) -> None:
+    """An engine that the manifest describes as it is, and that no runtime can load."""
+    (directory / "engine.bin").write_bytes(b"")
+    manifest = Manifest.read(directory / "manifest.json")
+    files = {**manifest.files, "engine.bin": sha256_of(directory / "engine.bin")}
+    hashed = engine_sha256(directory / "engine.xml")
+    dataclasses.replace(manifest, files=files, engine_sha256=hashed).write(directory / "manifest.json")
+
+
+def expect_another_answer(directory: Path) -> None:
+    questions = json.loads((directory / "questions.json").read_text())
+    questions[0]["answer"] = "somebody else"
+    (directory / "questions.json").write_text(json.dumps(questions))
+    manifest = Manifest.read(directory / "manifest.json")
+    files = {**manifest.files, "questions.json": sha256_of(directory / "questions.json")}
+    dataclasses.replace(manifest, files=files).write(directory / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda directory: flip(directory / "engine.bin"), r"engine\.bin: not as it was published; build it again"),
+        (lambda directory: flip(directory / "tokenizer.json"), r"tokenizer\.json: not the tokenizer that the engine"),
+        (break_engine, r"cannot load bert_qa \d+: Internal: RuntimeError: "),
+        (expect_another_answer, r"when it was built it said 'somebody else'"),
+    ],
+    ids=["engine", "tokenizer", "an engine that cannot be loaded", "an engine that answers otherwise"],
+)
+def test_a_spoiled_version_is_refused_and_the_old_one_serves_on(
+    product: Product, spoil: Callable[[Path], None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = product.repository.root / MODEL_NAME
+    active = product.repository.serving()[MODEL_NAME].active
+    version = max(product.repository.versions(MODEL_NAME)) + 1
+    shutil.copytree(model / "1", model.parent.parent / "spoiled")
+    spoil(model.parent.parent / "spoiled")
+    (model.parent.parent / "spoiled").rename(model / str(version))
+    product.replies.clear()
+    with load(product):
+        assert product.models("load", MODEL_NAME, str(version)) == 1
+        assert re.search(message, capsys.readouterr().err)
+        assert product.models("check", MODEL_NAME, str(version)) == 1
+        seen = len(product.replies)
+        until(lambda: len(product.replies) > seen + 8)
+    assert {(status, body["version"]) for _, status, body in product.replies} == {(200, active)}
+    assert product.repository.serving()[MODEL_NAME].loaded == (active,)
+
+
+def test_the_command_line_names_what_is_missing(product: Product, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "bertqa.cli", "models", "list", "--repository", str(product.repository.root)]
+    listed = subprocess.run(
+        [*command, "--triton-url", "127.0.0.1:1"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert listed.returncode == 0  # the versions are there, whatever Triton says
+    assert listed.stdout.splitlines()[0].split() == ["MODEL", "VERSION", "SERVED", "TRITON", "F1", "BUILT", "IDENTITY"]
+    assert "Triton at 127.0.0.1:1 does not answer" in listed.stderr
+    for words, message in (
+        (("load", MODEL_NAME, "1", "--triton-url", "127.0.0.1:1"), "give its address with --triton-url"),
+        (("load", "german", "1"), "german: no such model in"),
+        (("check", MODEL_NAME, "99"), f"{MODEL_NAME}: there is no version 99, only 1, 2"),
+        (
+            ("check", MODEL_NAME, "1", "--triton-url", "no-such-host.invalid:8001"),
+            "--triton-url no-such-host.invalid:80",
+        ),
+    ):
+        assert product.models(*words) == 1
+        assert message in capsys.readouterr().err
