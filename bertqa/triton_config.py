@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bertqa.manifest import Manifest
+from bertqa.manifest import Manifest, Target
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
 
 MAX_QUEUE_SIZE = 256
@@ -12,7 +12,11 @@ MAX_QUEUE_SIZE = 256
 QUEUE_TIMEOUT_MICROSECONDS = 5_000_000
 """How long a request may wait unless it says otherwise; about the time that a full queue of long windows takes."""
 
-_BACKENDS = {"cpu": ("python", "KIND_CPU"), "tensorrt": ("tensorrt", "KIND_GPU")}
+# Without graph_spec Triton captures every profile's best length, which is a bucket, at batch size 1 and the largest. A
+# graph_spec it would try with all profiles, and log an error for each whose range it is outside (instance_state.cc).
+_CUDA_GRAPHS = "optimization { cuda { graphs: true } }\n"
+
+_BACKENDS: dict[Target, str] = {"cpu": "python", "tensorrt": "tensorrt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +47,21 @@ def triton_config(model: str, manifests: Mapping[int, Manifest], serving: Servin
         The text of ``config.pbtxt``.
 
     Raises:
-        ValueError: the loaded versions run on different targets, which one model cannot.
+        ValueError: the loaded versions run on different targets, or on a GPU with different buckets, which one model
+            cannot.
     """
     loaded = [manifests[version] for version in serving.loaded]
     targets = {manifest.target for manifest in loaded}
     if len(targets) != 1:
         raise ValueError(f"loaded: versions for {' and '.join(sorted(targets))} cannot be one model")
-    backend, kind = _BACKENDS[targets.pop()]
-    instances = serving.instances
-    lengths = set.intersection(*(set(manifest.buckets) for manifest in loaded))  # those that every version can
+    (target,) = targets
+    buckets = {manifest.buckets for manifest in loaded}
+    if target == "tensorrt" and len(buckets) != 1:  # the profiles are named once for all versions
+        raise ValueError(
+            f"loaded: versions with the buckets {' and '.join(map(str, sorted(buckets)))} cannot be one model"
+        )
+    lengths = sorted(set.intersection(*map(set, buckets)))  # those that every version can
+    max_batch_size = min(manifest.max_batch_size for manifest in loaded)
     inputs = ",\n".join(_tensor(name, "TYPE_INT32") for name in INPUT_NAMES)
     outputs = ",\n".join(_tensor(name, "TYPE_FP32") for name in OUTPUT_NAMES)
     # Without an explicit batcher Triton ignores queue limits and timeouts; without an explicit group it chooses the
@@ -63,15 +73,15 @@ def triton_config(model: str, manifests: Mapping[int, Manifest], serving: Servin
     allow_timeout_override: true
     max_queue_size: {MAX_QUEUE_SIZE}
   }}"""
-    if instances == 1:
+    if serving.instances * max(1, len(serving.gpus)) == 1:
         # With a queue policy and a single instance, Triton 2.51 leaves about one request in a hundred waiting for half
         # a second or more while the instance is idle; never seen without the policy, or with a second instance.
         policy = ""
     head = f"""\
 # Written by bertqa from serving.json and the manifests; changes made by hand are lost.
 name: "{model}"
-backend: "{backend}"
-max_batch_size: 1
+backend: "{_BACKENDS[target]}"
+max_batch_size: {max_batch_size}
 input [
 {inputs}
 ]
@@ -79,14 +89,24 @@ output [
 {outputs}
 ]
 version_policy {{ specific {{ versions: [ {", ".join(map(str, serving.loaded))} ] }} }}
-instance_group [ {{ count: {instances} kind: {kind} }} ]
+instance_group [ {{ {_group(target, serving, len(lengths))} }} ]
 dynamic_batching {{
   max_queue_delay_microseconds: 0{policy}
 }}
 """
     parameters = {"threads": str(serving.threads)}
     parameters |= {f"identity_{version}": manifest.identity for version, manifest in sorted(manifests.items())}
-    return "".join([head, *(_parameter(*pair) for pair in parameters.items()), *map(_warmup, sorted(lengths))])
+    graphs = _CUDA_GRAPHS if target == "tensorrt" else ""
+    return "".join([head, graphs, *(_parameter(*pair) for pair in parameters.items()), *map(_warmup, lengths)])
+
+
+def _group(target: Target, serving: Serving, profiles: int) -> str:
+    """What an instance group holds. TensorRT's profiles must be named: unnamed, Triton would use the first alone."""
+    if target == "cpu":
+        return f"count: {serving.instances} kind: KIND_CPU"
+    gpus = f" gpus: [ {', '.join(map(str, serving.gpus))} ]" if serving.gpus else ""
+    names = ", ".join(f'"{n}"' for n in range(profiles))
+    return f"count: {serving.instances} kind: KIND_GPU{gpus} profile: [ {names} ]"
 
 
 def _tensor(name: str, data_type: str) -> str:
