@@ -186,7 +186,7 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
         f"--port={port}",
         f"--workers={args.workers}",
         "--loop=uvloop",
-        "--http=httptools",
+        "--http=service.protocol:WholeReplies",
     ]
     command += [
         f"--timeout-graceful-shutdown={DRAIN_S}",
