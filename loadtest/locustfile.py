@@ -5,6 +5,7 @@ locust --headless --locustfile loadtest/locustfile.py --host http://127.0.0.1:80
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def read_questions(environment: Environment, **_: Any) -> None:
 class Asker(FastHttpUser):
     """Asks the next question when the last one is answered."""
 
-    bodies: itertools.cycle[dict[str, str]]
+    bodies: Iterator[dict[str, str]]
 
     @task
     def answer(self) -> None:
