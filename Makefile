@@ -76,7 +76,7 @@ $(VENV)/train.stamp: $(VENV)/serve.stamp training/install_horovod.sh
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json tests/install_browser.sh
-	$(PIP) --group dev --editable '.[loadtest]'
+	$(PIP) --group dev --editable '.[batch,loadtest,tensorboard]'
 	tests/install_browser.sh
 	npm ci --prefix tests/javascript --silent --no-audit --no-fund
 	@touch $@
