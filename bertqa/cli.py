@@ -32,6 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     for name, module, text in (
         ("serve", "service", "start Triton and the REST service"),
         ("models", "service.rollout", "put another version of a model into service, and take it back"),
+        ("batch", "service.batch", "answer every row of Parquet files"),
         ("doctor", "service.doctor", "look for what would go wrong, and say what mends it"),
     ):
         command = commands.add_parser(name, help=text, add_help=False)
