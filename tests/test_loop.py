@@ -394,6 +394,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gradients_are_reduced_once_per_step_however_many_micro_batches_it_has(whole: Path) -> None:
     done = json.loads((whole / "done.json").read_text())
     assert done["finished"]
+    assert (whole / "loss.png").exists()
     assert len(done["reductions"]) == 40 * len(list(Toy(0.0).parameters()))
 
 

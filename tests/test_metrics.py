@@ -45,6 +45,7 @@ def test_the_loss_is_drawn_as_png(tmp_path: Path) -> None:
     plot_loss(tmp_path)
     assert not (tmp_path / "loss.png").exists()  # of a run without a record there is none
     write(tmp_path, 0, 5)
+    plot_loss(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

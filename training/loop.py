@@ -23,7 +23,7 @@ from torch import Tensor
 from training.checkpoints import CheckpointError, State, collect, load_state, restore, save_state
 from training.distributed import Compression, Workers
 from training.lamb import OptimizerName, make_optimizer
-from training.metrics import Metrics, peak_flops
+from training.metrics import Metrics, peak_flops, plot_loss
 from training.schedules import linear, poly
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -281,6 +281,8 @@ class _Loop(Generic[_Item, _Batch]):
                 self.log(peak, metrics)
             if self.step > self.saved:
                 self.save()
+        if workers.rank == 0 and not self.signalled:  # who signalled may not wait long
+            plot_loss(self.output)
         return self.step >= options.steps
 
     def evaluation_due(self) -> bool:

@@ -31,13 +31,12 @@ class Metrics:
         """Continue a run's records.
 
         Args:
-            directory: of ``metrics.jsonl``, TensorBoard's files and ``loss.png``; made if it does not exist.
+            directory: of ``metrics.jsonl`` and TensorBoard's files; made if it does not exist.
             step: steps done; records of later ones, which a killed run did in vain, are taken out.
             steps: of the whole run.
             tensorboard: write for TensorBoard too.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
         path = directory / METRICS_FILE
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         partial = path.with_name(path.name + ".partial")
@@ -67,13 +66,11 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.close()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
-        if error is None:
-            plot_loss(self._directory)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
