@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
+import hypothesis
 import numpy as np
 import pytest
 import uvicorn
@@ -28,6 +29,10 @@ from engine_builder.checkpoint import BertConfig
 from service.app import create_app
 from service.settings import Settings
 from service.triton import ModelError
+
+# How long an example takes says something of the machine, and nothing of the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 _PIECES = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "«", "»"),
