@@ -370,7 +370,9 @@ def test_a_corrupt_dump_is_named(tmp_path: Path) -> None:
         (whole[: streams[4] + 50], "corrupt"),
         (whole[:middle] + bytes(20) + whole[middle + 20 :], "bytes 0 to .*: corrupt or no wiki dump"),
         (bz2.compress(b"<html></body>"), "bytes 0 to .*: corrupt or no wiki dump"),
+        (bz2.compress(b"<mediawiki><page><ns>0</ns></page></mediawiki>"), "no wiki dump"),
         (b"PK\x03\x04", "is no bzip2 file"),
+        (b"", "is empty"),
         (b"".join(map(bz2.compress, (HEADER.encode(), b"</mediawiki>"))), "holds no article"),
     ):
         dump.write_bytes(broken)

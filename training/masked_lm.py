@@ -135,6 +135,7 @@ class MaskedPairs:
         self._shards = shards
         self._mask = Masker.of(shards.manifest, seed)
         self._row_tokens = shards.manifest.max_seq_len if packed else None
+        self._pad_id = shards.manifest.special_tokens["[PAD]"]
         self._batches = Batches(shards.lengths, batch_size, seed=seed, block=GROUP_ROWS, by_length=not packed)
 
     @property
@@ -153,7 +154,8 @@ class MaskedPairs:
         Raises:
             ShardError: a shard cannot be read.
         """
-        return collate([self._mask(self._shards[item.row], item) for item in items], row_tokens=self._row_tokens)
+        masked = [self._mask(self._shards[item.row], item) for item in items]
+        return collate(masked, row_tokens=self._row_tokens, pad_id=self._pad_id)
 
 
 def collate(

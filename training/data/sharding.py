@@ -215,7 +215,9 @@ def _sentences(document: Document, tokenizer: Tokenizer, language: str) -> Itera
     for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
         if ids := encoding.ids:
             words = np.array(encoding.word_ids, dtype=np.int32)
-            yield Sentence(np.array(ids, dtype=np.int32), np.diff(words, prepend=-1) != 0)
+            starts = np.ones(len(ids), dtype=bool)
+            starts[1:] = words[1:] != words[:-1]
+            yield Sentence(np.array(ids, dtype=np.int32), starts)
 
 
 def _file_name(job: Job) -> str:

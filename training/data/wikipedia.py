@@ -90,6 +90,8 @@ def convert_dump(dump: Path, output: Path, *, processes: int = 1, part_bytes: in
     try:
         bounds = _bounds(dump, part_bytes)
     except (OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise DataError(f"{dump}: corrupt ({error})") from error
     parts = [Part(dump, *bound, output / f"{wiki}-{number:05}.parquet") for number, bound in enumerate(bounds)]
     left = [part for part in parts if not part.output.exists()]
@@ -111,7 +113,9 @@ def convert_part(part: Part) -> int:
     """
     try:
         return write_documents(part.output, _documents(part))
-    except (OSError, EOFError, ElementTree.ParseError) as error:
+    except (OSError, EOFError, KeyError, ElementTree.ParseError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the file system; bz2 has no number for its own
         raise DataError(f"{part.dump}, bytes {part.begin} to {part.end}: corrupt or no wiki dump ({error})") from error
 
 
@@ -135,8 +139,8 @@ def _pages(blocks: Iterable[bytes]) -> Iterator[_Page]:
     """The pages of a part's XML; only the first part of a dump opens the root element, and only the last closes it."""
     parser: Any = ElementTree.XMLPullParser(["start", "end"])  # the events of these two kinds are pairs with an element
     root: ElementTree.Element | None = None
-    for block in blocks:
-        if root is None and not block.lstrip().startswith(b"<mediawiki"):
+    for number, block in enumerate(blocks):
+        if number == 0 and not block.lstrip().startswith(b"<mediawiki"):
             parser.feed("<mediawiki>")
         parser.feed(block)
         for event, element in parser.read_events():
@@ -305,7 +309,8 @@ _STREAM = re.compile(rb"BZh[1-9]1AY&SY")  # headers of a bzip2 stream and of its
 
 def _bounds(dump: Path, part_bytes: int) -> list[tuple[int, int]]:
     """Where the parts of a dump begin and end: between streams, if its streams hold whole pages."""
-    size = dump.stat().st_size
+    if not (size := dump.stat().st_size):
+        raise DataError(f"{dump}: is empty")
     with dump.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         starts = [match.start() for match in _STREAM.finditer(data)]
         if not starts or starts[0] != 0:
@@ -313,7 +318,9 @@ def _bounds(dump: Path, part_bytes: int) -> list[tuple[int, int]]:
         if len(starts) == 1:
             return [(0, size)]
         head = bz2.BZ2Decompressor().decompress(data[starts[1] : starts[1] + (1 << 20)], 64)
-        tail = b"".join(_decompressed(Part(dump, starts[-1], size, dump)))
+        tail = b""
+        for block in _decompressed(Part(dump, starts[-1], size, dump)):
+            tail = (tail + block)[-100:]
         if not tail.rstrip().endswith(b"</mediawiki>"):
             raise DataError(f"{dump}: is cut off, its last stream does not end with </mediawiki>")
         if not head.lstrip().startswith((b"<page>", b"</mediawiki>")):
@@ -342,7 +349,8 @@ def _decompressed(part: Part) -> Iterator[bytes]:
             left -= len(data)
             while data:
                 stream = stream or bz2.BZ2Decompressor()
-                yield stream.decompress(data)
+                if block := stream.decompress(data):
+                    yield block
                 data = stream.unused_data
                 if stream.eof:
                     stream = None
