@@ -3,8 +3,10 @@
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
-_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
+"""Sets that add int8 products up in 32 bits; older x86 saturates at 16."""
+BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""Sets that multiply bf16."""
 _OTHERS = ("avx2", "avx512f")
 
 
@@ -14,4 +16,4 @@ def cpu_features(cpuinfo: Path = CPUINFO) -> tuple[str, ...]:
         words = set(cpuinfo.read_text().split())
     except OSError:
         return ()
-    return tuple(name for name in (*_OTHERS, *_BF16, *_INT8) if name in words)
+    return tuple(name for name in (*_OTHERS, *BF16, *INT8) if name in words)

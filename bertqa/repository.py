@@ -98,6 +98,31 @@ class Repository:
             version = serving.active
         return Bundle.open(self.directory(model, version))
 
+    def config(self, model: str, serving: Serving) -> str:
+        """The ``config.pbtxt`` of a model that is served like that.
+
+        Raises:
+            ValueError: one model cannot be.
+            BundleMismatch: the manifest of a loaded version is broken; another one is no hindrance.
+        """
+        manifests = {}
+        for version in self.versions(model):
+            try:
+                manifests[version] = self.manifest(model, version)
+            except BundleMismatch:
+                if version in serving.loaded:
+                    raise
+        return triton_config(model, manifests, serving)
+
+    def is_configured(self, model: str) -> bool:
+        """Whether the ``config.pbtxt`` on disk is the one that belongs to how the model is served.
+
+        Raises:
+            ChangeRefused, BundleMismatch: as in `served` and `config`.
+        """
+        path = self.root / model / CONFIG_FILE
+        return path.is_file() and path.read_text() == self.config(model, self.served(model))
+
     def load(self, model: str, version: int) -> None:
         """Have Triton load a version beside those that are loaded.
 
@@ -138,26 +163,26 @@ class Repository:
 
         self._change(model, change)
 
-    def activate(self, model: str, version: int, *, alone: bool = False) -> None:
+    def activate(self, model: str, version: int, *, alone: bool = False, **options: object) -> None:
         """Load a version and let it answer, unchecked; each service goes over to it when Triton has it ready.
 
         Args:
             model: its name.
             version: one on disk.
             alone: load no other; only for a Triton that is not running yet.
+            options: as in `configure`.
         """
 
         def change(serving: Serving) -> Serving:
             loaded = (version,) if alone else tuple(sorted({serving.active, version}))
             previous = serving.previous if version == serving.active else serving.active
-            return replace(serving, active=version, previous=previous, loaded=loaded)
+            return _with(replace(serving, active=version, previous=previous, loaded=loaded), options)
 
         self._change(model, change)
 
     def configure(self, model: str, **options: object) -> None:
         """Set serving options, fields of `Serving`; those that are None stay as they are."""
-        given = {name: value for name, value in options.items() if value is not None}
-        self._change(model, lambda serving: replace(serving, **given))  # type: ignore[arg-type]
+        self._change(model, lambda serving: _with(serving, options))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -179,12 +204,12 @@ class Repository:
         """Change how a model is served: first what Triton reads, then what the service does."""
         with self.locked():
             serving = change(self.served(model))
-            manifests = {version: self.manifest(model, version) for version in self.versions(model)}
-            if missing := [version for version in serving.loaded if version not in manifests]:
-                there = ", ".join(map(str, manifests))
-                raise ChangeRefused(f"{model}: there is no version {missing[0]}, only {there}")
+            there = self.versions(model)
+            if missing := [version for version in serving.loaded if version not in there]:
+                listed = ", ".join(map(str, there))
+                raise ChangeRefused(f"{model}: there is no version {missing[0]}, only {listed}")
             try:
-                config = triton_config(model, manifests, serving)
+                config = self.config(model, serving)
             except ValueError as error:
                 raise ChangeRefused(f"{model}: {error}; publish the new one under another name (--model)") from error
             self._replace(self.root / model / CONFIG_FILE, config)
@@ -219,3 +244,7 @@ class Repository:
     def _highest(self, model: str) -> Serving | None:
         versions = self.versions(model)
         return Serving(active=versions[-1], loaded=(versions[-1],)) if versions else None
+
+
+def _with(serving: Serving, options: Mapping[str, object]) -> Serving:
+    return replace(serving, **{name: value for name, value in options.items() if value is not None})  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, Manifest, sha256_of
+from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, Manifest, OtherFormat, sha256_of
 from bertqa.repository import MODEL_NAMES, Repository
 from bertqa.squad import Example, Predict, answer_all
 from bertqa.windows import WindowMaker
@@ -108,23 +108,33 @@ def publish(directory: Path, manifest: Manifest, where: Publication) -> Publishe
     directory.chmod(0o755)  # a temporary directory is private, and Triton may run as another user
     for path in directory.iterdir():
         path.chmod(0o644)
-    before = repository.serving().get(where.model)
-    if before:
+    if answering := _answers(repository, where.model):
         repository.configure(where.model)  # states what is active, so that a higher number alone changes nothing
     with repository.locked():
         version = where.next_version()
+        serving = repository.serving().get(where.model) if answering else None
         target = repository.directory(where.model, version)
         target.parent.mkdir(exist_ok=True)
         _move(directory, target)
-        keep = {version, before.active, before.previous, *before.loaded} if before else {version}
+        keep = {version, serving.active, serving.previous, *serving.loaded} if serving else {version}
         for old in repository.versions(where.model):
             if old < version and old not in keep:
                 shutil.rmtree(repository.directory(where.model, old))
-    repository.configure(where.model, instances=where.instances, threads=where.threads)
-    active = before is None or where.activate
-    if active:
-        repository.activate(where.model, version)
-    return Published(target, manifest, active)
+    options = {"instances": where.instances, "threads": where.threads}
+    if where.activate or not answering:
+        repository.activate(where.model, version, alone=not answering, **options)
+    else:
+        repository.configure(where.model, **options)
+    return Published(target, manifest, where.activate or not answering)
+
+
+def _answers(repository: Repository, model: str) -> bool:
+    """Whether the model has an active version that this release can serve."""
+    serving = repository.serving().get(model)
+    try:
+        return serving is not None and bool(repository.manifest(model, serving.active))
+    except OtherFormat:
+        return False
 
 
 def _move(source: Path, target: Path) -> None:

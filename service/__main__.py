@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bertqa.manifest import MODEL_NAME, WEIGHTS_FILE, BundleMismatch, OtherFormat, sha256_of
+from bertqa.manifest import MODEL_NAME, REBUILD, WEIGHTS_FILE, BundleMismatch, OtherFormat, changed_files, sha256_of
 from bertqa.repository import ChangeRefused, Repository
 from service.embedded_triton import (
     EmbeddedTriton,
@@ -94,6 +94,7 @@ def main(args: argparse.Namespace) -> int:
         with contextlib.ExitStack() as stack:
             url = args.triton_url
             if not url:
+                settle(Repository(args.repository))
                 ports = TritonPorts(grpc=args.triton_grpc_port)
                 triton = EmbeddedTriton(
                     args.repository, ports=ports, avoid_ports=(port,), log_dir=args.log_dir, report=say
@@ -127,17 +128,13 @@ def ensure_engine(root: Path, checkpoint: Path | None, stopping: threading.Event
             repository.open(model)
         return
     if MODEL_NAME in models and checkpoint:
-        try:
-            found = _version_of(repository, sha256_of(checkpoint / WEIGHTS_FILE), models[MODEL_NAME].active)
-        except OtherFormat as error:
-            reason = str(error).partition(";")[0]
-        else:
-            if found:
-                repository.open(MODEL_NAME, found)
-                if found != models[MODEL_NAME].active:
-                    repository.activate(MODEL_NAME, found, alone=True)
-                return
-            reason = f"the engines in {root} are of other checkpoints"
+        found = _version_of(repository, sha256_of(checkpoint / WEIGHTS_FILE), models[MODEL_NAME].active)
+        if found:
+            repository.open(MODEL_NAME, found)
+            if found != models[MODEL_NAME].active:
+                repository.activate(MODEL_NAME, found, alone=True)
+            return
+        reason = f"the engines in {root} are of other checkpoints, or of an earlier release"
     if checkpoint is None:
         weights = sorted(path.parent for path in PROJECT.glob(f"checkpoints/*/{WEIGHTS_FILE}"))
         if len(weights) != 1:
@@ -169,9 +166,35 @@ def ensure_engine(root: Path, checkpoint: Path | None, stopping: threading.Event
 def _version_of(repository: Repository, checkpoint_sha256: str, active: int) -> int | None:
     """The active version if it was built from the checkpoint, else the latest one that was."""
     for version in (active, *reversed(repository.versions(MODEL_NAME))):
-        if repository.manifest(MODEL_NAME, version).checkpoint_sha256 == checkpoint_sha256:
-            return version
+        with contextlib.suppress(OtherFormat):
+            if repository.manifest(MODEL_NAME, version).checkpoint_sha256 == checkpoint_sha256:
+                return version
     return None
+
+
+def settle(repository: Repository) -> None:
+    """Make the repository fit for a Triton that is about to start: it would load all versions of a model or none.
+
+    What is loaded beside the active version and is not whole any more is left out; a configuration that was not
+    generated from what is there now is written anew.
+
+    Raises:
+        BundleMismatch: an active version is not whole.
+        ChangeRefused: something must change, and the repository cannot be written to.
+    """
+    for model, serving in repository.serving().items():
+        for version in serving.loaded:
+            try:
+                changed = changed_files(repository.directory(model, version), repository.manifest(model, version))
+                if changed:
+                    raise BundleMismatch(f"{model} {version}: {changed[0]} is not as it was published; {REBUILD}")
+            except BundleMismatch as error:
+                if version == serving.active:
+                    raise
+                say(f"{error}; going on without it")
+                repository.unload(model, version)
+        if not repository.is_configured(model):
+            repository.configure(model)
 
 
 def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: threading.Event) -> None:

@@ -251,7 +251,11 @@ class Rollout:
         rows: list[tuple[str, ...]] = [("MODEL", "VERSION", "SERVED", "TRITON", "F1", "BUILT", "IDENTITY")]
         for model, serving in self._repository.serving().items():
             for version in self._repository.versions(model):
-                manifest = self._repository.manifest(model, version)
+                try:
+                    manifest = self._repository.manifest(model, version)
+                except BundleMismatch as error:
+                    self._report(str(error))
+                    continue
                 states = [states.get((model, version), UNKNOWN).name.lower() for states in servers.values()]
                 role = {serving.active: "active", serving.previous: "previous"}.get(version, "-")
                 told = ",".join(sorted(set(states))) or "?"
@@ -337,7 +341,7 @@ async def ask(url: str, bundle: Bundle, questions: Sequence[Mapping[str, Any]]) 
             if best is None or (best.text, best.start) != (each["answer"], each["start"]):
                 raise RolloutFailed(
                     f"{bundle.model} {bundle.version} at {url} answers {each['question']!r:.80} with "
-                    f"{best and best.text!r:.80}; when it was built it said {each['answer']!r:.80}"
+                    f"{best and best.text!r:.80}; when it was built it said {each['answer']!r:.80}; {REBUILD}"
                 )
             seconds.append(result.infer_s)
     except (ModelError, BundleMismatch, InvalidLogits) as error:

@@ -28,7 +28,7 @@ from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad
 from engine_builder.build import BuildOptions, build
 from engine_builder.openvino_model import engine_sha256
-from service import rollout
+from service import doctor, rollout
 from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port
 from service.triton import TritonModel
 
@@ -269,6 +269,26 @@ def test_a_spoiled_version_is_refused_and_the_old_one_serves_on(
         until(lambda: len(product.replies) > seen + 8)
     assert {(status, body["version"]) for _, status, body in product.replies} == {(200, active)}
     assert product.repository.serving()[MODEL_NAME].loaded == (active,)
+
+
+def test_the_doctor_asks_a_running_triton(product: Product, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--repository", str(product.repository.root), "--port", "0"]
+    port = product.triton.url.rpartition(":")[2]
+    for words in (["--triton-url", product.triton.url], ["--triton-grpc-port", port]):
+        assert doctor.main(doctor.parse_args([*flags, *words])) == 0
+        active = product.repository.served(MODEL_NAME).active
+        told = capsys.readouterr().out
+        assert f"bert_qa {active} in Triton at {product.triton.url}: answers 2 questions as when it was built" in told
+    assert re.search(rf"ok +port {port}: Triton's gRPC is running", told)
+    elsewhere = product.repository.root.parent / "copy"
+    shutil.copytree(product.repository.root, elsewhere)
+    Repository(elsewhere).activate(MODEL_NAME, 3 - active)  # which this Triton does not know of
+    assert doctor.main(
+        doctor.parse_args([*flags[2:], "--repository", str(elsewhere), "--triton-url", product.triton.url])
+    )
+    assert re.search(
+        rf"FAIL +bert_qa {3 - active} in Triton at .* is unavailable, unloaded; have it poll", capsys.readouterr().out
+    )
 
 
 def test_the_command_line_names_what_is_missing(product: Product, capsys: pytest.CaptureFixture[str]) -> None:
