@@ -50,7 +50,6 @@ pairs = st.builds(
 # Masks
 
 
-@settings(deadline=None)
 @given(pair=pairs, max_predictions=st.integers(1, 25), epoch=st.integers(0, 99), row=st.integers(0, 2**40))
 def test_whole_words_are_masked_within_the_limits(pair: Pair, max_predictions: int, epoch: int, row: int) -> None:
     masked = masker(max_predictions=max_predictions)(pair, Item(epoch, row))
@@ -73,7 +72,6 @@ def test_whole_words_are_masked_within_the_limits(pair: Pair, max_predictions: i
         assert len(positions) == wanted  # a part of one word, where no word is short enough
 
 
-@settings(deadline=None)
 @given(pair=pairs, epoch=st.integers(0, 9), row=st.integers(0, 9))
 def test_masks_are_a_function_of_seed_epoch_and_row_alone(pair: Pair, epoch: int, row: int) -> None:
     mask = masker(seed=7)
@@ -114,7 +112,6 @@ lengths_and_capacity = st.integers(8, 512).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(lengths_and_capacity)
 def test_packing_loses_nothing_and_leaves_no_two_rows_that_fit_into_one(case: tuple[list[int], int]) -> None:
     lengths, capacity = case
@@ -143,7 +140,7 @@ def sequences(sizes: list[int]) -> list[Masked]:
     return [masker()(random_pair(size, chooser), Item(0, row)) for row, size in enumerate(sizes)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(5, 64), min_size=1, max_size=20), st.booleans())
 def test_a_batch_holds_every_sequence_once_with_its_targets(sizes: list[int], packed: bool) -> None:
     given_ = sequences(sizes)
@@ -190,7 +187,7 @@ def test_a_batch_holds_every_sequence_once_with_its_targets(sizes: list[int], pa
     assert {tensor.dtype for tensor in tensors} == {torch.int64}
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.integers(5, 64), min_size=1, max_size=12))
 def test_no_token_may_attend_to_another_sequence(sizes: list[int]) -> None:
     batch = collate(sequences(sizes), row_tokens=64)
@@ -240,7 +237,6 @@ def test_a_packed_sequence_is_encoded_as_it_is_alone() -> None:
 # The order of a run
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 400), min_size=8, max_size=300),
     batch_size=st.sampled_from([1, 2, 8]),

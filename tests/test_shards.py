@@ -116,7 +116,6 @@ def segments(pair: Pair) -> tuple[list[int], list[int]]:
     return ids[1 : pair.second - 1], ids[pair.second : -1]
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=12), min_size=2, max_size=6),
     max_seq_len=st.integers(8, 64),
@@ -143,7 +142,6 @@ def test_a_pair_is_two_passages_that_follow_each_other_or_are_of_two_documents(
         assert seen == sorted(set(seen))  # in order, and nothing twice
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=2, max_size=4),
     seed=st.integers(0, 1000),
@@ -429,7 +427,7 @@ def test_records_are_framed_and_encoded_as_tensorflow_has_it(tmp_path: Path) -> 
     assert list(read_examples(path)) == [{"a": [1, 300], "b": []}]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     examples=st.lists(
         st.dictionaries(st.text(min_size=1, max_size=5), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5)),

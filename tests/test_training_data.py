@@ -208,7 +208,7 @@ def test_what_the_server_does_not_give_is_told(server: FileServer, client: httpx
     assert waited == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.binary(max_size=5000), breaks=st.lists(st.integers(1, 2000), max_size=5))
 def test_whatever_breaks_the_file_is_whole(data: bytes, breaks: list[int]) -> None:
     server = FileServer()
@@ -380,7 +380,6 @@ def test_a_corrupt_dump_is_named(tmp_path: Path) -> None:
             convert_dump(dump, tmp_path / str(len(broken)))
 
 
-@settings(deadline=None)
 @given(st.text(alphabet="ab c\n{}[]|='<>/&;:*#!-r ef", max_size=120))
 def test_no_wikitext_breaks_the_extractor_or_leaves_line_breaks(wikitext: str) -> None:
     for paragraph in paragraphs_of(wikitext):
@@ -558,7 +557,7 @@ def test_text_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         convert_text(tmp_path, tmp_path / "out", "file")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.text(min_size=1, alphabet="a é漢😀\n", max_size=9), max_size=4), max_size=12))
 def test_documents_are_read_as_they_were_written(texts: list[list[str]]) -> None:
     documents = [Document(str(number), f"title {number}", paragraphs) for number, paragraphs in enumerate(texts)]
