@@ -119,7 +119,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser, **defaults: object) -> N
     add("--learning-rate", type=positive, default=1e-4, help="peak, for that batch size")
     add("--warmup", type=fraction, default=0.06, help="share of the steps with rising learning rate")
     add("--decay", choices=["linear", "poly"], default="linear", help="after the warm-up; poly is the square root")
-    add("--weight-decay", type=float, default=0.01, help="not on biases and LayerNorm, as in BERT's own optimizer")
+    add("--weight-decay", type=fraction, default=0.01, help="not on biases and LayerNorm, as in BERT's own optimizer")
     add("--max-gradient-norm", type=positive, default=1.0, help="larger gradients are clipped to it")
     add("--clip", choices=["reduced", "micro-batch"], default="reduced", help="the step's gradient, or each addend")
     add("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="of the matrix products (AMP)")
