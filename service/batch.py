@@ -19,11 +19,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
-import ray.data
 from tqdm import tqdm
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import ray
+    import ray.data
+except ImportError as error:
+    sys.exit(f"bertqa: {error}; batch jobs need: pip install --constraint constraints.txt --editable '.[batch]'")
 
 from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import MODEL_NAME, BundleMismatch, sha256_of

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -19,14 +20,17 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import FakeEngine, serving
+from conftest import FakeEngine, serving, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import Bundle, sha256_of
+from bertqa.repository import Repository
 from bertqa.spans import Logits
+from bertqa.squad import Example, Reference, as_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
+from engine_builder.build import BuildOptions, build
 from service import batch
 from service.app import create_app
 from service.batch import JOURNAL_FILE, BatchRefused
@@ -237,6 +241,38 @@ def test_rows_are_answered_as_the_service_answers(product: Product, server: Embe
     assert pq.read_schema(directory / "part.parquet").metadata[MODEL_KEY].decode() == product.identity
 
 
+def test_a_built_engine_gives_the_same_bytes_twice(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    text = "Ada Lovelace wrote the first program in London. "
+    example = Example("0", "Ada", "Who wrote it?", text, (Reference("Ada Lovelace", 0),))
+    (checkpoint / "gate.json").write_text(json.dumps(as_squad([example])))
+    repository = tmp_path / "repository"
+    build(
+        BuildOptions(
+            checkpoint=str(checkpoint), target="cpu", precision="fp32", repository=repository, instances=2, threads=1
+        )
+    )
+    bundle = Repository(repository).open()
+    table = rows(
+        *(("Where was it written?", f"{text * (number % 17)}Horovod was made at Uber.") for number in range(99))
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    part = Part(name="part.parquet", source=str(tmp_path / "rows.parquet"), first=0, rows=99)
+    with EmbeddedTriton(repository, ports=TritonPorts(0, 0, 0), log_dir=tmp_path) as triton:
+        receipts = []
+        for _ in range(2):
+            at = Settings(triton_url=triton.url)
+            directory = Repository(repository).directory(bundle.model, bundle.version)
+            with contextlib.closing(PartAnswerer(directory, at, ASKING, tmp_path, 60.0)) as made:
+                receipts.append(answer_part(made, part))
+    assert (receipts[0].rows, receipts[0].errors) == (99, 0)
+    assert receipts[0] == receipts[1]
+    found = pq.read_table(tmp_path / "part.parquet").to_pylist()
+    assert max(row["windows"] for row in found) > 3
+    for asked, row in zip(table.to_pylist(), found, strict=True):
+        assert asked["context"][row["start"] : row["end"]] == row["answer"]
+
+
 def test_a_row_that_cannot_be_answered_says_which_field_is_wrong_and_the_others_are_answered(
     product: Product, server: EmbeddedTriton, tmp_path: Path
 ) -> None:
@@ -324,6 +360,19 @@ def test_every_type_of_text_and_any_type_of_id(product: Product, server: Embedde
         assert found["id"].to_pylist() == ids.to_pylist()
 
 
+def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
+    source = tmp_path / "rows.parquet"
+    texts = [f"{number} {hashlib.sha512(str(number).encode()).hexdigest()}" * 4 for number in range(30_000)]
+    table = rows(*(("who?", text) for text in texts))
+    pq.write_table(table, source, row_group_size=len(texts))
+    assert table.nbytes > 15_000_000
+    before = pa.total_allocated_bytes()
+    reader = PartReader(Part(name="part.parquet", source=str(source), first=25_000, rows=2_000), ASKING)
+    held = [pa.total_allocated_bytes() - before for _ in reader]
+    assert len(held) == 2_000
+    assert max(held) < 8_000_000  # pages of the file, of about a megabyte each
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 200), max_size=5), st.data())
 def test_a_part_is_its_slice_of_the_file_whatever_the_row_groups(groups: list[int], data: st.DataObject) -> None:
@@ -356,11 +405,11 @@ def test_an_engine_that_is_away_for_a_while_is_waited_for(product: Product, tmp_
         assert first
         timer = threading.Timer(0.5, os.kill, (first, signal.SIGKILL))
         timer.start()
-        receipt, found = answer_table(product, triton.url, tmp_path, many(600))
+        receipt, found = answer_table(product, triton.url, tmp_path, many(1500))  # takes 1.5 s at least
         timer.join()
         assert triton.pid != first
     assert receipt.errors == 0
-    assert found["answer"].to_pylist() == [f"Uber {number}" for number in range(600)]
+    assert found["answer"].to_pylist() == [f"Uber {number}" for number in range(1500)]
 
 
 def test_an_engine_that_stays_away_or_broken_stops_the_job_and_nothing_is_written(
@@ -423,26 +472,26 @@ def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product
     source, output, expected = tmp_path / "in", tmp_path / "out", tmp_path / "expected"
     (source / "deep").mkdir(parents=True)
     expected.mkdir()
-    table = many(1730)
+    table = many(690)
     pq.write_table(table.slice(0, 0), source / "a-empty.parquet")
-    pq.write_table(table.slice(0, 1630), source / "b.parquet", row_group_size=700)
-    pq.write_table(table.slice(1630), source / "deep" / "c.parquet")
+    pq.write_table(table.slice(0, 630), source / "b.parquet", row_group_size=300)
+    pq.write_table(table.slice(630), source / "deep" / "c.parquet")
     (source / "_ignored.parquet").write_text("of another program")
     with product.triton() as triton:
         url = triton.url
         parts = {
             0: (source / "a-empty.parquet", 0),
-            1: (source / "b.parquet", 1630),
-            2: (source / "deep/c.parquet", 100),
+            1: (source / "b.parquet", 630),
+            2: (source / "deep/c.parquet", 60),
         }
         with answerer(product, url, expected) as made:
             for number, (path, count) in parts.items():
-                for first in range(0, max(count, 1), 100):
-                    name = f"part-{number:05}-{first // 100:06}.parquet"
-                    part = Part(name=name, source=str(path), first=first, rows=min(100, count - first))
+                for first in range(0, max(count, 1), 40):
+                    name = f"part-{number:05}-{first // 40:06}.parquet"
+                    part = Part(name=name, source=str(path), first=first, rows=min(40, count - first))
                     assert not answer_part(made, part).stopped
 
-        words = job(product, url, source, output)
+        words = job(product, url, source, output, "--part-rows=40")
         killed = start([*words, "--workers=2"])
         try:
             wait_for(killed, output, 3)
@@ -464,25 +513,25 @@ def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product
         changed.write_bytes(b"PAR1")
         gone.unlink()
 
-        last = start([*words, "--workers=2"])
+        last = start(words)
         printed, said = last.communicate(timeout=300)
         assert last.returncode == 0, said
         summary = json.loads(printed)
         assert f"{changed}: changed since; answering its rows again" in said
         assert f"{gone}: gone since; answering its rows again" in said
-        assert "1730/1730" in said  # the progress bar
+        assert "690/690" in said  # the progress bar
         speed = summary.pop("rows_per_second")
         assert speed > 0
         assert summary == {
             "model": product.identity,
             "files": 3,
-            "rows": 1730,
+            "rows": 690,
             "errors": 0,
             "parts": 19,
             "parts_answered_now": 19 - finished + 2,
         }
         again = batch.run(batch.parse_args(words))
-        assert (again["rows"], again["parts_answered_now"]) == (1730, 0)
+        assert (again["rows"], again["parts_answered_now"]) == (690, 0)
 
     names = sorted(path.name for path in output.iterdir())
     assert names == [JOURNAL_FILE, *sorted(path.name for path in expected.iterdir())]
@@ -490,7 +539,7 @@ def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product
         assert (output / path.name).read_bytes() == path.read_bytes()
     found = pq.read_table(output)
     assert found["id"].to_pylist() == table["id"].to_pylist()
-    assert found["answer"].to_pylist() == [f"Uber {number}" for number in range(1730)]
+    assert found["answer"].to_pylist() == [f"Uber {number}" for number in range(690)]
 
 
 @pytest.fixture
@@ -585,6 +634,14 @@ def test_another_job_is_not_mixed_in(product: Product, server: EmbeddedTriton, t
     pq.write_table(many(3), source / "a.parquet")
     pq.write_table(many(3), source / "b.parquet")
     assert "has sources 1 name None, this one has b.parquet" in refused(words)
+
+
+def test_what_must_be_installed_is_said() -> None:
+    program = "import sys; sys.modules['ray'] = None; import service.batch"
+    failed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "batch jobs need: pip install" in failed.stderr
+    assert failed.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
