@@ -208,6 +208,8 @@ class Repository:
             if missing := [version for version in serving.loaded if version not in there]:
                 listed = ", ".join(map(str, there))
                 raise ChangeRefused(f"{model}: there is no version {missing[0]}, only {listed}")
+            if serving.previous not in there:
+                serving = replace(serving, previous=None)
             try:
                 config = self.config(model, serving)
             except ValueError as error:

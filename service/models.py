@@ -17,7 +17,7 @@ from service.metrics import Metrics
 from service.triton import Engine
 
 FOLLOW_S = 1.0
-"""Seconds between two looks at ``serving.json``."""
+"""Seconds between two looks at the repository."""
 PROBE_S = 5.0
 """Seconds that a question to a new version may take before it is tried again."""
 
@@ -108,7 +108,7 @@ class Follower:
         self._repository = repository
         self._engine = engine
         self._metrics = metrics
-        self._seen: tuple[int, int] | None = None  # of serving.json, when it was last read
+        self._seen: tuple[int, ...] = ()  # the stamp, when the repository was last read
         self._said: dict[str, str] = {}  # what is in the way of a model's version
 
     def start(self, default: str | None) -> Models:
@@ -178,8 +178,10 @@ class Follower:
             log.warning("%s", problem)
         self._said[name] = problem
 
-    def _stamp(self) -> tuple[int, int] | None:
-        with suppress(OSError):
-            status = (self._repository.root / SERVING_FILE).stat()
-            return status.st_mtime_ns, status.st_ino
-        return None
+    def _stamp(self) -> tuple[int, ...]:
+        """Changes with ``serving.json``, and when a model's directory comes or goes."""
+        stamp = []
+        for path in (self._repository.root, self._repository.root / SERVING_FILE):
+            with suppress(OSError):
+                stamp += [path.stat().st_mtime_ns, path.stat().st_ino]
+        return tuple(stamp)

@@ -135,6 +135,30 @@ def test_versions_count_up_and_the_previous_one_stays(options: BuildOptions) -> 
         build(replace(options, version=7))
 
 
+def test_a_bundle_of_an_earlier_release_gives_way(options: BuildOptions) -> None:
+    build(options)
+    manifest = options.repository / "bert_qa" / "1" / "manifest.json"
+    manifest.write_text('{"format": 1, "name": "tiny"}')
+    build(options)
+    bundle = Repository(options.repository).open()
+    assert bundle.version == 2
+    config = text_format.Parse((manifest.parents[1] / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    assert list(config.version_policy.specific.versions) == [2]
+
+
+def test_several_models_and_their_serving_options(options: BuildOptions) -> None:
+    build(replace(options, instances=3))
+    build(replace(options, model="korean", activate=True))
+    build(replace(options, threads=None))  # neither flag: as they were
+    serving = Repository(options.repository).serving()
+    assert {name: (each.active, each.instances, each.threads) for name, each in serving.items()} == {
+        "bert_qa": (1, 3, 1),
+        "korean": (1, 2, 1),
+    }
+    with pytest.raises(BuildRefused, match=r"--model \.\./x: must be letters, digits"):
+        build(replace(options, model="../x"))
+
+
 def test_a_refused_build_leaves_no_trace(options: BuildOptions) -> None:
     with pytest.raises(GateFailed, match="--max-f1-loss"):
         build(replace(options, max_f1_loss=-1))

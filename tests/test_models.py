@@ -282,7 +282,7 @@ def test_models_come_and_go_and_a_broken_serving_json_changes_nothing(
     (repository.root / "serving.json").write_text("{")
     until(lambda: "serving.json: not readable" in caplog.text)
     assert versions(client) == {MODEL_NAME: 1, "korean": 1}
-    shutil.rmtree(repository.root / "korean")
     (repository.root / "serving.json").write_text(text)
+    shutil.rmtree(repository.root / "korean")
     until(lambda: versions(client) == {MODEL_NAME: 1})
     assert 'model_info{identity="korean' not in client.get("/metrics").text

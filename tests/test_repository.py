@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_serving_options_survive_every_change(repository: Repository, add: Add) 
     assert (serving.instances, serving.threads) == (3, 1)
     written = config(repository)
     assert (written.instance_group[0].count, written.parameters["threads"].string_value) == (3, "1")
+
+
+def test_what_serving_json_says_of_versions_that_are_gone_is_forgotten(repository: Repository, add: Add) -> None:
+    add(1)
+    add(2)
+    repository.activate(MODEL_NAME, 1, alone=True)
+    repository.activate(MODEL_NAME, 2)
+    shutil.rmtree(repository.root / MODEL_NAME)
+    assert repository.serving() == {}
+    add(1)
+    repository.activate(MODEL_NAME, 1, alone=True)
+    assert repository.serving()[MODEL_NAME] == Serving(active=1, previous=None, loaded=(1,))
 
 
 def test_a_file_that_stays_the_same_is_not_written_again(repository: Repository, add: Add) -> None:

@@ -37,7 +37,7 @@ CONTEXT = "Ada Lovelace wrote the first program in London."
 QUESTIONS = {"Who wrote it?": "Ada Lovelace", "Where was it written?": "London"}
 
 
-def publish(repository: Repository, directory: Path, seed: int) -> None:
+def publish(repository: Repository, directory: Path, seed: int, model: str = MODEL_NAME) -> None:
     """Build a version from a checkpoint of its own, with random weights."""
     checkpoint = write_checkpoint(directory / f"tiny{seed}")
     weights = load_file(checkpoint / "model.safetensors")
@@ -53,6 +53,7 @@ def publish(repository: Repository, directory: Path, seed: int) -> None:
         BuildOptions(
             checkpoint=str(checkpoint),
             target="cpu",
+            model=model,
             precision="fp32",
             repository=repository.root,
             threads=1,
@@ -70,9 +71,14 @@ class Product:
     urls: list[str]
     replies: list[tuple[str, int, Any]] = field(default_factory=list)  # service, status, body
 
+    def listed(self, url: str) -> list[dict[str, Any]]:
+        """What a service says of its models."""
+        found: list[dict[str, Any]] = httpx.get(f"{url}/v1/models", trust_env=False).json()["models"]
+        return found
+
     def versions(self) -> list[int]:
         """Which version each service answers from."""
-        return [httpx.get(f"{url}/v1/models", trust_env=False).json()["models"][0]["version"] for url in self.urls]
+        return [self.listed(url)[0]["version"] for url in self.urls]
 
     def models(self, *words: str) -> int:
         """`bertqa models`, in this process."""
@@ -188,6 +194,27 @@ def test_a_whole_rollout_under_load_fails_and_mixes_up_nothing(
     assert {(url, body["version"]) for url, _, body in product.replies} == {
         (url, version) for url in product.urls for version in (1, 2)
     }
+
+
+def test_what_is_published_under_load_disturbs_nothing_and_a_new_model_answers_by_its_name(product: Product) -> None:
+    root, models = product.repository.root, product.repository.serving
+    product.replies.clear()
+    with load(product):
+        publish(product.repository, root.parent, 3)
+        publish(product.repository, root.parent, 4, "other")
+        until(lambda: all(len(product.listed(url)) == 2 for url in product.urls))
+        seen = len(product.replies)
+        until(lambda: len(product.replies) > seen + 8)
+    assert {(status, body["version"]) for _, status, body in product.replies} == {(200, models()[MODEL_NAME].active)}
+    expected = json.loads((product.repository.directory("other", 1) / "questions.json").read_text())
+    for url in product.urls:
+        for asked in expected:
+            body = {"question": asked["question"], "context": asked["context"], "model": "other"}
+            reply = httpx.post(f"{url}/v1/answer", json=body, trust_env=False).json()
+            assert (reply["model"], reply["version"]) == (product.repository.open("other").manifest.identity, 1)
+            assert (reply["answers"][0]["text"], reply["answers"][0]["start"]) == (asked["answer"], asked["start"])
+    shutil.rmtree(root / "other")
+    until(lambda: all(len(product.listed(url)) == 1 for url in product.urls))
 
 
 def test_a_version_that_is_asked_is_not_unloaded(product: Product, capsys: pytest.CaptureFixture[str]) -> None:
