@@ -156,23 +156,29 @@ def make_model(args: argparse.Namespace, shards: ShardSet) -> "PretrainingBert":
     if args.init:
         return load_model(PretrainingBert, encoder_source(args.init), dropout=args.dropout, attention=args.attention)
     vocabulary = -(-shards.manifest.vocab_size // args.pad_vocabulary) * args.pad_vocabulary
-    if args.config in SIZES:
-        layers, hidden = SIZES[args.config]
-        config = BertConfig(
-            num_hidden_layers=layers,
-            hidden_size=hidden,
-            num_attention_heads=hidden // 64,
-            intermediate_size=4 * hidden,
-        )
-    elif Path(args.config).is_file():
-        config = BertConfig.from_json_file(args.config)
-    else:
-        raise SystemExit(f"--config {args.config}: neither a file nor one of {', '.join(SIZES)}")
-    config.vocab_size = vocabulary
+    config = new_config(args.config, vocabulary)
     config.pad_token_id = shards.manifest.special_tokens["[PAD]"]
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
     config._attn_implementation = attention_implementation(args.attention)
     return PretrainingBert(config)
+
+
+def new_config(name: str, vocab_size: int) -> BertConfig:
+    """The config of one of `SIZES`, or of a ``config.json``, with another vocabulary."""
+    if name not in SIZES:
+        if not Path(name).is_file():
+            raise SystemExit(f"--config {name}: neither a file nor one of {', '.join(SIZES)}")
+        config = BertConfig.from_json_file(name)
+        config.vocab_size = vocab_size
+        return config
+    layers, hidden = SIZES[name]
+    return BertConfig(
+        vocab_size=vocab_size,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=hidden // 64,
+        intermediate_size=4 * hidden,
+    )
 
 
 def check(args: argparse.Namespace, shards: ShardSet, config: BertConfig) -> None:
