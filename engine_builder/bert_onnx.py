@@ -2,7 +2,8 @@
 
 One graph serves every target: inputs and outputs as in `bertqa.windows`, dynamic batch and length. Written by hand it
 needs no torch, keeps stable names, and holds just the patterns (attention, erf GELU, LayerNormalization) that ONNX
-Runtime, OpenVINO and TensorRT fuse.
+Runtime, OpenVINO and TensorRT fuse. For TensorRT, which from version 11 on takes every type from the graph, it is
+written in half precision, with the types of all tensors stated, and quantized where asked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
 from engine_builder.checkpoint import BertConfig, FloatArray
+from engine_builder.quantization import Quantization
 
 OPSET = 17  # the first with LayerNormalization
 IR_VERSION = 8  # the one of that opset: older runtimes read it
+QUANTIZED_OPSET = 19  # the first with half-precision scales, and with fp8; TensorRT 10.0 reads up to 20
+QUANTIZED_IR_VERSION = 9
 
 MASK_VALUE = -10_000.0
 """Added to the attention score of padding: vanishes in softmax, yet finite in every float type. The lowest float32
@@ -31,8 +35,14 @@ _ELEMENT_TYPES: dict[FloatType, int] = {
 }
 
 
+_QUANTIZED_TYPES = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
+
+
 def build_graph(
-    config: BertConfig, weights: Mapping[str, FloatArray], float_type: FloatType = "float32"
+    config: BertConfig,
+    weights: Mapping[str, FloatArray],
+    float_type: FloatType = "float32",
+    quantization: Quantization | None = None,
 ) -> onnx.ModelProto:
     """Write the graph.
 
@@ -41,12 +51,13 @@ def build_graph(
         weights: float32 tensors by the names of ``config.shapes()``.
         float_type: type of weights, matrix products and activations. Layer normalization and softmax always compute
             in float32, and the outputs are float32.
+        quantization: scales for the linear layers of the encoder; without them nothing is quantized.
 
     Returns:
         A checked model: int32 (batch, length) inputs by `INPUT_NAMES`, float32 (batch, length) outputs by
         `OUTPUT_NAMES`.
     """
-    graph = _Graph(config, weights, _ELEMENT_TYPES[float_type])
+    graph = _Graph(config, weights, _ELEMENT_TYPES[float_type], quantization)
     hidden = graph.embeddings()
     mask = graph.additive_mask()
     for n in range(config.num_hidden_layers):
@@ -60,10 +71,18 @@ def build_graph(
 class _Graph:
     """Collects nodes and initializers; every method adds some and returns the name of the value it leaves."""
 
-    def __init__(self, config: BertConfig, weights: Mapping[str, FloatArray], element_type: int) -> None:
+    def __init__(
+        self,
+        config: BertConfig,
+        weights: Mapping[str, FloatArray],
+        element_type: int,
+        quantization: Quantization | None,
+    ) -> None:
         self._config = config
         self._weights = weights
         self._type = element_type
+        self._quantization = quantization
+        self._dequantized: dict[str, str] = {}  # by the value that was quantized: several layers share an input
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
 
@@ -119,8 +138,9 @@ class _Graph:
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in OUTPUT_NAMES],
             list(self._initializers.values()),
         )
-        opset = helper.make_opsetid("", OPSET)
-        return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="bertqa")
+        opset, ir_version = (QUANTIZED_OPSET, QUANTIZED_IR_VERSION) if self._quantization else (OPSET, IR_VERSION)
+        imports = [helper.make_opsetid("", opset)]
+        return helper.make_model(graph, opset_imports=imports, ir_version=ir_version, producer_name="bertqa")
 
     def _attention(self, scope: str, hidden: str, mask: str) -> str:
         heads = self._config.num_attention_heads
@@ -137,9 +157,14 @@ class _Graph:
         query = by_head("query", [0, 2, 1, 3])
         key = by_head("key", [0, 2, 3, 1])
         value = by_head("value", [0, 2, 1, 3])
-        scores = self._to(TensorProto.FLOAT, self._add("MatMul", [query, key], f"{scope}.self.products"))
-        root = self._constant("attention.root_of_width", np.float32(np.sqrt(width)))
-        scores = self._add("Div", [scores, root], f"{scope}.self.scores")
+        if self._type == TensorProto.FLOAT:  # the order that ONNX Runtime fuses
+            root = self._constant("attention.root_of_width", np.float32(np.sqrt(width)))
+            scores = self._add("MatMul", [query, key], f"{scope}.self.products")
+            scores = self._add("Div", [scores, root], f"{scope}.self.scores")
+        else:  # the order that TensorRT fuses, in which the products are smaller too
+            root = self._constant_of_type("attention.root_of_width", 1 / np.sqrt(width))
+            query = self._add("Mul", [query, root], f"{scope}.self.query.scaled")
+            scores = self._to(TensorProto.FLOAT, self._add("MatMul", [query, key], f"{scope}.self.scores"))
         scores = self._add("Add", [scores, mask], f"{scope}.self.masked_scores")
         shares = self._to(self._type, self._add("Softmax", [scores], f"{scope}.self.shares", axis=-1))
         context = self._add("MatMul", [shares, value], f"{scope}.self.context")
@@ -150,9 +175,37 @@ class _Graph:
         return self._layer_norm(f"{scope}.output.LayerNorm", output)
 
     def _linear(self, scope: str, value: str) -> str:
-        weight = self._weight(f"{scope}.weight", transpose=True)
+        if self._quantization and scope in self._quantization.layers:
+            value, weight = self._quantized(scope, value, self._quantization)
+        else:
+            weight = self._weight(f"{scope}.weight", transpose=True)
         product = self._add("MatMul", [value, weight], f"{scope}.product")
         return self._add("Add", [product, self._weight(f"{scope}.bias")], f"{scope}.sum")
+
+    def _quantized(self, scope: str, value: str, quantization: Quantization) -> tuple[str, str]:
+        """A linear layer's input and weight, both quantized and back; TensorRT multiplies the 8-bit numbers between."""
+        scales = quantization.layers[scope]
+        kind = helper.tensor_dtype_to_np_dtype(_QUANTIZED_TYPES[quantization.type])
+
+        def there_and_back(name: str, value: str, scale: "FloatArray | np.float32", **axis: int) -> str:
+            parameters = [
+                self._constant(f"{name}.scale", self._typed(scale)),
+                self._constant(f"{name}.zero", np.zeros(np.shape(scale), kind)),
+            ]
+            quantized = self._add("QuantizeLinear", [value, *parameters], f"{name}.quantized", **axis)
+            return self._add("DequantizeLinear", [quantized, *parameters], f"{name}.dequantized", **axis)
+
+        if value not in self._dequantized:
+            smoothed = value
+            if scales.smoothing is not None:
+                factors = self._constant(f"{value}.smoothing", self._typed(np.reciprocal(scales.smoothing)))
+                smoothed = self._add("Mul", [value, factors], f"{value}.smoothed")
+            self._dequantized[value] = there_and_back(value, smoothed, np.float32(scales.input))
+        weight = self._weights[f"{scope}.weight"]
+        weight = weight if scales.smoothing is None else weight * scales.smoothing
+        name = self._constant(f"{scope}.weight", self._typed(weight.T))
+        axis = {"axis": 1} if scales.weight.ndim else {}  # one scale for each output
+        return self._dequantized[value], there_and_back(f"{scope}.weight", name, scales.weight, **axis)
 
     def _gelu(self, scope: str, value: str) -> str:
         """Half of x * (1 + erf(x / sqrt 2)), in the order of operations that the runtimes fuse."""
