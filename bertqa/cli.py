@@ -1,6 +1,7 @@
 """The ``bertqa`` command.
 
-``serve``, ``models``, ``batch`` and ``doctor`` are jobs of the service; ``ask`` and ``evaluate`` are clients of a running one.
+``serve``, ``models``, ``batch`` and ``doctor`` are jobs of the service; ``ask`` and ``evaluate`` are HTTP clients of a
+running one.
 """
 
 import argparse

@@ -145,11 +145,11 @@ class Follower:
                 continue
             try:
                 serving = await asyncio.to_thread(self._repository.serving)
-            except BundleMismatch as error:
+            except (BundleMismatch, OSError) as error:
                 self._say("", str(error))
                 continue
             self._seen = stamp
-            self._said.pop("", None)
+            self._said = {name: said for name, said in self._said.items() if name in serving}
             for name, wanted in serving.items():
                 if name in models and models[name].bundle.version == wanted.active:
                     self._said.pop(name, None)

@@ -340,7 +340,8 @@ class _Turns:
         self._free += 1
 
 
-_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+# NOT_FOUND: of several servers, this one has not loaded the version yet
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.NOT_FOUND)
 _PASSED = "The deadline passed before the engine answered."
 
 

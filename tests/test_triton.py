@@ -295,6 +295,8 @@ def test_bounds_are_checked() -> None:
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     """Keeps what it is sent, and at first refuses as often as it is told."""
 
+    refusal = grpc.StatusCode.UNAVAILABLE, "Socket closed"
+
     def __init__(self, refusals: int, reply: Any) -> None:
         self.refusals, self.reply = refusals, reply
         self.requests: list[Any] = []
@@ -302,7 +304,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         self.requests.append((request, context.time_remaining()))
         if len(self.requests) <= self.refusals:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+            await context.abort(*self.refusal)
         return self.reply
 
 
@@ -349,6 +351,13 @@ def test_request_carries_id_deadline_and_raw_tensors() -> None:
 def test_incomplete_answer_is_broken(answer: Any, problem: str) -> None:
     with pytest.raises(ModelBroken, match=problem):
         ask_fake(FakeTriton(0, answer))
+
+
+def test_a_server_that_has_not_loaded_the_version_yet_is_passed_over() -> None:
+    fake = FakeTriton(2, reply(*OUTPUT_NAMES))
+    fake.refusal = grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'bert_qa' version 2 is not found"
+    assert len(ask_fake(fake)) == 1
+    assert len(fake.requests) == 3
 
 
 def test_lost_connection_is_retried_a_few_times_only() -> None:
