@@ -46,8 +46,10 @@ class Metrics:
         self._progress = tqdm(total=steps, initial=step, unit="step", mininterval=5)
         self._tensorboard: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
+            except ImportError as error:
+                raise SystemExit("--tensorboard: needs a package, pip install tensorboard") from error
             self._tensorboard = SummaryWriter(str(directory), purge_step=step + 1)
 
     def advance(self) -> None:
