@@ -60,7 +60,8 @@ constraints:  ## Resolve all dependencies again, for every supported Python (nee
 	mv constraints.tmp constraints.txt && rm constraints.new
 
 clean:  ## Remove the environment and everything generated
-	rm -rf $(VENV) logs runs model_repository/bert_qa tests/javascript/node_modules
+	rm -rf $(VENV) logs runs tests/javascript/node_modules
+	find model_repository -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 
 $(VENV)/serve.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c "$$CHECK_PYTHON"
@@ -75,8 +76,9 @@ $(VENV)/train.stamp: $(VENV)/serve.stamp training/install_horovod.sh
 	training/install_horovod.sh $(VENV)
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json tests/install_browser.sh
+$(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json tests/install_browser.sh tests/install_servers.sh
 	$(PIP) --group dev --editable '.[batch,loadtest,tensorboard]'
 	tests/install_browser.sh
+	tests/install_servers.sh
 	npm ci --prefix tests/javascript --silent --no-audit --no-fund
 	@touch $@
