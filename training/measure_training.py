@@ -1,0 +1,518 @@
+"""Measure the speed of training, side by side with the Hugging Face ``Trainer``; prints tables, draws figures.
+
+``python -m training.measure_training --output runs/speed`` compares, on this machine and in one run: one process and as
+many as there are cores, fp32 and bf16, batches as they come, of like length and packed, AdamW and LAMB, our loop and
+the ``Trainer``. All repeats are interleaved: a ratio is that of two neighbours in time, and its spread is given.
+
+``python -m training.measure_training --gpu-suite`` measures BERT-large on a GPU: pre-training phases 1 and 2 and SQuAD,
+beside NVIDIA's published numbers. Under ``horovodrun -np 8`` it does so on eight of them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from tokenizers import Tokenizer
+
+from bertqa.manifest import TOKENIZER_FILE
+from training.checkpoints import save_json
+from training.distributed import start_workers
+from training.loop import at_least_one
+from training.pretrain import new_config
+from training.scaling import CostModel, Line, plot_speeds, plot_training_time
+from training.shards import ShardSet
+from training.speed import (
+    Contender,
+    Speed,
+    Workload,
+    all_reduce_seconds,
+    full_features,
+    full_pairs,
+    measure,
+    real_features,
+    real_pairs,
+    write_pairs,
+)
+
+PROJECT = Path(__file__).resolve().parent.parent
+CHECKPOINT = PROJECT / "checkpoints" / "minilm-l6-squad"
+RESULTS_FILE = "training_speed.json"
+GPU_RESULTS_FILE = "training_speed_gpu.json"
+GOAL = 1.5
+"""Sequences per second of our loop with bf16 and bucketing, as a multiple of those of the ``Trainer``."""
+LAMB_GOAL = 0.05
+"""Share of LAMB's own update in a step."""
+JOB = 2 * 88_524
+"""Sequences of the figure of training time: two epochs of the windows of SQuAD v1.1."""
+NETWORK, NETWORK_LATENCY = 100e9 / 8, 50e-6
+"""Bytes per second and seconds of a message of a nominal 100 Gbit/s network, for the cost model."""
+
+
+class GpuRow(NamedTuple):
+    """A row of the suite for GPUs."""
+
+    contender: Contender
+    tokens: int
+    max_predictions_per_seq: int
+    warm_up: int
+    steps: int
+    published: float  # sequences per second of one A100-80G: NVIDIA's DeepLearningExamples, BERT for PyTorch, 21.11
+    goal: float  # as a multiple of it
+    mfu_goal: float | None
+
+
+_PRETRAINING = Contender(
+    loop="ours", data="mlm", layout="bucketed", precision="bf16", optimizer="lamb", batch_size=2048, compile=True
+)
+GPU_SUITE = {
+    "pre-training, phase 1": GpuRow(replace(_PRETRAINING, micro_batch_size=256), 128, 20, 5, 15, 580, 2.5, 0.45),
+    "pre-training, phase 2": GpuRow(
+        replace(_PRETRAINING, batch_size=512, micro_batch_size=64), 512, 80, 5, 15, 210, 2.5, None
+    ),
+    "fine-tuning on SQuAD": GpuRow(
+        replace(_PRETRAINING, data="squad", optimizer="adamw", batch_size=32), 384, 0, 30, 90, 110, 2.5, None
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A contender in so many processes of so many threads, and what was measured of it."""
+
+    processes: int
+    threads: int
+    contender: Contender
+    speeds: list[Speed] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        """Sequences per second of each repeat."""
+        return [speed.sequences_per_second for speed in self.speeds]
+
+    def median(self, name: str) -> float:
+        """The median of a field of `Speed`."""
+        return float(statistics.median(getattr(speed, name) for speed in self.speeds))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """All that a run measured, as it is in ``training_speed.json``."""
+
+    machine: str
+    date: str
+    versions: Mapping[str, str]
+    settings: Mapping[str, object]
+    rows: list[Row]
+    gradient_bytes: int
+    all_reduce_seconds: list[float]  # of two processes, fp32
+    workers: int  # processes of the largest launch
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """Read a ``training_speed.json``."""
+        values = json.loads(path.read_text())
+        values["rows"] = [
+            Row(
+                row["processes"],
+                row["threads"],
+                Contender(**row["contender"]),
+                [Speed(**speed) for speed in row["speeds"]],
+            )
+            for row in values["rows"]
+        ]
+        return cls(**values)
+
+    def find(self, processes: int, threads: int | None = None, **fields: object) -> Row | None:
+        """The row of a contender with these fields, and else the defaults."""
+        for row in self.rows:
+            expected = asdict(Contender(**{"batch_size": self.settings["batch_size"]} | fields))  # type: ignore[arg-type]
+            if row.processes == processes and threads in (None, row.threads) and asdict(row.contender) == expected:
+                return row
+        return None
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/speed"), help="directory of JSON and figures")
+    parser.add_argument("--gpu-suite", action="store_true", help="BERT-large on a GPU, in place of the comparison")
+    parser.add_argument("--redraw", action="store_true", help="draw the figures of --output again, measure nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny model, few sequences: only tries the job")
+    parser.add_argument("--config", help="size of the model as in training.pretrain; default: mini, on GPUs large")
+    parser.add_argument("--data", type=Path, default=CHECKPOINT / "gate.json", help="SQuAD file with the sequences")
+    parser.add_argument("--tokenizer", type=Path, default=CHECKPOINT / TOKENIZER_FILE, help="tokenizer.json")
+    parser.add_argument("--sequences", type=at_least_one, default=256, help="of an epoch; each repeat takes all")
+    parser.add_argument("--batch-size", type=at_least_one, default=32, help="sequences of one process in a step")
+    parser.add_argument("--repeats", type=at_least_one, default=3, help="times that everything is measured")
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="of AMP")
+    parser.add_argument("--processes", type=at_least_one, default=2, help="of the launch beside the one of one process")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="of the suite for GPUs")
+    parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)  # what a launch of our own measures
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.config, args.repeats = args.config or "tiny", 1
+        args.sequences, args.batch_size = 8 * args.processes, 4
+    if args.sequences % (args.batch_size * args.processes):
+        parser.error("--sequences must be a multiple of --batch-size times --processes, so that all are taken")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print the tables, write JSON and figures."""
+    if args.plan:
+        run_plan(args.plan)
+    elif args.gpu_suite:
+        run_gpu_suite(args)
+    elif args.redraw:
+        report(Results.read(args.output / RESULTS_FILE), args.output)
+    else:
+        args.output.mkdir(parents=True, exist_ok=True)
+        results = compare(args)
+        save_json(args.output / RESULTS_FILE, asdict(results))
+        report(results, args.output)
+
+
+# --- measuring
+
+
+def contenders(args: argparse.Namespace) -> list[Row]:
+    """What is compared."""
+    cores = os.cpu_count() or 1
+    alone, shared = (1, cores), (args.processes, max(cores // args.processes, 1))
+    rows = []
+
+    def add(place: tuple[int, int], **fields: Any) -> None:
+        rows.append(Row(*place, Contender(**{"loop": "ours", "batch_size": args.batch_size} | fields)))
+
+    for precision in args.precisions:
+        for data in ("squad", "mlm"):
+            add(alone, data=data, layout="shuffled", loop="Trainer", precision=precision)
+            add(alone, data=data, layout="shuffled", precision=precision)
+            add(alone, data=data, layout="bucketed", precision=precision)
+        for place in dict.fromkeys([(1, shared[1]), shared]):
+            if place != alone:
+                add(place, data="squad", layout="bucketed", precision=precision)
+    add(alone, data="squad", layout="padded to the maximum", loop="Trainer")
+    add(alone, data="mlm", layout="packed")
+    add(alone, data="mlm", layout="bucketed", optimizer="lamb")
+    lamb = {"optimizer": "lamb", "batch_size": args.sequences, "micro_batch_size": args.batch_size}
+    add(alone, data="mlm", layout="bucketed", **lamb)
+    add(shared, data="squad", layout="bucketed", compression="fp16")
+    return rows
+
+
+def compare(args: argparse.Namespace) -> Results:
+    """Measure all contenders in turn, so many times; those that share a launch take turns within it."""
+    rows = contenders(args)
+    places = list(dict.fromkeys((row.processes, row.threads) for row in rows))
+    config = args.config or "mini"
+    all_reduces, gradient_bytes = [], 0
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        recipe = {"max_seq_len": 128, "max_predictions_per_seq": 20}
+        pairs = real_pairs(args.data, args.tokenizer, args.sequences)
+        write_pairs(pairs, directory / "shards", args.tokenizer, **recipe)
+        for repeat in range(args.repeats):
+            for processes, threads in places:
+                print(f"repeat {repeat + 1} of {args.repeats}: {processes} x {threads} threads", file=sys.stderr)
+                here = [row for row in rows if (row.processes, row.threads) == (processes, threads)]
+                order = here[:: 1 if repeat % 2 == 0 else -1]  # nobody is always first
+                plan: dict[str, Any] = {"contenders": [asdict(row.contender) for row in order], "config": config}
+                plan |= {"data": str(args.data), "tokenizer": str(args.tokenizer), "sequences": args.sequences}
+                found = launch(processes, threads, plan | {"shards": str(directory / "shards")}, directory)
+                for row, speed in zip(order, found["speeds"], strict=True):
+                    row.speeds.append(Speed(**speed))
+                gradient_bytes = found["gradient_bytes"]
+                if processes > 1:
+                    all_reduces.append(found["all_reduce_seconds"])
+    names = ("sequences", "batch_size", "repeats")
+    return Results(
+        machine=machine(),
+        date=str(date.today()),
+        versions=versions(),
+        settings={name: getattr(args, name) for name in names} | {"config": config, "data": args.data.name},
+        rows=rows,
+        gradient_bytes=gradient_bytes,
+        all_reduce_seconds=all_reduces,
+        workers=args.processes,
+    )
+
+
+def launch(processes: int, threads: int, plan: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Measure some contenders in processes of their own."""
+    path = directory / "plan.json"
+    save_json(path, dict(plan))
+    command = [sys.executable, "-m", "training.measure_training", "--plan", str(path)]
+    if processes > 1:
+        horovodrun = Path(sys.executable).with_name("horovodrun")
+        command = [str(horovodrun), "-np", str(processes), "--gloo", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(path.with_name("results.json").read_text())
+    return found
+
+
+def run_plan(path: Path) -> None:
+    """Measure what a plan says, as one process of a launch."""
+    plan = json.loads(path.read_text())
+    workers = start_workers()
+    tokenizer = Tokenizer.from_file(plan["tokenizer"])
+    shards = ShardSet.open(Path(plan["shards"]))
+    workload = Workload(
+        config=new_config(plan["config"], shards.manifest.vocab_size),
+        tokenizer=tokenizer,
+        features=real_features(Path(plan["data"]), tokenizer, plan["sequences"]),
+        shards=shards,
+    )
+    speeds = []
+    for values in plan["contenders"]:
+        contender = Contender(**values)
+        steps = plan["sequences"] // (contender.batch_size * workers.size)
+        speeds.append(asdict(measure(contender, workload, workers, steps)))
+    weights = workload.model(Contender(loop="ours", data="squad", layout="bucketed")).parameters()
+    found = {
+        "speeds": speeds,
+        "gradient_bytes": sum(4 * weight.numel() for weight in weights),
+        "all_reduce_seconds": all_reduce_seconds(workload, workers, "none") if workers.size > 1 else 0.0,
+    }
+    if workers.rank == 0:
+        save_json(path.with_name("results.json"), found)
+
+
+def machine() -> str:
+    """What this runs on, in words."""
+    names = [line.split(":", 1)[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    memory = psutil.virtual_memory().total / 2**30
+    parts = [f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}", f"{memory:.0f} GiB", *gpus]
+    return ", ".join(parts)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the speed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "horovod"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+# --- reporting
+
+
+def report(results: Results, directory: Path) -> None:
+    """Print the tables and draw the figures."""
+    settings = results.settings
+    print(f"{results.date}, {results.machine}")
+    print(", ".join(f"{name} {number}" for name, number in results.versions.items()))
+    print(
+        f"BERT {settings['config']}, {settings['sequences']} sequences an epoch, {settings['batch_size']} a step and "
+        f"process, {settings['repeats']} repeats; MFU of the measured peak of a matrix product\n"
+    )
+    print("\n".join(speed_table(results)), end="\n\n")
+    print("\n".join(findings(results)), end="\n\n")
+    for path in draw(results, directory):
+        print(path)
+
+
+def speed_table(results: Results) -> list[str]:
+    """All rows, each beside the ``Trainer`` at the same precision with batches padded to their longest sequence."""
+    lines = [
+        "| data | loop | processes x threads | batches | precision | optimizer | batch | seq/s | MFU | optimizer | "
+        "x Trainer |",
+        "|---|---|---|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(results.rows, key=lambda row: (row.contender.data != "squad", row.contender.loop == "ours")):
+        contender = row.contender
+        trainer = results.find(1, loop="Trainer", data=contender.data, layout="shuffled", precision=contender.precision)
+        wire = ", fp16 on the wire" if contender.compression == "fp16" else ""
+        lines.append(
+            f"| {'SQuAD' if contender.data == 'squad' else 'MLM + NSP'} | {contender.loop} | "
+            f"{row.processes} x {row.threads} | {contender.layout} | {contender.precision}{wire} | "
+            f"{contender.optimizer} | {contender.batch_size * row.processes} | {spread(row.rates)} | "
+            f"{row.median('mfu'):.0%} | {row.median('optimizer_seconds') / row.median('step_seconds'):.1%} | "
+            f"{'' if trainer in (None, row) else spread(ratios(row, trainer), 2)} |"
+        )
+    return lines
+
+
+def findings(results: Results) -> list[str]:
+    """What the rows say, each a sentence with its numbers."""
+    said = []
+
+    def compared(what: str, row: Row | None, other: Row | None, goal: str = "") -> None:
+        if row and other:
+            said.append(f"- {what}: {spread(ratios(row, other), 2)} times as fast{goal}")
+
+    threads = max(row.threads for row in results.rows if row.processes == 1)
+    for data, name in (("squad", "SQuAD"), ("mlm", "MLM + NSP")):
+
+        def ours(layout: str, precision: str, data: str = data) -> Row | None:
+            return results.find(1, threads, loop="ours", data=data, layout=layout, precision=precision)
+
+        def theirs(precision: str, data: str = data) -> Row | None:
+            return results.find(1, threads, loop="Trainer", data=data, layout="shuffled", precision=precision)
+
+        for precision in ("fp32", "bf16"):
+            for other in ("fp32", "bf16"):
+                what = f"{name}, our loop with {precision} and bucketing against the Trainer with {other}"
+                goal = f"; goal {GOAL}" if precision == "bf16" else ""
+                compared(what, ours("bucketed", precision), theirs(other), goal)
+        compared(f"{name}, bf16 against fp32", ours("bucketed", "bf16"), ours("bucketed", "fp32"))
+        for layout in ("bucketed", "packed"):
+            compared(f"{name}, {layout} against shuffled, fp32", ours(layout, "fp32"), ours("shuffled", "fp32"))
+    padded = results.find(1, loop="Trainer", data="squad", layout="padded to the maximum")
+    bucketed = results.find(1, threads, loop="ours", data="squad", layout="bucketed")
+    compared("SQuAD, fp32, against the Trainer that pads all windows to 384 tokens", bucketed, padded)
+    for row in results.rows:
+        if row.contender.optimizer == "lamb":
+            share = row.median("optimizer_seconds") / row.median("step_seconds")
+            said.append(
+                f"- LAMB's update takes {1000 * row.median('optimizer_seconds'):.1f} ms, {share:.1%} of a step of "
+                f"{row.contender.batch_size} sequences; goal at most {LAMB_GOAL:.0%}"
+            )
+    for precision, model, measured in cost_models(results):
+        predicted = results.workers * model.batch_per_worker / model.step_seconds(results.workers)
+        said.append(
+            f"- {results.workers} processes, {precision}: {spread(measured.rates)} sequences per second; the cost "
+            f"model says {predicted:.1f} (gradients of {model.gradient_bytes / 1e6:.0f} MB, "
+            f"{1000 * statistics.median(results.all_reduce_seconds):.0f} ms to sum them, "
+            f"{model.bandwidth / 1e9:.2f} GB/s)"
+        )
+    return said
+
+
+def cost_models(results: Results) -> list[tuple[str, CostModel, Row]]:
+    """For each precision the model of this machine, one worker being one process, and the row of most processes."""
+    found = []
+    seconds = statistics.median(results.all_reduce_seconds)
+    for precision in ("fp32", "bf16"):
+        fields: dict[str, Any] = {"loop": "ours", "data": "squad", "layout": "bucketed", "precision": precision}
+        together = results.find(results.workers, **fields)
+        if together and (one := results.find(1, together.threads, **fields)):
+            ring = 2 * (results.workers - 1) / results.workers * results.gradient_bytes
+            model = CostModel(
+                sequences_per_second=one.median("sequences_per_second"),
+                batch_per_worker=one.contender.batch_size,
+                gradient_bytes=results.gradient_bytes,
+                bandwidth=ring / seconds,
+            )
+            found.append((precision, model, together))
+    return found
+
+
+def draw(results: Results, directory: Path) -> list[Path]:
+    """The figures: training time against workers, single against mixed precision, and against the ``Trainer``."""
+    note = f"{results.machine}; {results.date}; BERT {results.settings['config']}"
+    times, precisions, trainer = (
+        directory / f"training_{name}.png" for name in ("time_and_workers", "precision", "and_trainer")
+    )
+    lines = []
+    for (precision, model, together), color in zip(cost_models(results), ("tab:blue", "tab:orange"), strict=False):
+        measured = {1: model.sequences_per_second, results.workers: together.median("sequences_per_second")}
+        lines.append(Line(f"{precision}, this machine", color, model, measured))
+        network = replace(model, bandwidth=NETWORK, latency=NETWORK_LATENCY)
+        lines.append(Line(f"{precision}, 100 Gbit/s network", f"dark{color[4:]}", network, {}))
+    assumed = "model: compute of one worker + 2(n-1)/n of the gradients' bytes over the bandwidth, no overlap"
+    title = f"Two epochs of SQuAD v1.1, {results.settings['batch_size']} windows a worker and step"
+    plot_training_time(times, lines, JOB, title, f"{note}\n{assumed}")
+
+    threads = max(row.threads for row in results.rows if row.processes == 1)
+    bars: dict[str, dict[str, list[float]]] = {}
+    versus: dict[str, dict[str, list[float]]] = {}
+    for row in results.rows:
+        contender = row.contender
+        name = "SQuAD" if contender.data == "squad" else "MLM + NSP"
+        if contender.optimizer == "lamb" or contender.compression == "fp16":
+            continue
+        if contender.layout == "bucketed" or contender.loop == "Trainer":
+            who = f"{name}\n{contender.loop}, {contender.layout}\n{row.processes} x {row.threads}"
+            bars.setdefault(who, {})[contender.precision] = row.rates
+        if row.processes == 1 and row.threads == threads:
+            series = f"{contender.loop}, {contender.layout}"
+            versus.setdefault(f"{name}, {contender.precision}", {})[series] = row.rates
+    plot_speeds(precisions, bars, "Single and mixed precision", note)
+    plot_speeds(trainer, versus, "Our loop and the Hugging Face Trainer, one process", note)
+    return [times, precisions, trainer]
+
+
+def ratios(row: Row, other: Row) -> list[float]:
+    """How many times as fast, for each repeat."""
+    return [ours / theirs for ours, theirs in zip(row.rates, other.rates, strict=True)]
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """The median, and the smallest and largest: ``1.50 (1.40-1.60)``."""
+    median = f"{statistics.median(values):.{digits}f}"
+    return median if len(values) == 1 else f"{median} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+# --- GPUs
+
+
+def run_gpu_suite(args: argparse.Namespace) -> None:
+    """Measure BERT-large, and print the numbers beside the published ones."""
+    workers = start_workers()
+    vocabulary = Tokenizer.from_file(str(args.tokenizer)).get_vocab_size()
+    config = new_config(args.config or "large", vocabulary + -vocabulary % 8)
+    rows: list[dict[str, Any]] = []
+    for name, row in GPU_SUITE.items():
+        contender = replace(row.contender, compile=args.compile)
+        warm_up, steps, tokens = row.warm_up, row.steps, row.tokens
+        if args.quick:
+            contender, warm_up, steps = replace(contender, batch_size=4, micro_batch_size=2), 1, 1
+        count = 2 * contender.batch_size * workers.size
+        with tempfile.TemporaryDirectory() as directory:
+            recipe = {"max_seq_len": tokens, "max_predictions_per_seq": max(row.max_predictions_per_seq, 1)}
+            shards = write_pairs(
+                full_pairs(count, tokens, vocabulary), Path(directory) / "shards", args.tokenizer, **recipe
+            )
+            features = full_features(count, tokens, vocabulary)
+            workload = Workload(config, Tokenizer.from_file(str(args.tokenizer)), features, shards)
+            speed = measure(contender, workload, workers, steps, warm_up)
+        rows.append({"name": name, "tokens": tokens, "contender": asdict(contender), "speed": asdict(speed)})
+        if workers.rank == 0:
+            print(f"{name}: {speed.sequences_per_second:.1f} sequences per second", file=sys.stderr, flush=True)
+    if workers.rank:
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    found = {"machine": machine(), "date": str(date.today()), "versions": versions(), "processes": workers.size}
+    save_json(args.output / GPU_RESULTS_FILE, found | {"config": config.to_diff_dict(), "rows": rows})
+    print(f"{found['date']}, {found['machine']}, {workers.size} processes, BERT {args.config or 'large'}\n")
+    print("| | tokens | seq/s | seq/s a GPU | MFU | optimizer | GPU memory | A100-80G, published | x | goal |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---|")
+    for measured, row in zip(rows, GPU_SUITE.values(), strict=True):
+        speed = Speed(**measured["speed"])
+        each = speed.sequences_per_second / workers.size
+        goal = f"{row.goal}x" + (f", MFU {row.mfu_goal:.0%}" if row.mfu_goal else "")
+        print(
+            f"| {measured['name']} | {row.tokens} | {speed.sequences_per_second:.1f} | {each:.1f} | {speed.mfu:.1%} | "
+            f"{speed.optimizer_seconds / speed.step_seconds:.1%} | {speed.gpu_bytes / 2**30:.0f} GiB | "
+            f"{row.published:.0f} | {each / row.published:.2f} | {goal} |"
+        )
+
+
+if __name__ == "__main__":
+    main(parse_args())
