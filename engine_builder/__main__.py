@@ -13,11 +13,11 @@ from typing import get_args
 from bertqa.manifest import MODEL_NAME, BundleMismatch, Target
 from bertqa.repository import ChangeRefused
 from bertqa.squad import MalformedSquad
-from engine_builder.build import BuildOptions, build
+from engine_builder.build import DEFAULT_PRECISIONS, MAX_LOGIT_ERRORS, PRECISIONS, BuildOptions, build
 from engine_builder.checkpoint import CALIBRATION_FILE, GATE_FILE, InvalidCheckpoint
 from engine_builder.gate import GateFailed
-from engine_builder.openvino_build import DEFAULT_PRECISION, PRECISIONS
 from engine_builder.publish import BuildRefused
+from engine_builder.tensorrt_build import MAX_BATCH_SIZE, OPTIMIZATION_LEVELS
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,7 +27,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="BERT for question answering")
     parser.add_argument("--target", required=True, choices=get_args(Target), help="what the engine runs on")
-    parser.add_argument("--precision", choices=PRECISIONS, default=DEFAULT_PRECISION, help="default: %(default)s")
+    parser.add_argument(
+        "--precision",
+        choices=list(dict.fromkeys(name for names in PRECISIONS.values() for name in names)),
+        help="; ".join(
+            f"{target}: {', '.join(names)} (default: {DEFAULT_PRECISIONS[target]})"
+            for target, names in PRECISIONS.items()
+        ),
+    )
     # where it goes
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     parser.add_argument("--model", default=MODEL_NAME, metavar="NAME", help="of the repository; default: %(default)s")
@@ -46,23 +53,70 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--calibration-data",
         type=Path,
         metavar="SQUAD_JSON",
-        help=f"questions to measure int8 ranges on, other than the gate's; default: {CALIBRATION_FILE} of DIR",
+        help=f"questions to measure int8 and fp8 ranges on, other than the gate's; default: {CALIBRATION_FILE} of DIR",
     )
     parser.add_argument(
         "--max-f1-loss", type=float, default=0.5, help="percentage points below the float32 checkpoint; default: 0.5"
+    )
+    parser.add_argument(
+        "--max-logit-error",
+        type=float,
+        help="distance from the float32 checkpoint's logits, as a share of their standard deviation; default: "
+        + ", ".join(f"{limit} for {name}" for name, limit in MAX_LOGIT_ERRORS.items()),
+    )
+    # TensorRT's builder
+    parser.add_argument(
+        "--max-batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="windows that Triton may put into one call; default: 1, for the least latency",
+    )
+    parser.add_argument(
+        "--optimization-level",
+        type=int,
+        choices=OPTIMIZATION_LEVELS,
+        help="higher builds longer for a faster engine; default: TensorRT's own, 3",
+    )
+    parser.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="read if it is there, and written: makes the next build fast"
+    )
+    parser.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="for later versions of TensorRT too; Triton then needs --backend-config=tensorrt,version-compatible=true",
+    )
+    parser.add_argument(
+        "--hardware-compatible", action="store_true", help="for all GPUs from Ampere on, and slower on each"
     )
     # how it is served
     parser.add_argument("--instances", type=int, help="engines side by side; default: as it was, at first 2")
     parser.add_argument(
         "--threads", type=int, help="cores that each may use, 0 for all; default: as it was, at first 0"
     )
+    parser.add_argument(
+        "--gpus", type=_gpus, metavar="N,N", help="devices with so many engines each; default: as it was, at first all"
+    )
     args = parser.parse_args(argv)
-    for flag, value, least in (("--instances", args.instances, 1), ("--threads", args.threads, 0)):
+    for flag, value, least in (
+        ("--instances", args.instances, 1),
+        ("--threads", args.threads, 0),
+        ("--max-batch-size", args.max_batch_size, 1),
+    ):
         if value is not None and value < least:
             parser.error(f"{flag} must be at least {least}, not {value}")
+    if args.max_batch_size > MAX_BATCH_SIZE:
+        parser.error(f"--max-batch-size must be at most {MAX_BATCH_SIZE}, not {args.max_batch_size}")
     if args.version is not None and args.version < 1:
         parser.error(f"--version must be at least 1, not {args.version}")
     return args
+
+
+def _gpus(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) != len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of different numbers like 0,1")
+    return tuple(map(int, numbers))
 
 
 def main(args: argparse.Namespace) -> None:

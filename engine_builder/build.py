@@ -3,21 +3,19 @@
 python -m engine_builder --checkpoint checkpoints/minilm-l6-squad --target cpu
 """
 
-import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
-from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import cast
 
 import onnx
 from tqdm import tqdm
 
-from bertqa.hardware import cpu_features
 from bertqa.manifest import (
     MODEL_NAME,
     QUESTIONS_FILE,
@@ -29,10 +27,9 @@ from bertqa.manifest import (
     Target,
     sha256_of,
 )
-from bertqa.spans import Logits
-from bertqa.squad import Example, Predict, read_squad
+from bertqa.squad import Example, read_squad
 from bertqa.windows import BUCKETS, Window, WindowMaker
-from engine_builder import openvino_model
+from engine_builder import openvino_build, tensorrt_build
 from engine_builder.bert_onnx import build_graph
 from engine_builder.checkpoint import (
     CALIBRATION_FILE,
@@ -43,14 +40,8 @@ from engine_builder.checkpoint import (
     find_checkpoint,
     read_weights,
 )
-from engine_builder.gate import Measured, check_f1, check_tokenizer, load_onnx, measure
-from engine_builder.openvino_build import (
-    CALIBRATION_WINDOWS,
-    DEFAULT_PRECISION,
-    Precision,
-    build_engine,
-    supported_precision,
-)
+from engine_builder.engine import Engine, Source, full_windows
+from engine_builder.gate import Measured, check_f1, check_logits, check_tokenizer, load_onnx, measure
 from engine_builder.publish import (
     BuildRefused,
     Publication,
@@ -59,8 +50,18 @@ from engine_builder.publish import (
     publish,
     write_questions,
 )
+from engine_builder.tensorrt_build import TensorRTOptions
 
-ENGINE_FILE = "engine.xml"
+PRECISIONS: dict[Target, tuple[str, ...]] = {"cpu": openvino_build.PRECISIONS, "tensorrt": tensorrt_build.PRECISIONS}
+DEFAULT_PRECISIONS: dict[Target, str] = {
+    "cpu": openvino_build.DEFAULT_PRECISION,
+    "tensorrt": tensorrt_build.DEFAULT_PRECISION,
+}
+MAX_LOGIT_ERRORS = {"fp32": 0.001, "fp16": 0.01, "bf16": 0.1, "int8": 0.25, "fp8": 0.25}
+"""Of an engine that computes the right thing, as a share of the logits' standard deviation; a few times what was
+measured (docs/benchmarks.md)."""
+CALIBRATION_WINDOWS = 64
+"""Windows that int8 and fp8 ranges are measured on; more take longer and move F1 by less than its noise."""
 MIN_TRITON = "2.49.0"
 """The first whose poll mode leaves the versions alone that did not change."""
 
@@ -71,7 +72,7 @@ class BuildOptions:
 
     checkpoint: str  # directory or hub id
     target: Target
-    precision: Precision = DEFAULT_PRECISION
+    precision: str | None = None  # the target's default
     repository: Path = Path("model_repository")
     model: str = MODEL_NAME
     version: int | None = None  # one above the latest
@@ -79,13 +80,25 @@ class BuildOptions:
     gate_data: Path | None = None  # gate.json of the checkpoint
     calibration_data: Path | None = None  # calibration.json of the checkpoint
     max_f1_loss: float = 0.5  # percentage points below the float32 checkpoint
+    max_logit_error: float | None = None  # of `MAX_LOGIT_ERRORS`
     instances: int | None = None  # None: as the model has it, or the defaults of `Serving`
     threads: int | None = None  # of each instance; 0 is all cores
+    gpus: tuple[int, ...] | None = None
+    max_batch_size: int = 1  # this and the rest: for TensorRT alone
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
     @property
     def publication(self) -> Publication:
         """Those of the flags that say where it goes and how it is served."""
         return Publication(**{each.name: getattr(self, each.name) for each in fields(Publication)})
+
+    @property
+    def tensorrt(self) -> TensorRTOptions:
+        """Those that only TensorRT's builder knows."""
+        return TensorRTOptions(**{each.name: getattr(self, each.name) for each in fields(TensorRTOptions)})
 
 
 def build(options: BuildOptions) -> Manifest:
@@ -94,9 +107,8 @@ def build(options: BuildOptions) -> Manifest:
     Raises:
         BuildRefused, InvalidCheckpoint, BundleMismatch, MalformedSquad, GateFailed: nothing was published.
     """
-    if options.target == "tensorrt":
-        raise BuildRefused("--target tensorrt: this release has no TensorRT builder yet; --target cpu works")
     started = time.monotonic()
+    precision = _precision(options)
     options.publication.next_version()
     checkpoint = find_checkpoint(options.checkpoint)
     settings = Settings.of_checkpoint(checkpoint)
@@ -106,47 +118,48 @@ def build(options: BuildOptions) -> Manifest:
     maker = window_maker(checkpoint, settings, config)
     gate_file = _data_file(options.gate_data, checkpoint / GATE_FILE, "--gate-data")
     gate = read_squad(gate_file)
-    if not gate:
-        raise BuildRefused(f"--gate-data: {gate_file} holds no question")
+    if not any(example.context.strip() for example in gate):
+        raise BuildRefused(f"--gate-data: {gate_file} holds no question over a text")
     check_tokenizer(maker, gate)
-    precision = supported_precision(options.precision)
-    if precision != options.precision:
-        _say(f"this CPU has no {options.precision}; building {precision} instead (--precision int8 is faster)")
     calibration: list[Window] = []
-    if precision == "int8":
+    if precision in tensorrt_build.CALIBRATED:
         file = _data_file(options.calibration_data, checkpoint / CALIBRATION_FILE, "--calibration-data")
         calibration = calibration_windows(read_squad(file), maker)
         if not calibration:
             raise BuildRefused(f"--calibration-data: {file} holds no question over a text")
 
-    with building() as directory:
-        onnx_file = directory / "model.onnx"
-        with tqdm(total=3, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]") as steps:
+    with building() as directory, ExitStack() as stack:
+        reference = directory.parent / "float32.onnx"
+        with tqdm(total=2, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]") as steps:
             steps.set_description("exporting the graph")
-            onnx.save(build_graph(config, read_weights(checkpoint, config)), onnx_file)
+            weights = read_weights(checkpoint, config)
+            onnx.save(build_graph(config, weights), reference)
             steps.update()
             steps.set_description(f"building the {precision} engine")
-            build_engine(onnx_file, directory / ENGINE_FILE, precision, calibration)
+            source = Source(
+                config=config, weights=weights, reference=reference, buckets=maker.buckets, calibration=calibration
+            )
+            engine = _build_engine(source, directory, precision, options, stack)
             steps.update()
-            steps.set_description("compiling it")
-            engine = load_engine(directory / ENGINE_FILE, precision, maker.buckets, options.threads or 0)
-            steps.update()
-        measured = measure(gate, maker, engine, load_onnx(onnx_file, threads=options.threads or 0))
+        measured = measure(gate, maker, engine.predict, load_onnx(reference, threads=options.threads or 0))
         check_f1(measured, options.max_f1_loss)
-        write_questions(directory / QUESTIONS_FILE, gate[:64], maker, engine)
-        onnx_sha256 = sha256_of(onnx_file)
-        onnx_file.unlink()
+        limit = options.max_logit_error
+        check_logits(measured, MAX_LOGIT_ERRORS[precision] if limit is None else limit)
+        write_questions(directory / QUESTIONS_FILE, gate[:64], maker, engine.predict)
+        latency_ms = {
+            str(length): engine.latency(full_windows(gate, maker, length))
+            for length in tqdm(maker.buckets, "latency", unit=" lengths")
+        }
         shutil.copy(checkpoint / TOKENIZER_FILE, directory)
-        shutil.copy(openvino_model.__file__, directory / "model.py")
         manifest = Manifest(
             name=settings.name,
-            target="cpu",
+            target=options.target,
             precision=precision,
-            engine_file=ENGINE_FILE,
-            engine_sha256=openvino_model.engine_sha256(directory / ENGINE_FILE),
+            engine_file=engine.file,
+            engine_sha256=engine.sha256,
             tokenizer_sha256=sha256_of(directory / TOKENIZER_FILE),
             checkpoint_sha256=sha256_of(checkpoint / WEIGHTS_FILE),
-            onnx_sha256=onnx_sha256,
+            onnx_sha256=engine.onnx_sha256,
             vocabulary_size=config.vocab_size,
             max_seq_len=settings.max_seq_len,
             overlap=settings.overlap,
@@ -157,12 +170,13 @@ def build(options: BuildOptions) -> Manifest:
             reference_f1=round(measured.reference.f1, 3),
             gate_questions=len(gate),
             gate_data=f"{gate_file.name} {sha256_of(gate_file)}",
-            runtime={"python": platform.python_version()}
-            | {name: version_of(name) for name in ("openvino", "onnxruntime", "onnx", "nncf")},
+            runtime=engine.runtime,
             built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             triton=(MIN_TRITON, ""),
-            cpu_features=cpu_features(),
+            latency_ms=latency_ms,
+            cpu_features=engine.cpu_features,
             buckets=maker.buckets,
+            max_batch_size=engine.max_batch_size,
         )
         published = publish(directory, manifest, options.publication)
     _summary(published, options.publication, measured, time.monotonic() - started)
@@ -209,17 +223,39 @@ def calibration_windows(examples: Sequence[Example], maker: WindowMaker) -> list
     return windows[:CALIBRATION_WINDOWS]
 
 
-def load_engine(path: Path, precision: Precision, buckets: Sequence[int], threads: int) -> Predict:
-    """The engine as Triton will run it."""
-    engine = openvino_model.Engine(
-        path, precision=precision, buckets=buckets, threads=threads or len(os.sched_getaffinity(0))
-    )
+def _precision(options: BuildOptions) -> str:
+    """The precision to build at, once it is clear that this machine can.
 
-    def predict(window: Window) -> Logits:
-        start, end = engine.infer(window.tensors())
-        return start, end
+    Raises:
+        BuildRefused: a flag does not go with the target, or the machine lacks what the target needs.
+    """
+    target, precision = options.target, options.precision or DEFAULT_PRECISIONS[options.target]
+    if precision not in PRECISIONS[target]:
+        raise BuildRefused(f"--precision {precision}: --target {target} has {', '.join(PRECISIONS[target])}")
+    if target == "tensorrt":
+        cache = options.timing_cache
+        if cache and not cache.absolute().parent.is_dir():
+            raise BuildRefused(f"--timing-cache {cache}: there is no such directory to write it in")
+        tensorrt_build.check_machine(cast(tensorrt_build.Precision, precision))
+        return precision
+    unused = ["gpus"] if options.gpus is not None else []
+    unused += [each.name for each in fields(TensorRTOptions) if getattr(options, each.name) != each.default]
+    if unused:
+        raise BuildRefused(f"--{unused[0].replace('_', '-')}: only for --target tensorrt")
+    supported = openvino_build.supported_precision(cast(openvino_build.Precision, precision))
+    if supported != precision:
+        faster = " (--precision int8 is faster)" if openvino_build.adds_int8_fast() else ""
+        _say(f"this CPU has no {precision}; building {supported} instead{faster}")
+    elif precision == "int8" and not openvino_build.adds_int8_fast():
+        _say("this CPU has no int8 instructions; --precision fp32 is faster")
+    return supported
 
-    return predict
+
+def _build_engine(source: Source, directory: Path, precision: str, options: BuildOptions, stack: ExitStack) -> Engine:
+    if options.target == "tensorrt":
+        kind = cast(tensorrt_build.Precision, precision)
+        return tensorrt_build.build(source, directory, kind, options.tensorrt, stack)
+    return openvino_build.build(source, directory, cast(openvino_build.Precision, precision), options.threads or 0)
 
 
 def _data_file(given: Path | None, default: Path, flag: str) -> Path:
@@ -240,11 +276,14 @@ def _summary(published: Published, where: Publication, measured: Measured, secon
             f"\n  not active yet: bertqa models load {where.model} {published.directory.name}, then check, then switch"
         )
     )
+    latencies = ", ".join(f"{length}: {each['p50']:.2f}" for length, each in manifest.latency_ms.items())
     _say(
         f"{published.directory}: {manifest.identity}\n"
         f"  F1 {manifest.f1:.2f} (float32 {manifest.reference_f1:.2f}), EM {manifest.exact_match:.2f}, "
         f"on {manifest.gate_questions} questions\n"
-        f"  same span as float32 for {measured.same_spans:.1%}, largest logit error {measured.max_logit_error:.3f}\n"
+        f"  same span as float32 for {measured.same_spans:.1%}, logits off by {measured.logit_error:.2%} "
+        f"(at most {measured.max_logit_error:.3f})\n"
+        f"  ms for one window of so many tokens, median: {latencies}\n"
         f"  {sum(file.stat().st_size for file in published.directory.iterdir()) / 1e6:.0f} MB, built in {seconds:.0f} s"
         + next_step
     )

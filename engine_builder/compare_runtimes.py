@@ -23,7 +23,7 @@ from bertqa.manifest import BundleMismatch, Settings
 from bertqa.squad import Example, MalformedSquad, Predict, answer_all, read_squad, score
 from bertqa.windows import Window, WindowMaker
 from engine_builder.bert_onnx import build_graph
-from engine_builder.build import calibration_windows, load_engine, window_maker
+from engine_builder.build import calibration_windows, window_maker
 from engine_builder.checkpoint import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -33,7 +33,7 @@ from engine_builder.checkpoint import (
     read_weights,
 )
 from engine_builder.gate import load_onnx
-from engine_builder.openvino_build import PRECISIONS, Precision, build_engine
+from engine_builder.openvino_build import PRECISIONS, Precision, convert, load
 
 BASELINE = "ONNX Runtime fp32"
 WINDOWS_PER_LENGTH = 8
@@ -96,8 +96,8 @@ def _variants(
     def openvino(precision: Precision) -> Callable[[], Predict]:
         def build() -> Predict:
             path = plain.with_name(f"{precision}.xml")
-            build_engine(plain, path, precision, calibration)
-            return load_engine(path, precision, maker.buckets, threads)
+            convert(plain, path, precision, calibration)
+            return load(path, precision, maker.buckets, threads)
 
         return build
 

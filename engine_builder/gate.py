@@ -30,6 +30,7 @@ class Measured:
     reference: Score
     same_spans: float  # share of questions with the very same best span, in [0, 1]
     max_logit_error: float  # over all tokens of all windows; padding not counted
+    logit_error: float  # root of the mean square over the same, as a share of the reference's standard deviation
 
 
 def load_onnx(path: Path, *, threads: int = 0, spinning: bool = False) -> Predict:
@@ -79,14 +80,17 @@ def measure(examples: Sequence[Example], maker: WindowMaker, engine: Predict, re
     expected = _answers(examples, maker, _recording(reference, expected_logits), "float32 reference")
     found_logits: list[Logits] = []
     found = _answers(examples, maker, _recording(engine, found_logits), "engine")
+    reference_logits, engine_logits = (
+        np.concatenate([np.concatenate(pair, axis=1)[0] for pair in each] or [np.zeros(1, np.float32)])
+        for each in (expected_logits, found_logits)
+    )
+    error = np.abs(engine_logits - reference_logits)
     return Measured(
         engine=score(examples, {name: answer.text for name, answer in found.items()}),
         reference=score(examples, {name: answer.text for name, answer in expected.items()}),
         same_spans=sum(expected.get(example.id) == found.get(example.id) for example in examples) / len(examples),
-        max_logit_error=max(
-            (float(np.abs(np.subtract(*pair)).max()) for pair in zip(expected_logits, found_logits, strict=True)),
-            default=0.0,
-        ),
+        max_logit_error=float(error.max()),
+        logit_error=float(np.sqrt(np.mean(np.square(error))) / max(float(reference_logits.std()), 1e-6)),
     )
 
 
@@ -118,6 +122,23 @@ def _recording(predict: Predict, record: list[Logits]) -> Predict:
         return start, end
 
     return recorded
+
+
+def check_logits(measured: Measured, max_logit_error: float) -> None:
+    """Refuse an engine that computes something else, even if F1 on the gate's questions did not notice.
+
+    Args:
+        measured: by `measure`.
+        max_logit_error: as a share of the standard deviation of the reference's logits.
+
+    Raises:
+        GateFailed: the error is larger.
+    """
+    if measured.logit_error > max_logit_error:
+        raise GateFailed(
+            f"logits of the engine differ from those of the float32 checkpoint by {measured.logit_error:.1%} of their "
+            f"standard deviation; at most {max_logit_error:.1%} is allowed (--max-logit-error)"
+        )
 
 
 def check_f1(measured: Measured, max_f1_loss: float) -> None:

@@ -5,13 +5,22 @@ import io
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Literal, get_args
 
 import openvino as ov
 
+from bertqa.hardware import INT8, cpu_features
+from bertqa.manifest import sha256_of
+from bertqa.spans import Logits
+from bertqa.squad import Predict
 from bertqa.windows import INPUT_NAMES, Window
+from engine_builder import openvino_model
+from engine_builder.engine import Engine, Source, wall_clock
 
 Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -19,8 +28,45 @@ DEFAULT_PRECISION: Precision = "bf16"
 """On a CPU with bf16 instructions as fast as int8, much closer to float32, and built without calibration;
 docs/benchmarks.md has the comparison."""
 
-CALIBRATION_WINDOWS = 64
-"""Windows that int8 ranges are measured on; more take longer and move F1 by less than its noise."""
+ENGINE_FILE = "engine.xml"
+
+
+def build(source: Source, directory: Path, precision: Precision, threads: int) -> Engine:
+    """Build the engine of a bundle, and load it.
+
+    Args:
+        source: what to build.
+        directory: of the bundle; gets the engine's files and the code that Triton's Python backend runs.
+        precision: one that this CPU supports.
+        threads: cores that the engine may use; 0 is all.
+    """
+    path = directory / ENGINE_FILE
+    convert(source.reference, path, precision, source.calibration)
+    predict = load(path, precision, source.buckets, threads)
+    shutil.copy(openvino_model.__file__, directory / "model.py")
+    return Engine(
+        file=ENGINE_FILE,
+        sha256=openvino_model.engine_sha256(path),
+        onnx_sha256=sha256_of(source.reference),
+        runtime={"python": platform.python_version()}
+        | {name: version_of(name) for name in ("openvino", "onnxruntime", "onnx", "nncf")},
+        predict=predict,
+        latency=partial(wall_clock, predict),
+        cpu_features=cpu_features(),
+    )
+
+
+def load(path: Path, precision: Precision, buckets: Sequence[int], threads: int) -> Predict:
+    """The engine as Triton will run it."""
+    engine = openvino_model.Engine(
+        path, precision=precision, buckets=buckets, threads=threads or len(os.sched_getaffinity(0))
+    )
+
+    def predict(window: Window) -> Logits:
+        start, end = engine.infer(window.tensors())
+        return start, end
+
+    return predict
 
 
 def supported_precision(wanted: Precision) -> Precision:
@@ -30,7 +76,12 @@ def supported_precision(wanted: Precision) -> Precision:
     return wanted
 
 
-def build_engine(onnx_file: Path, destination: Path, precision: Precision, calibration: Sequence[Window]) -> None:
+def adds_int8_fast() -> bool:
+    """Whether this CPU adds int8 products up in 32 bits; older x86 saturates at 16, and is faster with floats."""
+    return any(name in INT8 for name in cpu_features())
+
+
+def convert(onnx_file: Path, destination: Path, precision: Precision, calibration: Sequence[Window]) -> None:
     """Convert a graph and write it as ``destination`` (``.xml``) with its ``.bin``.
 
     Args:
@@ -61,17 +112,7 @@ def _quantize(model: ov.Model, calibration: Sequence[Window]) -> ov.Model:
             # scores and context of attention: in floating point they fuse into one operator, which is as fast
             ignored_scope=nncf.IgnoredScope(patterns=[r".*\.attention\.self\.(products|context)"]),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
-                overflow_fix=nncf.OverflowFix.DISABLE if _has_vnni() else nncf.OverflowFix.ENABLE
+                # weights of 7 bits where products would saturate
+                overflow_fix=nncf.OverflowFix.DISABLE if adds_int8_fast() else nncf.OverflowFix.ENABLE
             ),
         )
-
-
-def _has_vnni() -> bool:
-    """Whether int8 products add up in 32 bits; older x86 saturates at 16, which NNCF avoids with 7-bit weights."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return True
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "amx_int8"))

@@ -35,6 +35,7 @@ class Publication:
     activate: bool = False  # the first version of a model is active in any case
     instances: int | None = None  # this and the rest: as they were, or the defaults of `Serving`
     threads: int | None = None
+    gpus: tuple[int, ...] | None = None
 
     def next_version(self) -> int:
         """The version that would be published now.

@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 import pytest
 from conftest import write_checkpoint
-from google.protobuf import text_format  # type: ignore[import-untyped]
+from google.protobuf import text_format
 from safetensors.numpy import load_file, save_file
 from tritonclient.grpc import model_config_pb2
 
@@ -23,7 +23,7 @@ from engine_builder import checkpoint as checkpoints
 from engine_builder import openvino_build
 from engine_builder.build import BuildOptions, build
 from engine_builder.checkpoint import InvalidCheckpoint
-from engine_builder.gate import GateFailed, Measured, check_f1
+from engine_builder.gate import GateFailed, Measured, check_f1, check_logits
 from engine_builder.openvino_model import Engine, engine_sha256
 from engine_builder.publish import BuildRefused
 
@@ -67,6 +67,9 @@ def test_a_build_is_a_bundle_that_the_service_opens(options: BuildOptions) -> No
     assert manifest.checkpoint_sha256 == sha256_of(Path(options.checkpoint) / "model.safetensors")
     assert manifest.f1 == manifest.reference_f1  # float32 answers like float32
     assert manifest.gate_questions == len(QUESTIONS)
+    assert list(manifest.latency_ms) == ["64", "128"]
+    for times in manifest.latency_ms.values():
+        assert 0 < times["p50"] <= times["p90"] <= times["p99"]
     version = options.repository / "bert_qa" / "1"
     assert files(version) == [
         "__pycache__",
@@ -122,6 +125,27 @@ def test_without_bf16_instructions_fp32_is_built_and_recorded(
     assert Engine(engine, precision="bf16", buckets=[64], threads=1).float_type == "f32"
 
 
+@pytest.mark.parametrize(
+    ("precision", "fast", "slow"), [("int8", "", "fp32 is faster"), ("bf16", "int8 is faster", "")]
+)
+def test_what_is_faster_depends_on_the_int8_instructions(
+    options: BuildOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    precision: openvino_build.Precision,
+    fast: str,
+    slow: str,
+) -> None:
+    monkeypatch.setattr(openvino_build, "supported_precision", {"int8": "int8", "bf16": "fp32"}.get)
+    for features, said in ((("avx2", "avx_vnni"), fast), (("avx2",), slow)):
+        monkeypatch.setattr(openvino_build, "cpu_features", lambda features=features: features)
+        with pytest.raises(BuildRefused, match="--gate-data"):  # comes after what is said
+            build(replace(options, precision=precision, gate_data=Path("nowhere")))
+        told = capsys.readouterr().err
+        assert said in told
+        assert ("faster" in told) == bool(said)
+
+
 def test_versions_count_up_and_the_previous_one_stays(options: BuildOptions) -> None:
     for _ in range(3):
         build(options)
@@ -171,10 +195,15 @@ def test_a_refused_build_leaves_no_trace(options: BuildOptions) -> None:
 
 
 def test_the_gate_names_both_numbers() -> None:
-    measured = Measured(Score(70, 80.25, 500), Score(71, 81.0, 500), same_spans=0.9, max_logit_error=1.0)
+    measured = Measured(
+        Score(70, 80.25, 500), Score(71, 81.0, 500), same_spans=0.9, max_logit_error=1.0, logit_error=0.05
+    )
     check_f1(measured, 0.75)
     with pytest.raises(GateFailed, match=r"F1 80\.25 .* 0\.75 below the 81\.00 .* at most 0\.5"):
         check_f1(measured, 0.5)
+    check_logits(measured, 0.05)
+    with pytest.raises(GateFailed, match=r"differ .* by 5\.0% .* at most 4\.0% .*--max-logit-error"):
+        check_logits(measured, 0.04)
 
 
 def test_logits_that_are_not_finite_are_refused(options: BuildOptions) -> None:
@@ -278,14 +307,11 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_command_line(options: BuildOptions) -> None:
-    arguments = ["--checkpoint", options.checkpoint, "--repository", str(options.repository), "--precision", "fp32"]
-    done = command(*arguments, "--target", "cpu")
+    arguments = ["--checkpoint", options.checkpoint, "--repository", str(options.repository)]
+    done = command(*arguments, "--target", "cpu", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     manifest = Manifest.read(options.repository / "bert_qa" / "1" / "manifest.json")
     assert manifest.identity in done.stderr
-    refused = command(*arguments, "--target", "tensorrt")
-    assert refused.returncode == 1
-    assert "--target cpu works" in refused.stderr
     assert "--instances must be at least 1" in command(*arguments, "--target", "cpu", "--instances", "0").stderr
 
 

@@ -1,0 +1,270 @@
+"""Weights -> TensorRT engine, through Polygraphy: one optimization profile for each length bucket.
+
+For TensorRT 10 and 11. The graph states the type of every tensor (`engine_builder.bert_onnx`) and the network is built
+strongly typed, so no precision flag is set: version 11 has none left, and takes int8 and fp8 from the graph alone.
+Every profile has one length, for which TensorRT chooses its kernels; windows are padded to just these lengths. NVIDIA's
+packages are imported when they are needed, so that a machine without them can build for the CPU.
+"""
+
+import ctypes
+import importlib
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx
+
+from bertqa.manifest import sha256_of
+from bertqa.spans import Logits
+from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
+from engine_builder.bert_onnx import FloatType, build_graph
+from engine_builder.engine import Engine, Source, percentiles
+from engine_builder.publish import BuildRefused
+from engine_builder.quantization import QuantizedType, calibrate
+
+Precision = Literal["fp16", "bf16", "int8", "fp8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DEFAULT_PRECISION: Precision = "fp16"
+CALIBRATED: tuple[QuantizedType, ...] = get_args(QuantizedType)
+
+ENGINE_FILE = "model.plan"  # the name that Triton looks for
+OPTIMIZATION_LEVELS = range(6)
+MAX_BATCH_SIZE = 256
+
+_CAPABILITY: dict[Precision, tuple[int, int]] = {"fp16": (7, 5), "int8": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
+"""Lowest compute capability with tensor cores for a type; TensorRT 10 and 11 need 7.5 in any case."""
+_WARM_UP_CALLS, _CALLS = 100, 500
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
+_NVIDIA = "0x10de"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRTOptions:
+    """What this target alone can be told; the fields are flags of the command line."""
+
+    max_batch_size: int = 1
+    optimization_level: int | None = None  # TensorRT's own default
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+
+
+def check_machine(precision: Precision) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        BuildRefused: TensorRT, the driver or a GPU is missing, or the GPU cannot compute in this precision.
+    """
+    if missing := missing_parts():
+        parts = "".join(f"\n  - {part}" for part in missing)
+        raise BuildRefused(f"--target tensorrt needs what this machine has not:{parts}\n--target cpu works here")
+    from cuda.core import Device  # noqa: PLC0415
+
+    device = Device()
+    found = (device.compute_capability.major, device.compute_capability.minor)
+    if found < (needed := _CAPABILITY[precision]):
+        able = [name for name, least in _CAPABILITY.items() if least <= found]
+        raise BuildRefused(
+            f"--precision {precision}: {device.name} has compute capability {_dotted(found)}, and {_dotted(needed)} is "
+            f"needed; {' and '.join(able) or 'nothing'} would work"
+        )
+
+
+def missing_parts() -> list[str]:
+    """What an engine cannot be built without, each with what mends it; empty where all is there."""
+    missing = []
+    for module, package in (("polygraphy", "polygraphy"), ("cuda.core", "cuda-core")):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(f"the Python package {package}: pip install 'bertqa[tensorrt]'")
+    try:
+        tensorrt = importlib.import_module("tensorrt")
+        if int(tensorrt.__version__.split(".")[0]) < 10:
+            missing.append(f"TensorRT 10 or 11: this is {tensorrt.__version__}")
+    except (ImportError, OSError) as error:
+        missing.append(
+            f"TensorRT, libnvinfer ({error}): build in NVIDIA's container of Triton's release, or pip install tensorrt"
+        )
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        missing.append("the CUDA driver (libcuda.so.1): install NVIDIA's, or start the container with --gpus all")
+        vendors = [path.read_text().strip() for path in _PCI_DEVICES.glob("*/vendor")]
+        if _NVIDIA not in vendors:
+            missing.append("a GPU: no device of NVIDIA's on the PCI bus")
+    else:
+        count = ctypes.c_int(0)
+        status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+        if status or not count.value:
+            reason = f"CUDA error {status}" if status else "it counts 0"
+            missing.append(f"a GPU: the driver shows none ({reason}); see CUDA_VISIBLE_DEVICES")
+    return missing
+
+
+def build(source: Source, directory: Path, precision: Precision, options: TensorRTOptions, stack: ExitStack) -> Engine:
+    """Build the engine of a bundle, and load it.
+
+    Args:
+        source: what to build; int8 and fp8 need its calibration windows.
+        directory: of the bundle; gets the engine's file. The graph is written beside it.
+        precision: one that this GPU has.
+        options: of the builder.
+        stack: ends the engine's use of the GPU.
+
+    Raises:
+        BuildRefused: TensorRT did not build it; the message has its reason.
+    """
+    from polygraphy.backend.trt import EngineBytesFromNetwork, EngineFromBytes, NetworkFromOnnxPath  # noqa: PLC0415
+    from polygraphy.exception import PolygraphyException  # noqa: PLC0415
+    from polygraphy.logger import G_LOGGER  # noqa: PLC0415
+
+    _show_cuda_runtime()
+    G_LOGGER.module_severity = G_LOGGER.WARNING
+    graph = directory.parent / "typed.onnx"
+    onnx.save(typed_graph(source, precision), graph)
+    plan = directory / ENGINE_FILE
+    cache = str(options.timing_cache) if options.timing_cache else None
+    try:
+        engine_bytes = EngineBytesFromNetwork(
+            NetworkFromOnnxPath(str(graph), strongly_typed=True),
+            config=builder_config(source.buckets, options),
+            save_timing_cache=cache,
+        )()
+        plan.write_bytes(engine_bytes)
+        engine = EngineFromBytes(plan.read_bytes())()
+        runners = _runners(engine, source.buckets, stack)
+    except PolygraphyException as error:
+        raise BuildRefused(f"--target tensorrt: TensorRT built no engine: {error}") from error
+    return Engine(
+        file=ENGINE_FILE,
+        sha256=sha256_of(plan),
+        onnx_sha256=sha256_of(graph),
+        runtime=_runtime(options),
+        predict=partial(_predict, runners),
+        latency=partial(_latency, runners),
+        max_batch_size=options.max_batch_size,
+    )
+
+
+def typed_graph(source: Source, precision: Precision) -> onnx.ModelProto:
+    """The graph to build from; what int8 and fp8 leave in floating point is float16."""
+    float_type: FloatType = "bfloat16" if precision == "bf16" else "float16"
+    quantization = None
+    if precision in CALIBRATED:
+        quantization = calibrate(source.reference, source.weights, source.calibration, precision)
+    return build_graph(source.config, source.weights, float_type, quantization)
+
+
+def builder_config(buckets: Sequence[int], options: TensorRTOptions) -> Callable[..., Any]:
+    """Polygraphy's recipe of a builder configuration: profile n is for bucket n."""
+    import tensorrt  # noqa: PLC0415
+    from polygraphy.backend.trt import CreateConfig, Profile  # noqa: PLC0415
+
+    largest = options.max_batch_size
+    profiles = []
+    for length in buckets:
+        profile = Profile()
+        for name in INPUT_NAMES:
+            profile.add(name, min=(1, length), opt=(largest, length), max=(largest, length))
+        profiles.append(profile)
+    cache = options.timing_cache
+    return CreateConfig(  # type: ignore[no-any-return]
+        profiles=profiles,
+        load_timing_cache=str(cache) if cache and cache.exists() else None,
+        builder_optimization_level=options.optimization_level,
+        version_compatible=options.version_compatible,
+        hardware_compatibility_level=(
+            tensorrt.HardwareCompatibilityLevel.AMPERE_PLUS if options.hardware_compatible else None
+        ),
+        profiling_verbosity=tensorrt.ProfilingVerbosity.LAYER_NAMES_ONLY,
+    )
+
+
+def _runners(engine: Any, buckets: Sequence[int], stack: ExitStack) -> dict[int, Any]:
+    """A runner for each bucket, with its profile set."""
+    from polygraphy.backend.trt import TrtRunner  # noqa: PLC0415
+
+    return {length: stack.enter_context(TrtRunner(engine, optimization_profile=n)) for n, length in enumerate(buckets)}
+
+
+def _predict(runners: Mapping[int, Any], window: Window) -> Logits:
+    found = runners[window.length].infer(window.tensors())
+    start, end = (np.array(found[name]) for name in OUTPUT_NAMES)  # copied: the next call writes into the same memory
+    return start, end
+
+
+def _latency(runners: Mapping[int, Any], windows: Sequence[Window]) -> dict[str, float]:
+    """Percentiles of the GPU's time for one window, without copies to and from it; "graph_p50" ... by a CUDA graph."""
+    from cuda.core import Device, EventOptions, Stream  # noqa: PLC0415
+
+    runner = runners[windows[0].length]
+    Device().set_current()
+    stream = Stream.from_handle(runner.stream.ptr)
+    runner.infer(windows[0].tensors())  # the input stays on the GPU
+
+    def execute() -> None:
+        if not runner.context.execute_async_v3(runner.stream.ptr):
+            raise BuildRefused("--target tensorrt: the engine did not run a second time; TensorRT's error is above")
+
+    def milliseconds(call: Callable[[], object]) -> list[float]:
+        for _ in range(_WARM_UP_CALLS):
+            call()
+        times = []
+        for _ in range(_CALLS):
+            started = stream.record(options=EventOptions(timing_enabled=True))
+            call()
+            ended = stream.record(options=EventOptions(timing_enabled=True))
+            ended.sync()
+            times.append(float(ended - started))
+        return times
+
+    plain = percentiles(milliseconds(execute))
+    capture = stream.create_graph_builder().begin_building("thread_local")
+    execute()
+    graph = capture.end_building().complete()
+    return plain | percentiles(milliseconds(lambda: graph.launch(stream)), "graph_")
+
+
+def _runtime(options: TensorRTOptions) -> dict[str, str]:
+    import tensorrt  # noqa: PLC0415
+    from cuda.core import Device, system  # noqa: PLC0415
+
+    device = Device()
+    capability = device.compute_capability
+    facts = {
+        "python": platform.python_version(),
+        "tensorrt": tensorrt.__version__,
+        "cuda": _dotted(system.get_user_mode_driver_version()),
+        "driver": _dotted(system.get_kernel_mode_driver_version()),
+        "gpu": device.name,
+        "compute_capability": _dotted((capability.major, capability.minor)),
+    }
+    facts |= {name: version_of(name) for name in ("polygraphy", "onnxruntime", "onnx")}
+    # Triton loads the first only with --backend-config=tensorrt,version-compatible=true
+    return facts | {name: "true" for name in ("version_compatible", "hardware_compatible") if getattr(options, name)}
+
+
+def _show_cuda_runtime() -> None:
+    """Put the CUDA runtime where Polygraphy looks for it: not in the directory of the pip packages of CUDA 13."""
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib  # noqa: PLC0415
+
+    try:
+        found = load_nvidia_dynamic_lib("cudart").abs_path
+    except DynamicLibNotFoundError:
+        return  # Polygraphy says where it looked
+    if found:
+        os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(
+            [str(Path(found).parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        )
+
+
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(map(str, version))
