@@ -1,18 +1,24 @@
-"""Which CPU runtime serves a checkpoint fastest, and what it costs in F1: prints a Markdown table.
+r"""Which runtime answers fastest with a checkpoint, and what it costs in F1: a Markdown table, and a bar chart.
 
-    python -m engine_builder.compare_runtimes --checkpoint checkpoints/minilm-l6-squad --data dev-v1.1.json
+    python -m engine_builder.compare_runtimes --checkpoint checkpoints/minilm-l6-squad --data dev-v1.1.json \
+        --lengths 128 384 --chart chart.png
 
-All runtimes see the same real windows, one at a time, in turns within one run, so that a busy minute slows all alike.
+The framework that trained the checkpoint and every engine that runs on this machine see the same real windows, one at
+a time, in turns within one run, so that a busy minute slows all alike. A call is timed from array to array; TensorRT's
+alone is the GPU's own time for a CUDA graph, which is how Triton runs it. What is missing here has its line too.
 """
 
 import argparse
 import logging
+import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,8 +26,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bertqa.manifest import BundleMismatch, Settings
+from bertqa.spans import Logits
 from bertqa.squad import Example, MalformedSquad, Predict, answer_all, read_squad, score
-from bertqa.windows import Window, WindowMaker
+from bertqa.windows import OUTPUT_NAMES, Window, WindowMaker
+from engine_builder import openvino_build, tensorrt_build
 from engine_builder.bert_onnx import build_graph
 from engine_builder.build import calibration_windows, window_maker
 from engine_builder.checkpoint import (
@@ -32,18 +40,45 @@ from engine_builder.checkpoint import (
     find_checkpoint,
     read_weights,
 )
+from engine_builder.engine import Source, full_windows
 from engine_builder.gate import load_onnx
-from engine_builder.openvino_build import PRECISIONS, Precision, convert, load
+from engine_builder.publish import BuildRefused
+from engine_builder.tensorrt_build import TensorRTOptions
 
 BASELINE = "ONNX Runtime fp32"
-WINDOWS_PER_LENGTH = 8
 CALLS = 5  # measured calls in a row, after one that is not
 PAUSE_S = 0.02  # until the idle threads of the runtime before have stopped spinning
+_FRAMEWORK_ON_GPU = "PyTorch fp16, GPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    milliseconds: Mapping[int, float]  # median of a call, by length; empty if it was not measured
+    f1: float  # NaN if it was not measured
+    missing: str = ""  # why it was not
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """A variant that can be asked."""
+
+    predict: Predict
+    latency: Callable[[Sequence[Window]], Mapping[str, float]] | None = None  # its own measure, where it has one
+
+
+class Unavailable(Exception):
+    """A runtime cannot be had on this machine; the message says what is missing."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m engine_builder.compare_runtimes", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m engine_builder.compare_runtimes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="BERT for question answering")
     parser.add_argument("--data", required=True, type=Path, metavar="SQUAD_JSON", help="windows and questions")
     parser.add_argument(
@@ -52,7 +87,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=500, help="how many to measure F1 on; 0: none; default: 500")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each runtime at each length; default: 10")
     parser.add_argument("--threads", type=int, default=0, help="cores for each runtime; default: all")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", metavar="N", help="buckets to time, in tokens; default: all of the model's"
+    )
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the times as bars too")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {args.rounds}")
+    if args.chart and not args.chart.absolute().parent.is_dir():
+        parser.error(f"--chart {args.chart}: there is no such directory to write it in")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -60,54 +104,114 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args.checkpoint)
     config = BertConfig.read(checkpoint / CONFIG_FILE)
     maker = window_maker(checkpoint, Settings.of_checkpoint(checkpoint), config)
+    lengths = args.lengths or list(maker.buckets)
+    if unknown := [length for length in lengths if length not in maker.buckets]:
+        raise InvalidCheckpoint(f"--lengths {unknown[0]}: the model's buckets are {', '.join(map(str, maker.buckets))}")
     examples = read_squad(args.data)
     calibration = calibration_windows(read_squad(args.calibration_data or checkpoint / CALIBRATION_FILE), maker)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         plain = Path(directory) / "plain.onnx"
-        onnx.save(build_graph(config, read_weights(checkpoint, config)), plain)
-        runtimes: dict[str, Predict] = {}
-        for name, build in tqdm(_variants(plain, config, maker, calibration, args.threads).items(), "building"):
-            runtimes[name] = build()
-        windows = {length: _windows(examples, maker, length) for length in maker.buckets}
+        weights = read_weights(checkpoint, config)
+        onnx.save(build_graph(config, weights), plain)
+        source = Source(config=config, weights=weights, reference=plain, buckets=maker.buckets, calibration=calibration)
+        rows: dict[str, Row] = {}
+        runtimes: dict[str, Runtime] = {}
+        for name, build in tqdm(_variants(source, checkpoint, args.threads, stack).items(), "building"):
+            rows[name] = Row({}, float("nan"))  # in the table's order
+            try:
+                runtimes[name] = build()
+            except (Unavailable, BuildRefused) as error:
+                rows[name] = Row({}, float("nan"), str(error).splitlines()[0])
+        windows = {length: full_windows(examples, maker, length) for length in lengths}
         medians = _time(runtimes, windows, args.rounds)
-        scores = {name: _f1(examples, args.questions, maker, predict, name) for name, predict in runtimes.items()}
-    _print_table(medians, scores)
+        for name, runtime in runtimes.items():
+            rows[name] = Row(medians[name], _f1(examples, args.questions, maker, runtime.predict, name))
+    _print_table(rows, lengths)
+    if args.chart:
+        draw(rows, args.chart, f"{Settings.of_checkpoint(checkpoint).name}, one window at a time")
 
 
-def _variants(
-    plain: Path, config: BertConfig, maker: WindowMaker, calibration: Sequence[Window], threads: int
-) -> Mapping[str, Callable[[], Predict]]:
+def _variants(source: Source, checkpoint: Path, threads: int, stack: ExitStack) -> Mapping[str, Callable[[], Runtime]]:
+    plain = source.reference
     fused = plain.with_name("fused.onnx")
     dynamic = plain.with_name("dynamic.onnx")
     static = plain.with_name("static.onnx")
 
-    def build_fused() -> Predict:
-        _fuse(plain, fused, config)
-        return load_onnx(fused, threads=threads, spinning=True)
+    def build_fused() -> Runtime:
+        _fuse(plain, fused, source.config)
+        return Runtime(load_onnx(fused, threads=threads, spinning=True))
 
-    def build_dynamic() -> Predict:
+    def build_dynamic() -> Runtime:
         _quantize_dynamic(fused, dynamic)
-        return load_onnx(dynamic, threads=threads, spinning=True)
+        return Runtime(load_onnx(dynamic, threads=threads, spinning=True))
 
-    def build_static() -> Predict:
-        _quantize_static(plain, static, calibration)
-        return load_onnx(static, threads=threads, spinning=True)
+    def build_static() -> Runtime:
+        _quantize_static(plain, static, source.calibration)
+        return Runtime(load_onnx(static, threads=threads, spinning=True))
 
-    def openvino(precision: Precision) -> Callable[[], Predict]:
-        def build() -> Predict:
+    def openvino(precision: openvino_build.Precision) -> Callable[[], Runtime]:
+        def build() -> Runtime:
+            if (found := openvino_build.supported_precision(precision)) != precision:
+                raise Unavailable(f"this CPU has no {precision}, and would compute in {found}")
             path = plain.with_name(f"{precision}.xml")
-            convert(plain, path, precision, calibration)
-            return load(path, precision, maker.buckets, threads)
+            openvino_build.convert(plain, path, precision, source.calibration)
+            return Runtime(openvino_build.load(path, precision, source.buckets, threads))
 
         return build
 
+    def tensorrt(precision: tensorrt_build.Precision) -> Callable[[], Runtime]:
+        def build() -> Runtime:
+            tensorrt_build.check_machine(precision)
+            directory = plain.parent / f"tensorrt-{precision}"
+            directory.mkdir()
+            engine = tensorrt_build.build(source, directory, precision, TensorRTOptions(), stack)
+            return Runtime(engine.predict, engine.latency)
+
+        return build
+
+    def no_tensorrt() -> Runtime:
+        raise Unavailable(f"needs {', '.join(missing)}")
+
+    missing = tensorrt_build.missing_parts()
     return {
-        BASELINE: lambda: load_onnx(plain, threads=threads, spinning=True),
+        "PyTorch fp32, CPU": lambda: _load_torch(checkpoint, "cpu", threads),
+        _FRAMEWORK_ON_GPU: lambda: _load_torch(checkpoint, "cuda", threads),
+        BASELINE: lambda: Runtime(load_onnx(plain, threads=threads, spinning=True)),
         "ONNX Runtime fp32, fused": build_fused,
         "ONNX Runtime int8, fused, dynamic": build_dynamic,
         "ONNX Runtime int8, static": build_static,
-        **{f"OpenVINO {precision}": openvino(precision) for precision in PRECISIONS},
+        **{f"OpenVINO {precision}": openvino(precision) for precision in openvino_build.PRECISIONS},
+        **(
+            {"TensorRT": no_tensorrt}
+            if missing
+            else {f"TensorRT {precision}": tensorrt(precision) for precision in tensorrt_build.PRECISIONS}
+        ),
     }
+
+
+def _load_torch(checkpoint: Path, device: str, threads: int) -> Runtime:
+    """The checkpoint in the framework that trained it; in float16 on a GPU."""
+    try:
+        import torch  # noqa: PLC0415  not among the builder's packages
+        from transformers import BertForQuestionAnswering  # noqa: PLC0415
+    except ImportError as error:
+        raise Unavailable(f"{error.name} is not installed") from error
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Unavailable("torch sees no GPU")
+    if threads:
+        torch.set_num_threads(threads)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    model: Any = BertForQuestionAnswering.from_pretrained(checkpoint, dtype=dtype)
+    model.to(device).train(mode=False)
+
+    def predict(window: Window) -> Logits:
+        with torch.inference_mode():
+            inputs = {name: torch.from_numpy(array).to(device).long() for name, array in window.tensors().items()}
+            outputs = model(**inputs)
+            start, end = (getattr(outputs, name).float().cpu().numpy() for name in OUTPUT_NAMES)
+        return start, end
+
+    return Runtime(predict)
 
 
 def _fuse(source: Path, destination: Path, config: BertConfig) -> None:
@@ -159,41 +263,31 @@ def _quantize_static(source: Path, destination: Path, calibration: Sequence[Wind
     )
 
 
-def _windows(examples: Sequence[Example], maker: WindowMaker, length: int) -> list[Window]:
-    """Full windows of a length, spread over the data; contexts are joined where one alone is too short."""
-    step = max(1, len(examples) // WINDOWS_PER_LENGTH)
-    windows = []
-    for first in range(0, len(examples), step):
-        contexts = dict.fromkeys(example.context for example in islice(examples, first, first + 64))
-        made = maker(
-            examples[first].question,
-            "\n".join(contexts),
-            max_seq_len=length,
-            max_question_tokens=min(maker.max_question_tokens, length // 2),
-            overlap=0,
-        ).windows
-        windows += [window for window in made[:1] if window.length == length]
-    return windows[:WINDOWS_PER_LENGTH]
-
-
 def _time(
-    runtimes: Mapping[str, Predict], windows: Mapping[int, Sequence[Window]], rounds: int
+    runtimes: Mapping[str, Runtime], windows: Mapping[int, Sequence[Window]], rounds: int
 ) -> dict[str, dict[int, float]]:
     """Median milliseconds of every runtime at every length."""
-    seconds: dict[str, dict[int, list[float]]] = {name: {length: [] for length in windows} for name in runtimes}
+    medians: dict[str, dict[int, float]] = {}
+    clocked: dict[str, dict[int, list[float]]] = {}
+    for name, runtime in runtimes.items():
+        if runtime.latency:
+            medians[name] = {length: runtime.latency(batch)["graph_p50"] for length, batch in windows.items()}
+        else:
+            clocked[name] = {length: [] for length in windows}
     for turn in tqdm(range(rounds), "timing"):
         for length, batch in windows.items():
             window = batch[turn % len(batch)]
-            for name, predict in runtimes.items():
+            for name, by_length in clocked.items():
+                predict = runtimes[name].predict
                 time.sleep(PAUSE_S)
                 predict(window)
                 for _ in range(CALLS):
                     started = time.perf_counter()
                     predict(window)
-                    seconds[name][length].append(time.perf_counter() - started)
-    return {
+                    by_length[length].append(time.perf_counter() - started)
+    return medians | {
         name: {length: 1e3 * float(np.median(values)) for length, values in by_length.items()}
-        for name, by_length in seconds.items()
+        for name, by_length in clocked.items()
     }
 
 
@@ -205,15 +299,58 @@ def _f1(examples: Sequence[Example], count: int, maker: WindowMaker, predict: Pr
     return score(chosen, {example.id: decoded.best.text for example, decoded in answered if decoded.best}).f1
 
 
-def _print_table(medians: Mapping[str, Mapping[int, float]], scores: Mapping[str, float]) -> None:
-    lengths = list(medians[BASELINE])
+def _print_table(rows: Mapping[str, Row], lengths: Sequence[int]) -> None:
+    baseline = rows[BASELINE].milliseconds
+    print(f"{platform.machine()}, {_processor()}\n")
     print(f"| runtime | {' | '.join(f'{length} tokens' for length in lengths)} | F1 |")
     print("|---|" + "---:|" * (len(lengths) + 1))
-    for name, by_length in medians.items():
-        cells = [
-            f"{by_length[length]:.2f} ms ({medians[BASELINE][length] / by_length[length]:.1f}×)" for length in lengths
-        ]
-        print(f"| {name} | {' | '.join(cells)} | {scores[name]:.2f} |")
+    for name, row in rows.items():
+        cells = [f"{time:.2f} ms ({baseline[length] / time:.1f}×)" for length, time in row.milliseconds.items()]
+        cells += [f"{row.f1:.2f}"] if np.isfinite(row.f1) else [""]
+        if row.missing:
+            cells = [f"not measured: {row.missing}", *[""] * len(lengths)]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def draw(rows: Mapping[str, Row], path: Path, title: str) -> None:
+    """Draw a bar for each runtime and length, the shorter the better; what was not measured says so at its place.
+
+    Args:
+        rows: by runtime.
+        path: of the PNG file.
+        title: of the chart.
+    """
+    import matplotlib as mpl  # noqa: PLC0415  slow to import, and needed for the chart only
+    from matplotlib.figure import Figure  # noqa: PLC0415  without pyplot there is no window to open
+
+    lengths = list(next(row.milliseconds for row in rows.values() if row.milliseconds))
+    names = list(rows)
+    figure = Figure(figsize=(9, 1.4 + 0.45 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(lengths)
+    for n, length in enumerate(lengths):
+        places = np.arange(len(names)) + (n - (len(lengths) - 1) / 2) * height
+        times = [rows[name].milliseconds.get(length, 0.0) for name in names]
+        bars = axes.barh(places, times, height, label=f"{length} tokens", color=mpl.colormaps["viridis"]((n + 0.5) / 5))
+        axes.bar_label(bars, [f"{time:.2f}" if time else "" for time in times], padding=3, fontsize=8)
+    for place, name in enumerate(names):
+        if rows[name].missing:
+            axes.text(0, place, f"  not measured: {rows[name].missing}", va="center", fontsize=8, color="gray")
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds, median")
+    axes.set_title(title)
+    axes.legend()
+    axes.margins(x=0.1)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def check_machine(precision: Precision) -> None:
         BuildRefused: TensorRT, the driver or a GPU is missing, or the GPU cannot compute in this precision.
     """
     if missing := missing_parts():
-        parts = "".join(f"\n  - {part}" for part in missing)
+        parts = "".join(f"\n  - {part}: {mend}" for part, mend in missing.items())
         raise BuildRefused(f"--target tensorrt needs what this machine has not:{parts}\n--target cpu works here")
     from cuda.core import Device  # noqa: PLC0415
 
@@ -77,35 +77,34 @@ def check_machine(precision: Precision) -> None:
         )
 
 
-def missing_parts() -> list[str]:
-    """What an engine cannot be built without, each with what mends it; empty where all is there."""
-    missing = []
+def missing_parts() -> dict[str, str]:
+    """What an engine cannot be built without, and what mends it; empty where all is there."""
+    missing = {}
     for module, package in (("polygraphy", "polygraphy"), ("cuda.core", "cuda-core")):
         try:
             importlib.import_module(module)
         except ImportError:
-            missing.append(f"the Python package {package}: pip install 'bertqa[tensorrt]'")
+            missing[f"the Python package {package}"] = "pip install 'bertqa[tensorrt]'"
+    mend = "build in NVIDIA's container of Triton's own release, or pip install tensorrt"
     try:
         tensorrt = importlib.import_module("tensorrt")
         if int(tensorrt.__version__.split(".")[0]) < 10:
-            missing.append(f"TensorRT 10 or 11: this is {tensorrt.__version__}")
+            missing["TensorRT 10 or 11"] = f"this is {tensorrt.__version__}; {mend}"
     except (ImportError, OSError) as error:
-        missing.append(
-            f"TensorRT, libnvinfer ({error}): build in NVIDIA's container of Triton's release, or pip install tensorrt"
-        )
+        missing["TensorRT (libnvinfer)"] = f"{error}; {mend}"
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        missing.append("the CUDA driver (libcuda.so.1): install NVIDIA's, or start the container with --gpus all")
+        missing["the CUDA driver (libcuda)"] = "install NVIDIA's, or start the container with --gpus all"
         vendors = [path.read_text().strip() for path in _PCI_DEVICES.glob("*/vendor")]
         if _NVIDIA not in vendors:
-            missing.append("a GPU: no device of NVIDIA's on the PCI bus")
+            missing["a GPU"] = "there is no device of NVIDIA's on the PCI bus"
     else:
         count = ctypes.c_int(0)
         status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
         if status or not count.value:
             reason = f"CUDA error {status}" if status else "it counts 0"
-            missing.append(f"a GPU: the driver shows none ({reason}); see CUDA_VISIBLE_DEVICES")
+            missing["a GPU"] = f"the driver shows none ({reason}); see CUDA_VISIBLE_DEVICES"
     return missing
 
 
