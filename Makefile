@@ -4,6 +4,7 @@ VENV ?= .venv
 # Where torch comes from, if not from the default index: https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
 TORCH_INDEX ?=
 ARGS ?=
+SOAK_MINUTES ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -27,7 +28,7 @@ endef
 export CHECK_PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench train-env finetune constraints clean
+.PHONY: help serve test chaos lint bench train-env finetune constraints clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,9 @@ serve: $(VENV)/serve.stamp  ## Build the engine if there is none, start Triton a
 
 test: $(VENV)/test.stamp  ## Run all tests: real Triton, two Horovod processes, a real browser (ARGS="-k page")
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/test.stamp  ## Break everything under load and print what became of the requests (SOAK_MINUTES=60)
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests:. $(BIN)/python -m chaos --soak-minutes $(SOAK_MINUTES) $(ARGS)
 
 lint: $(VENV)/test.stamp  ## Check style and types
 	$(BIN)/ruff check

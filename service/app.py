@@ -154,4 +154,5 @@ async def _info(request: Request) -> Info:
 async def _metrics(request: Request) -> Response:
     """Metrics of this process, in Prometheus' text format."""
     metrics: Metrics = request.app.state.metrics
+    metrics.tasks.set(len(asyncio.all_tasks()))
     return Response(await asyncio.to_thread(metrics.text), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -23,6 +23,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.in_flight = Gauge("bertqa_requests_in_flight", "HTTP requests in progress", registry=self.registry)
+        self.tasks = Gauge(
+            "bertqa_asyncio_tasks", "Tasks of the event loop; grows without end where one leaks", registry=self.registry
+        )
         self._requests = Counter(
             "bertqa_requests", "HTTP requests by route and status", ["route", "status"], registry=self.registry
         )

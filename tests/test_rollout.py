@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -18,48 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
-from conftest import write_checkpoint
-from safetensors.numpy import load_file, save_file
+from chaos.bundles import CONTEXT, break_engine, expect_another_answer, flip, publish
 
-from bertqa.manifest import MODEL_NAME, Manifest, sha256_of
+from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from bertqa.squad import Example, Reference, as_squad
-from engine_builder.build import BuildOptions, build
-from engine_builder.openvino_model import engine_sha256
 from service import doctor, rollout
 from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port
 from service.triton import TritonModel
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTEXT = "Ada Lovelace wrote the first program in London."
-QUESTIONS = {"Who wrote it?": "Ada Lovelace", "Where was it written?": "London"}
-
-
-def publish(repository: Repository, directory: Path, seed: int, model: str = MODEL_NAME) -> None:
-    """Build a version from a checkpoint of its own, with random weights."""
-    checkpoint = write_checkpoint(directory / f"tiny{seed}")
-    weights = load_file(checkpoint / "model.safetensors")
-    random = np.random.default_rng(seed)
-    noisy = {name: (value + random.normal(0, 0.3, value.shape)).astype(value.dtype) for name, value in weights.items()}
-    save_file(noisy, checkpoint / "model.safetensors")
-    examples = [
-        Example(question, "t", question, CONTEXT, (Reference(text, CONTEXT.index(text)),))
-        for question, text in QUESTIONS.items()
-    ]
-    (checkpoint / "gate.json").write_text(json.dumps(as_squad(examples)))
-    build(
-        BuildOptions(
-            checkpoint=str(checkpoint),
-            target="cpu",
-            model=model,
-            precision="fp32",
-            repository=repository.root,
-            threads=1,
-            instances=1,
-        )
-    )
 
 
 @dataclass
@@ -242,30 +209,6 @@ def test_a_version_that_is_asked_is_not_unloaded(product: Product, capsys: pytes
         done.set()
         asking.join()
     assert product.models("unload", MODEL_NAME, str(other)) == 0
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def break_engine(directory: Path) -> None:
-    """An engine that the manifest describes as it is, and that no runtime can load."""
-    (directory / "engine.bin").write_bytes(b"")
-    manifest = Manifest.read(directory / "manifest.json")
-    files = {**manifest.files, "engine.bin": sha256_of(directory / "engine.bin")}
-    hashed = engine_sha256(directory / "engine.xml")
-    dataclasses.replace(manifest, files=files, engine_sha256=hashed).write(directory / "manifest.json")
-
-
-def expect_another_answer(directory: Path) -> None:
-    questions = json.loads((directory / "questions.json").read_text())
-    questions[0]["answer"] = "somebody else"
-    (directory / "questions.json").write_text(json.dumps(questions))
-    manifest = Manifest.read(directory / "manifest.json")
-    files = {**manifest.files, "questions.json": sha256_of(directory / "questions.json")}
-    dataclasses.replace(manifest, files=files).write(directory / "manifest.json")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""``python -m chaos``: run every scenario, print one table, and fail if anything was lost or wrong."""
+
+import argparse
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from chaos import faults
+from chaos.faults import Scenario
+from chaos.product import Layout, Product
+from chaos.report import Row, Size, table
+
+SCENARIOS: tuple[tuple[Layout, Scenario], ...] = faults.SCENARIOS
+OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = ()
+"""What needs no product of ours to be there: a function of a module of this package, which gives its rows."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
+    size = Size()
+    parser.add_argument("--requests", type=int, default=size.requests, help="at least, of each fault (%(default)s)")
+    parser.add_argument("--clients", type=int, default=size.clients, help="side by side (%(default)s)")
+    parser.add_argument("--inputs", type=int, default=size.inputs, help="generated, of bad input (%(default)s)")
+    parser.add_argument("--soak-minutes", type=float, default=size.soak_minutes, help="of overload (%(default)s)")
+    parser.add_argument("--only", default="", help="scenarios whose function's name has this in it")
+    return parser.parse_args(argv)
+
+
+def rows(size: Size, only: str) -> Iterator[Row]:
+    """Run the scenarios, those of one layout on one product; one that breaks off is a row too."""
+    chosen = [(layout, scenario) for layout, scenario in SCENARIOS if only in scenario.__name__]
+    for layout in dict.fromkeys(layout for layout, _ in chosen):
+        with (
+            tempfile.TemporaryDirectory(prefix="bertqa-chaos-") as directory,
+            Product(Path(directory), layout).running() as product,
+        ):
+            for scenario in (scenario for needed, scenario in chosen if needed == layout):
+                try:
+                    yield scenario(product, size)
+                except Exception as error:
+                    traceback.print_exc()
+                    yield Row(fault=scenario.__name__, lost=1, problems=[f"broke off: {error!r}"])
+    for other in OTHERS:
+        if only in f"{other.__module__}.{other.__name__}":
+            yield from other(size)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run; the exit code is 1 if any promise was broken."""
+    size = Size(requests=args.requests, clients=args.clients, inputs=args.inputs, soak_minutes=args.soak_minutes)
+    found = []
+    for row in rows(size, args.only):
+        found.append(row)
+        print(f"{row.fault}: {'ok' if row.is_kept else 'BROKEN'}", file=sys.stderr, flush=True)
+        for problem in row.problems:
+            print(f"    {problem}", file=sys.stderr, flush=True)
+    print(table(found))
+    broken = [row.fault for row in found if not row.is_kept]
+    print(
+        f"\n{sum(row.requests for row in found):,} requests, {sum(row.injected for row in found):,} faults; broken: "
+        f"{', '.join(broken) or 'none'}"
+    )
+    return 1 if broken or not found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

@@ -1,0 +1,157 @@
+"""Clients that ask without pause and know every right answer beforehand."""
+
+import contextlib
+import http.client
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chaos.report import GRACE_S, Row, Size
+
+DEADLINE_S = 3.0
+"""BERTQA_DEADLINE_S of every service here."""
+HANG_S = 20.0
+"""After so long a client gives up; that is far too late already."""
+REFUSALS = (429, 503, 504)
+
+Answer = tuple[tuple[str, int, int], ...]
+"""Text, start and end of each answer; none at all is an answer too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question and what every version answers to it, undisturbed."""
+
+    body: bytes
+    truth: Mapping[int, Answer]  # by version
+
+
+def questions() -> list[dict[str, Any]]:
+    """Bodies of questions that the tiny model knows the words of; every eighth text has several windows."""
+    who, where = ("Who wrote it?", "Who wrote the first program?", "Who was Ada?"), ("Where was it written?",)
+    facts = (
+        "Ada Lovelace wrote the first program in London.",
+        "Horovod was made at Uber.",
+        "It was written in London.",
+    )
+    found: list[dict[str, Any]] = []
+    for question, order in itertools.product((*who, *where), itertools.permutations(facts, 2)):
+        context = " ".join((*order, *facts)) if len(found) % 8 else " ".join(order * 8)
+        found.append({"question": question, "context": context})
+    return found
+
+
+def answer_of(reply: Mapping[str, Any]) -> tuple[int, Answer]:
+    """The version that answered, and what."""
+    return reply["version"], tuple((each["text"], each["start"], each["end"]) for each in reply["answers"])
+
+
+class Load:
+    """Clients, each on a thread of its own with a connection of its own, and the row that they fill."""
+
+    def __init__(
+        self, row: Row, asked: Sequence[Asked], addresses: Sequence[tuple[str, int]], size: Size, *, pace_s: float = 0.0
+    ) -> None:
+        """Start asking.
+
+        Args:
+            row: takes what comes back.
+            asked: the questions, gone round by every client from a place of its own.
+            addresses: host and port of each service; clients are spread over them.
+            size: how many clients, and their patience.
+            pace_s: seconds from one request of a client to its next, at least.
+        """
+        self.row = row
+        self._asked = asked
+        self._limit_s = DEADLINE_S + GRACE_S * size.patience
+        self._pace_s = pace_s
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._ask, args=(number, *addresses[number % len(addresses)]), daemon=True)
+            for number in range(size.clients)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Wait for the last answers."""
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+
+    def until(self, *, requests: int = 0, right: int = 0, seconds: float = 300.0) -> None:
+        """Return when there have been so many requests, and so many right answers, in all.
+
+        Raises:
+            TimeoutError: it took too long.
+        """
+        end = time.monotonic() + seconds
+        while self.row.requests < requests or self.row.right < right:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.row.requests} requests, {self.row.right} right after {seconds:.0f} s")
+            time.sleep(0.02)
+
+    def _ask(self, number: int, host: str, port: int) -> None:
+        connection = http.client.HTTPConnection(host, port, timeout=HANG_S)
+        next_at = time.monotonic() + number / len(self._threads) * self._pace_s
+        for asked in itertools.islice(itertools.cycle(self._asked), number * 7 % len(self._asked), None):
+            if self._done.wait(max(next_at - time.monotonic(), 0)):
+                break
+            next_at = max(next_at + self._pace_s, time.monotonic())
+            began = time.monotonic()
+            try:
+                connection.request("POST", "/v1/answer", asked.body, {"content-type": "application/json"})
+                response = connection.getresponse()
+                found = self._judged(asked, response, response.read())
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                found = "lost", repr(error)
+            self._count(found, time.monotonic() - began)
+        connection.close()
+
+    @staticmethod
+    def _judged(asked: Asked, response: http.client.HTTPResponse, body: bytes) -> tuple[str, str]:
+        """What an answer is: right, wrong, refused or lost; and what there is to say of it."""
+        shown = f"{response.status} {body[:300]!r}"
+        try:
+            reply = json.loads(body)
+            if response.status == 200:
+                version, answer = answer_of(reply)
+                return "right" if asked.truth.get(version) == answer else "wrong", shown
+            is_error = response.status in REFUSALS and reply.keys() == {"error", "error_type", "field"}
+            if is_error and int(response.headers["retry-after"]) >= 1:
+                return "refused", f"{response.status} {reply['error_type']}"
+        except (ValueError, KeyError, TypeError):
+            pass
+        return "lost", shown
+
+    def _count(self, found: tuple[str, str], seconds: float) -> None:
+        kind, told = found
+        if seconds > self._limit_s and kind != "lost":
+            kind, told = "lost", f"after {seconds:.1f} s {told}"
+        with self._lock:
+            self.row.requests += 1
+            self.row.slowest_s = max(self.row.slowest_s, seconds)
+            if kind == "refused":
+                self.row.refused[told] += 1
+                return
+            setattr(self.row, kind, getattr(self.row, kind) + 1)
+            if kind != "right" and len(self.row.problems) < 5:
+                self.row.problems.append(f"{kind}: {told}")
+
+
+@contextlib.contextmanager
+def load(
+    row: Row, asked: Sequence[Asked], addresses: Sequence[tuple[str, int]], size: Size, *, pace_s: float = 0.0
+) -> Iterator[Load]:
+    """`Load` for as long as a block lasts."""
+    clients = Load(row, asked, addresses, size, pace_s=pace_s)
+    try:
+        yield clients
+    finally:
+        clients.stop()

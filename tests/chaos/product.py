@@ -1,0 +1,278 @@
+"""The whole product on this machine: Triton, the services by their own launcher, and the load balancer."""
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from http.client import HTTPMessage
+from pathlib import Path
+from typing import Any
+
+from bertqa.manifest import MODEL_NAME
+from bertqa.repository import Repository
+from chaos.bundles import Faults, publish
+from chaos.clients import DEADLINE_S, Answer, Asked, answer_of, questions
+from chaos.report import READY_S, Row, Size
+from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port, living_children
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HOST = "127.0.0.1"
+SETTLE_S = 40.0
+"""Seconds for what is left of a scenario to go away: connections that are kept for a while, replaced ones."""
+
+
+def ask(host: str, port: int, path: str, body: object = None, *, timeout: float = 10) -> tuple[int, HTTPMessage, Any]:
+    """Status, headers and value of one request; status 0 where there is no answer."""
+    connection = http.client.HTTPConnection(host, port, timeout=timeout)
+    try:
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        content = response.read()
+        is_json = response.headers.get_content_type() == "application/json"
+        return response.status, response.headers, json.loads(content) if is_json else content.decode()
+    except (OSError, http.client.HTTPException):
+        return 0, HTTPMessage(), None
+    finally:
+        connection.close()
+
+
+def until(condition: Callable[[], object], why: str, seconds: float = 60.0) -> float:
+    """Wait for a condition, which is looked at every 20 ms; gives the seconds that it took.
+
+    Raises:
+        TimeoutError: it did not come true; says why that is bad.
+    """
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > seconds:
+            raise TimeoutError(f"{why} ({seconds:.0f} s)")
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+class Service:
+    """A replica: `bertqa serve` with the processes under it."""
+
+    def __init__(self, directory: Path, repository: Path, triton_url: str, **settings: object) -> None:
+        self.port = free_port(HOST, 0)
+        self._directory = directory
+        self._command = [sys.executable, "-m", "service", f"--port={self.port}", f"--repository={repository}"]
+        self._command += [f"--triton-url={triton_url}"]
+        settings = {"deadline_s": DEADLINE_S, **settings}
+        self._environment = {
+            name if name.isupper() else f"BERTQA_{name.upper()}": str(value) for name, value in settings.items()
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        return HOST, self.port
+
+    @property
+    def process(self) -> "subprocess.Popen[bytes]":
+        """The launcher's."""
+        assert self._process
+        return self._process
+
+    @property
+    def worker(self) -> int:
+        """Process id of uvicorn."""
+        (found,) = living_children(self.process.pid)
+        return found
+
+    @property
+    def log(self) -> Path:
+        """What the launcher and uvicorn say."""
+        return self._directory / f"service-{self.port}.log"
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=ROOT, env={**os.environ, **self._environment}, stderr=log, stdout=log
+            )
+
+    def is_ready(self) -> bool:
+        """Whether its readiness probe succeeds."""
+        return ask(HOST, self.port, "/health/ready", timeout=2)[0] == 200
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples; NaN without an answer."""
+        text = ask(HOST, self.port, "/metrics")[2]
+        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text or "", re.MULTILINE)
+        return sum(map(float, found)) if found else float("nan")
+
+    def stop(self) -> int:
+        """End it as an operator does, and give its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a service's process holds on to."""
+
+    descriptors: int
+    tasks: int
+
+    @classmethod
+    def by(cls, service: Service) -> "Held":
+        """Count."""
+        descriptors = len(os.listdir(f"/proc/{service.worker}/fd"))
+        return cls(descriptors, int(service.metric("bertqa_asyncio_tasks")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What a scenario needs to be there; those with the same share it."""
+
+    tritons: int = 1
+    balanced: bool = False  # HAProxy before the services, and asked in their place
+    instances: int = 2
+    settings: tuple[tuple[str, object], ...] = ()  # of the services; names in capitals are variables as they are
+
+
+class Product:
+    """A layout that runs."""
+
+    def __init__(self, directory: Path, layout: Layout) -> None:
+        self.directory = directory
+        self.layout = layout
+        self.repository = Repository(directory / "model_repository")
+        self.faults = Faults(directory)
+        self.tritons: list[EmbeddedTriton] = []
+        self.services: list[Service] = []
+        self.asked: list[Asked] = []
+        self.balancer_port = 0
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Whom clients ask."""
+        if self.layout.balanced:
+            return [(HOST, self.balancer_port)]
+        return [service.address for service in self.services]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["Product"]:
+        """Start everything, and end it."""
+        with (self.directory / "build.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+            publish(self.repository, self.directory, 1, instances=self.layout.instances)
+        self.faults.install(self.repository.directory(MODEL_NAME, 1))
+        with contextlib.ExitStack() as stack:
+            for _ in range(self.layout.tritons):
+                self.tritons.append(triton := self.triton())
+                stack.callback(triton.stop)
+                triton.start()
+            urls = ",".join(triton.url for triton in self.tritons)
+            for _ in range(2):
+                service = Service(self.directory, self.repository.root, urls, **dict(self.layout.settings))
+                self.services.append(service)
+                service.start()
+                stack.callback(service.stop)
+            if self.layout.balanced:
+                stack.enter_context(self._balancer())
+            until(self.is_ready, f"not ready; see {self.directory}")
+            self.asked = [Asked(json.dumps(body).encode(), self._truth(body)) for body in questions()]
+            yield self
+
+    def triton(self, ports: TritonPorts | None = None) -> EmbeddedTriton:
+        """A server that is not started yet."""
+        return EmbeddedTriton(
+            self.repository.root, ports=ports or TritonPorts(0, 0, 0), log_dir=self.directory, report=self._say
+        )
+
+    def _say(self, line: str) -> None:
+        with (self.directory / "triton.log").open("a") as log:
+            log.write(line + "\n")
+
+    def is_ready(self) -> bool:
+        """Whether every service is, and the load balancer knows."""
+        return all(service.is_ready() for service in self.services) and all(
+            ask(host, port, "/health/ready")[0] == 200 for host, port in self.addresses
+        )
+
+    def engine_answers(self) -> bool:
+        """Whether every Triton itself has the model ready."""
+        paths = f"/v2/models/{MODEL_NAME}/ready"
+        return all(ask(HOST, triton.ports.http, paths, timeout=1)[0] == 200 for triton in self.tritons)
+
+    def _truth(self, body: Mapping[str, Any]) -> Mapping[int, Answer]:
+        """What each service answers while nothing is wrong."""
+        found = {answer_of(ask(HOST, service.port, "/v1/answer", body)[2]) for service in self.services}
+        assert len(found) == 1, f"the services disagree: {found}"
+        return dict(found)
+
+    @contextlib.contextmanager
+    def _balancer(self) -> Iterator[None]:
+        """Debian's HAProxy with the configuration of the stack; the replicas by address, for there is no Docker DNS."""
+        self.balancer_port = free_port(HOST, 0)
+        metrics_port = free_port(HOST, 0, avoid=[self.balancer_port])
+        text = (ROOT / "deploy" / "haproxy.cfg").read_text()
+        servers = "\n".join(f"    server service-{n} {HOST}:{each.port}" for n, each in enumerate(self.services, 1))
+        text = re.sub(r"^ *server-template .*$", servers, text, flags=re.MULTILINE)
+        text = text.replace("bind :8000", f"bind {HOST}:{self.balancer_port}")
+        text = text.replace("bind :8405", f"bind {HOST}:{metrics_port}")
+        (self.directory / "haproxy.cfg").write_text(text)
+        program = shutil.which("haproxy", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
+        assert program, "HAProxy is needed; see tests/install_servers.sh"
+        with (self.directory / "haproxy.log").open("ab") as log:
+            balancer = subprocess.Popen([program, "-f", "haproxy.cfg"], cwd=self.directory, stdout=log, stderr=log)
+        try:
+            yield
+        finally:
+            balancer.terminate()
+            balancer.wait(60)
+
+    # What every scenario checks
+
+    @contextlib.contextmanager
+    def watched(self, row: Row, size: Size) -> Iterator[None]:
+        """See that the services are ready when a scenario is over, and hold what they held before."""
+        before = self._settled([Held(10**9, 10**9)] * len(self.services))
+        yield
+        until(self.is_ready, f"not ready again; see {self.directory}")
+        after = self._settled(before)
+        leaks = [
+            f"{field.name} {getattr(held, field.name)} -> {getattr(now, field.name)}"
+            for held, now in zip(before, after, strict=True)
+            for field in dataclasses.fields(Held)
+            if getattr(now, field.name) > getattr(held, field.name)
+        ]
+        row.leaked = ", ".join(leaks)
+        if row.ready_s is not None and row.ready_s > READY_S * size.patience:
+            row.problems.append(f"ready only {row.ready_s:.1f} s after the engine's return")
+
+    def _settled(self, bound: Sequence[Held]) -> list[Held]:
+        """What the services hold, once it is within a bound or time is up."""
+        end = time.monotonic() + SETTLE_S
+        for service, body in ((service, questions()[0]) for service in self.services for _ in range(4)):
+            ask(HOST, service.port, "/v1/answer", body)  # so that every connection to Triton is there
+        while True:
+            held = [Held.by(service) for service in self.services]
+            inside = all(
+                now.descriptors <= most.descriptors and now.tasks <= most.tasks
+                for now, most in zip(held, bound, strict=True)
+            )
+            if inside or time.monotonic() > end:
+                return held
+            time.sleep(0.2)
+
+    def ready_after(self, row: Row, returned: Callable[[], object]) -> None:
+        """Wait for the engine's return, then for the services; note how long those took."""
+        until(returned, f"the engine has not come back; see {self.directory}", 120)
+        waited = until(self.is_ready, f"not ready again; see {self.directory}")
+        row.ready_s = max(row.ready_s or 0.0, waited)

@@ -1,0 +1,64 @@
+"""What a scenario found: a row of the one table, and whether it keeps the promises."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+READY_S = 2.0
+"""Seconds after the engine's return within which every replica has to be ready."""
+GRACE_S = 1.0
+"""Seconds beyond its deadline after which a request is lost, whatever comes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much is asked of each scenario."""
+
+    requests: int = 2_000  # at least
+    clients: int = 32
+    inputs: int = 100_000  # generated ones, of bad input
+    soak_minutes: float = 2.0
+    patience: float = 1.0  # factor on every time promised; the tests leave a busy machine more
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """One fault, and what became of the requests meanwhile."""
+
+    fault: str
+    requests: int = 0
+    injected: int = 0  # faults, or inputs that are one
+    right: int = 0  # 200, and the answer that was known beforehand
+    refused: Counter[str] = field(default_factory=Counter)  # "503 engine_unavailable": how many
+    slowest_s: float = 0.0
+    lost: int = 0  # no answer, too late, cut off, or an error that is none of the API's
+    wrong: int = 0  # 200 with another answer
+    ready_s: float | None = None  # the longest from the engine's return until every replica was ready again
+    leaked: str = ""  # tasks or file descriptors that stayed
+    problems: list[str] = field(default_factory=list)  # the first few of what is lost or wrong, and broken promises
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether nothing was lost, wrong or leaked, and no promise broken."""
+        return not (self.lost or self.wrong or self.leaked or self.problems)
+
+
+_HEAD = ("fault", "requests", "faults", "right", "refused", "slowest s", "lost", "wrong", "ready s", "leaked")
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as a table in Markdown."""
+    return "\n".join(_aligned([_HEAD, *map(_cells, rows)]))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    refused = ", ".join(f"{count:,} × {what}" for what, count in row.refused.most_common()) or "0"
+    ready = "" if row.ready_s is None else f"{row.ready_s:.2f}"
+    counts = (f"{row.requests:,}", f"{row.injected:,}", f"{row.right:,}", refused, f"{row.slowest_s:.2f}")
+    return (row.fault, *counts, f"{row.lost:,}", f"{row.wrong:,}", ready, row.leaked or "0")
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    return [text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]]
