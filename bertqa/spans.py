@@ -172,13 +172,18 @@ def _window_band(window: Window, pair: Logits, max_answer_tokens: int) -> FloatA
     for name, values in zip(("start_logits", "end_logits"), pair, strict=True):
         if values.shape != window.input_ids.shape:
             raise InvalidLogits(f"{name}: shape {values.shape}, but the window has {window.input_ids.shape}")
-        if not (np.abs(values) < _UNREAL).all():  # false for NaN too
+        if not are_real(values):
             raise InvalidLogits(f"{name}: NaN, infinite or absurdly large for a window of {window.length} tokens")
     context = slice(window.offset, window.offset + window.tokens)
     ends = np.full(window.tokens + max_answer_tokens - 1, _MASKED, dtype=np.float32)
     ends[: window.tokens] = pair[1][0, context]
     sums: FloatArray = pair[0][0, context, None] + sliding_window_view(ends, max_answer_tokens)
     return sums
+
+
+def are_real(values: FloatArray) -> bool:
+    """Whether a model can have meant these logits: none is NaN, infinite, or of an absurd size."""
+    return bool((np.abs(values) < _UNREAL).all())  # false for NaN too
 
 
 def _null(start_logits: FloatArray, end_logits: FloatArray) -> float:

@@ -59,7 +59,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        triton = engine or TritonModel(settings.triton_urls, max_in_flight=settings.max_in_flight)
+        triton = engine or TritonModel(
+            settings.triton_urls, max_in_flight=settings.max_in_flight, watch_circuit=metrics.circuit
+        )
         follower = Follower(Repository(settings.repository), triton, metrics)
         if bundle:
             models = Models(bundle.model, {bundle.model: Served(bundle, triton, metrics)})

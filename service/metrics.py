@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client import Info as InfoMetric
 
 from bertqa.manifest import Bundle
+from service.circuit import State
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -41,6 +42,13 @@ class Metrics:
         self._models = Gauge(
             "bertqa_model_info", "What answers now", ["model", "version", "identity"], registry=self.registry
         )
+        circuit = ["replica", "model", "version"]
+        self._circuits = Gauge(
+            "bertqa_circuit_state", "Of each Triton: 0 closed, 1 half-open, 2 open", circuit, registry=self.registry
+        )
+        self._transitions = Counter(
+            "bertqa_circuit_transitions", "Changes of a circuit's state", [*circuit, "to"], registry=self.registry
+        )
         self._windows = Histogram(
             "bertqa_windows", "Windows of a question, each one engine call", buckets=WINDOWS, registry=self.registry
         )
@@ -64,8 +72,24 @@ class Metrics:
     def serves(self, bundles: Iterable[Bundle]) -> None:
         """Tell which version of each model answers from now on."""
         self._models.clear()
+        served = set()
         for bundle in bundles:
             self._models.labels(bundle.model, str(bundle.version), bundle.manifest.identity).set(1)
+            served.add((bundle.model, str(bundle.version)))
+        for labels in [sample.labels for metric in self._circuits.collect() for sample in metric.samples]:
+            if (labels["model"], labels["version"]) not in served:
+                self._circuits.remove(*labels.values())
+
+    def circuit(self, replica: str, model: str, version: str) -> Callable[[State], None]:
+        """What is told the states of a circuit that begins now, closed."""
+        labels = replica, model, version
+        self._circuits.labels(*labels).set(State.CLOSED)
+
+        def change(state: State) -> None:
+            self._circuits.labels(*labels).set(state)
+            self._transitions.labels(*labels, state.name.lower()).inc()
+
+        return change
 
     def questions(self, model: str, version: int) -> Callable[[], None]:
         """What counts a question that this version answered."""

@@ -3,10 +3,13 @@
 What can go wrong is one small tree, and every gRPC error is translated into it once, in `_translate`::
 
     ModelError
-    ├── ModelUnavailable    no connection, or the model is not loaded
+    ├── ModelUnavailable    no connection, or not asked because there was none a moment ago
+    │   └── ModelNotLoaded  the server answers, but has not loaded the model
     ├── ModelTimeout        the deadline passed
     ├── ModelOverloaded     Triton's queue or our own line is full
     └── ModelBroken         the engine failed, or its output is not usable
+
+What fails several times in a row is left alone: each model's version at each address has a `service.circuit.Circuit`.
 
 Requests are written as protobuf messages straight onto ``grpc.aio``: ``tritonclient``'s own asyncio client takes about
 an eighth more CPU per call, and gives the status code as text.
@@ -17,7 +20,7 @@ import copy
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import count
 from typing import Any, Protocol, TypeVar
@@ -28,8 +31,9 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from bertqa.manifest import MODEL_NAME
-from bertqa.spans import FloatArray, Logits
+from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
+from service.circuit import TRIAL_S, Circuit, State
 
 MAX_IN_FLIGHT = 64
 """Default number of engine calls of one process at one time."""
@@ -49,13 +53,15 @@ _CHANNEL_OPTIONS = (
     # A name is looked up again whenever one of its connections ends, but by default not within 30 s of the last time:
     # too late where all replicas of a headless service are replaced.
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
-    # A restarted Triton is back in seconds, but the default backoff grows to two minutes.
+    # A restarted Triton is back in seconds, but the default backoff grows to two minutes, and an attempt to connect
+    # that nobody answers lasts 20 s.
     ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # A server answers pings more frequent than one in five minutes with GOAWAY "too_many_pings"; a dead peer is noticed
-    # anyway, for keepalive also sets TCP_USER_TIMEOUT, here 20 s, and every call has a deadline.
+    # anyway, for keepalive also sets TCP_USER_TIMEOUT, here 3 s, and every call has a deadline.
     ("grpc.keepalive_time_ms", 330_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.enable_http_proxy", 0),  # a proxy for the web is none for Triton
     ("grpc.enable_retries", 0),  # ours know the deadline and the other replicas
@@ -64,13 +70,20 @@ _CHANNEL_OPTIONS = (
 
 _Reply = TypeVar("_Reply")
 
+WatchCircuit = Callable[[str, str, str], Callable[[State], None]]
+"""Takes address, model and version of a new circuit, and gives what is called with each of its states."""
+
 
 class ModelError(Exception):
     """The engine gave no usable answer; the message is a plain sentence."""
 
 
 class ModelUnavailable(ModelError):
-    """No connection to Triton, or the model is not loaded."""
+    """No connection to Triton, or it is not asked because it failed a moment ago."""
+
+
+class ModelNotLoaded(ModelUnavailable):
+    """Triton answers, but does not serve this model now."""
 
 
 class ModelTimeout(ModelError):
@@ -143,6 +156,7 @@ class TritonModel:
         max_in_flight: int = MAX_IN_FLIGHT,
         max_waiting: int = MAX_WAITING,
         max_in_flight_per_request: int = MAX_IN_FLIGHT_PER_REQUEST,
+        watch_circuit: WatchCircuit | None = None,
     ) -> None:
         """Open the channels; connections are made when first needed.
 
@@ -155,6 +169,7 @@ class TritonModel:
             max_in_flight: windows of all requests that are with Triton at one time.
             max_waiting: windows that may wait for that; one more is `ModelOverloaded` at once.
             max_in_flight_per_request: windows of one request that are with Triton at one time.
+            watch_circuit: called with address, model and version when a circuit begins; gives what is told its states.
 
         Raises:
             ValueError: there is no address, or a bound is below 1 (``max_waiting``: below 0).
@@ -168,6 +183,8 @@ class TritonModel:
         self._per_request = max_in_flight_per_request
         self._turns = _Turns(max_in_flight, max_waiting)
         self._replicas = [_Replica(url) for url in urls]
+        self._watch_circuit = watch_circuit
+        self._links: dict[tuple[str, str], list[_Link]] = {}  # of every model and version that `at` has made
         self._calls = count()
         self._heads: dict[int, bytes] = {}
 
@@ -199,14 +216,14 @@ class TritonModel:
     async def check_ready(self, *, deadline: float) -> None:
         """As in `Engine`."""
         request = service_pb2.ModelReadyRequest(name=self._model, version=self._version)
-        reply = await self._call(lambda replica: replica.model_ready, request, deadline)
+        reply = await self._call("model_ready", request, deadline)
         if not reply.ready:
-            raise ModelUnavailable(f"Triton runs, but {self._name} is not ready.")
+            raise ModelNotLoaded(f"Triton runs, but {self._name} is not ready.")
 
     async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
         """As in `Engine`."""
         request = service_pb2.ModelConfigRequest(name=self._model, version=self._version)
-        reply = await self._call(lambda replica: replica.model_config, request, deadline)
+        reply = await self._call("model_config", request, deadline)
         return {name: value.string_value for name, value in reply.config.parameters.items()}
 
     @property
@@ -225,10 +242,12 @@ class TritonModel:
         await self._turns.take(deadline)
         try:
             request = self._request(window, deadline)
-            reply = await self._call(lambda replica: replica.model_infer, request, deadline)
+            logits: Logits = await self._call(
+                "model_infer", request, deadline, lambda reply: _logits(reply, window.length)
+            )
+            return logits
         finally:
             self._turns.give_back()
-        return _logits(reply, window.length)
 
     def _request(self, window: Window, deadline: float) -> bytes:
         # Messages of one type may be concatenated, so what is the same for all windows of a length is written once.
@@ -249,28 +268,82 @@ class TritonModel:
         return head + bytes(tail.SerializeToString())
 
     async def _call(
-        self, method: "Callable[[_Replica], Callable[..., Awaitable[Any]]]", request: object, deadline: float
+        self, method: str, request: object, deadline: float, read: Callable[[Any], _Reply] | None = None
     ) -> Any:
-        first = next(self._calls)
+        """Ask the replica whose turn it is; if it fails, at once another one, and after a pause one again.
+
+        Asking twice is harmless, for inference changes nothing. ``read`` makes of a reply what is wanted; only where it
+        succeeds is the engine proved to work.
+        """
+        turn = next(self._calls)
+        tried: list[_Link] = []
+        failure: ModelError | None = None
         for attempt in range(_RETRIES + 1):
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise ModelTimeout(_PASSED)
-            replica = self._replicas[(first + attempt) % len(self._replicas)]
+            link = await self._next_link(turn, tried, deadline)
+            if link is None:
+                raise failure or ModelUnavailable(
+                    "Triton failed several times in a row and is left alone for a moment. "
+                    + " ".join(link.circuit.reason for link in self._linked())
+                )
+            tried.append(link)
+            elsewhere = len(tried) < len(self._replicas)
+            sent = time.monotonic()
+            # A trial leaves time for a replica that is well.
+            patience = (deadline - sent) / (2 if elsewhere and link.circuit.state is not State.CLOSED else 1)
             try:
-                return await method(replica)(request, timeout=remaining)
+                if patience <= 0:
+                    raise failure or ModelTimeout(_PASSED)
+                reply = await getattr(link.replica, method)(request, timeout=patience)
+                result = read(reply) if read else reply
             except grpc.aio.AioRpcError as error:
-                failure = _translate(error, replica.url, self._name)
-                pause = random.uniform(0.5, 1.5) * _RETRY_S * 2**attempt
-                # A refused or broken connection, or a server that ended (our own cancelling is another exception).
-                # Asking twice is harmless, for inference changes nothing.
-                again = error.code() in _LOST and isinstance(failure, ModelUnavailable)
-                if not again or attempt == _RETRIES or time.monotonic() + pause >= deadline:
-                    raise failure from error
+                failure = _translate(error, link.replica.url, self._name)
+                failure.__cause__ = error
+            except ModelBroken as error:
+                failure = error
             except grpc.aio.UsageError as error:
                 raise ModelUnavailable("The connection to Triton was closed.") from error
+            except BaseException:
+                link.circuit.unknown()
+                raise
+            else:
+                if read:
+                    link.circuit.succeeded()
+                else:
+                    link.circuit.unknown()
+                return result
+            link.note(failure, sent)
+            pause = 0 if elsewhere else random.uniform(0.5, 1.5) * _RETRY_S * 2**attempt
+            again = elsewhere or isinstance(failure, ModelUnavailable)
+            if not again or isinstance(failure, ModelOverloaded) or time.monotonic() + pause >= deadline:
+                break
             await asyncio.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
+        assert failure
+        raise failure
+
+    def _linked(self) -> "list[_Link]":
+        key = self._model, self._version
+        if key not in self._links:
+            watch = self._watch_circuit or (lambda *_: lambda state: None)
+            self._links[key] = [_Link(replica, Circuit(watch(replica.url, *key))) for replica in self._replicas]
+        return self._links[key]
+
+    async def _next_link(self, turn: int, tried: "Sequence[_Link]", deadline: float) -> "_Link | None":
+        """The first whose circuit allows a call: those not tried yet, from the one whose turn it is.
+
+        Where there is none, but a trial is under way, its outcome is awaited: a request of several windows would else
+        end its own trial by failing.
+        """
+        links = self._linked()
+        begin = turn % len(links)
+        order = sorted(links[begin:] + links[:begin], key=tried.count)
+        until = min(deadline, time.monotonic() + TRIAL_S)
+        while True:
+            for link in order:
+                if link.circuit.allows():
+                    return link
+            on_trial = [link.circuit for link in order if link.circuit.state is State.HALF_OPEN]
+            if not on_trial or not await on_trial[0].trial_ends(until - time.monotonic()):
+                return None
 
 
 class _Replica:
@@ -289,6 +362,24 @@ class _Replica:
             request_serializer=request and request.SerializeToString,  # None: bytes already
             response_deserializer=reply.FromString,
         )
+
+
+class _Link:
+    """A model's version at one address."""
+
+    def __init__(self, replica: _Replica, circuit: Circuit) -> None:
+        self.replica = replica
+        self.circuit = circuit
+
+    def note(self, failure: ModelError, sent: float) -> None:
+        """Tell the circuit of a call that failed."""
+        match failure:
+            case ModelNotLoaded() | ModelOverloaded():
+                self.circuit.unknown()  # the server is well
+            case ModelTimeout():
+                self.circuit.silent(sent, f"Triton at {self.replica.url} is silent.")
+            case _:
+                self.circuit.failed(sent, str(failure))
 
 
 class _Turns:
@@ -340,8 +431,6 @@ class _Turns:
         self._free += 1
 
 
-# NOT_FOUND: of several servers, this one has not loaded the version yet
-_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.NOT_FOUND)
 _PASSED = "The deadline passed before the engine answered."
 
 
@@ -368,7 +457,10 @@ def _tensor(found: Mapping[str, tuple[Any, bytes]], name: str, length: int) -> F
             f"The engine's output {name!r} is {output.datatype} {list(shape)} in {len(raw)} bytes; "
             f"FP32 [1, {length}] was expected."
         )
-    return np.frombuffer(raw, np.float32).reshape(1, length)
+    values = np.frombuffer(raw, np.float32).reshape(1, length)
+    if not are_real(values):
+        raise ModelBroken(f"The engine's output {name!r} holds NaN, infinite or absurdly large numbers.")
+    return values
 
 
 def _translate(error: grpc.aio.AioRpcError, url: str, model: str) -> ModelError:
@@ -381,7 +473,7 @@ def _translate(error: grpc.aio.AioRpcError, url: str, model: str) -> ModelError:
         case grpc.StatusCode.UNAVAILABLE if "timeout expired" in details.lower():
             return ModelOverloaded(f"The request waited too long in Triton's queue for {model}.")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.NOT_FOUND if "model" in details.lower():
-            return ModelUnavailable(f"Triton at {url} does not serve {model} now: {details}")
+            return ModelNotLoaded(f"Triton at {url} does not serve {model} now: {details}")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
             return ModelUnavailable(f"No connection to Triton at {url}: {details}")
         case _:

@@ -379,6 +379,18 @@ def test_an_engine_that_was_given_is_not_closed(make_app: MakeApp, engine: FakeE
     assert not engine.closed
 
 
+def test_the_circuit_of_a_lost_engine_is_seen_in_the_metrics(bundle: Bundle) -> None:
+    app = create_app(Settings(triton_url="127.0.0.1:1,127.0.0.1:2"), bundle=bundle)
+    with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        said = [problem(client.post("/v1/answer", json=ASKED), 503, "engine_unavailable") for _ in range(12)]
+        assert "left alone" in said[-1]
+        text = client.get("/metrics").text
+    for replica in ("127.0.0.1:1", "127.0.0.1:2"):
+        labels = f'model="bert_qa",replica="{replica}"'
+        assert f'bertqa_circuit_state{{{labels},version=""}} 2.0' in text
+        assert f'bertqa_circuit_transitions_total{{{labels},to="open",version=""}} ' in text
+
+
 def test_a_repository_without_a_version_is_refused(tmp_path: Path, engine: FakeEngine) -> None:
     with pytest.raises(BundleMismatch, match="holds no built version"):
         start_and_stop(create_app(Settings(repository=tmp_path), engine=engine))

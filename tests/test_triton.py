@@ -25,8 +25,9 @@ from bertqa.manifest import Bundle, sha256_of
 from bertqa.spans import Logits
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service import embedded_triton, triton
+from service.circuit import FAILURES, Circuit, State
 from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
-from service.triton import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable, TritonModel
+from service.triton import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable, TritonModel
 
 ROOT = Path(__file__).resolve().parent.parent
 ANY_PORTS = TritonPorts(0, 0, 0)
@@ -249,9 +250,9 @@ def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
     run(server.url, scenario, max_in_flight_per_request=40)
 
 
-def test_nan_comes_through_for_the_decoder_to_refuse(server: EmbeddedTriton) -> None:
-    [(start, _)] = run(server.url, lambda model: model.predict([window(NAN)], deadline=soon()))
-    assert np.isnan(start[0, 5])
+def test_nan_is_broken(server: EmbeddedTriton) -> None:
+    with pytest.raises(ModelBroken, match="'start_logits' holds NaN"):
+        run(server.url, lambda model: model.predict([window(NAN)], deadline=soon()))
 
 
 def test_wrong_shape_is_broken(server: EmbeddedTriton) -> None:
@@ -365,6 +366,215 @@ def test_lost_connection_is_retried_a_few_times_only() -> None:
     with pytest.raises(ModelUnavailable, match="Socket closed"):
         ask_fake(fake)
     assert len(fake.requests) == 3
+
+
+# The circuit breaker, against gRPC servers whose behaviour is set
+
+
+class Moody(FakeTriton):
+    """Answers as the real server's model does, unless it is in a mood."""
+
+    def __init__(self) -> None:
+        super().__init__(0, reply(*OUTPUT_NAMES))
+        self.mood = "well"
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        self.requests.append((request, context.time_remaining()))
+        ids, mask, types = (np.frombuffer(raw, np.int32) for raw in request.raw_input_contents)
+        logits = [(ids + mask).astype(np.float32), (types - ids).astype(np.float32)]
+        match self.mood:
+            case "shape":
+                logits[1] = logits[1][1:]
+            case "nan":
+                logits[1][7] = np.nan
+            case "garbage":
+                await context.abort(grpc.StatusCode.INTERNAL, "failed to parse \\xff\\xfe")
+            case "silent":
+                await asyncio.sleep(20)
+            case "slow":
+                await asyncio.sleep(0.2)
+        answer = reply(*OUTPUT_NAMES)
+        answer.raw_output_contents[:] = [values.tobytes() for values in logits]
+        return answer
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ModelReadyResponse(ready=True)
+
+
+class Watched:
+    """Keeps every state that circuits go through."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, list[str]] = {}
+
+    def __call__(self, url: str, model: str, version: str) -> Callable[[State], None]:
+        states = self.states[url] = ["closed"]
+        return lambda state: states.append(state.name.lower())
+
+
+@contextlib.asynccontextmanager
+async def served(*fakes: FakeTriton, ports: tuple[int, ...] = ()) -> AsyncIterator[list[str]]:
+    """Give the addresses under which fakes are served, each by a server of its own."""
+    servers, urls = [], []
+    for fake, wanted in zip(fakes, ports or (0,) * len(fakes), strict=True):
+        fake_server = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, fake_server)
+        urls.append(f"127.0.0.1:{fake_server.add_insecure_port(f'127.0.0.1:{wanted}')}")
+        await fake_server.start()
+        servers.append(fake_server)
+    try:
+        yield urls
+    finally:
+        await asyncio.gather(*(fake_server.stop(None) for fake_server in servers))
+
+
+async def fail(model: TritonModel, times: int) -> list[str]:
+    said = []
+    for _ in range(times):
+        with pytest.raises(ModelError) as failure:
+            await model.predict([window()], deadline=soon(5))
+        said.append(f"{type(failure.value).__name__}: {failure.value}")
+    return said
+
+
+@pytest.mark.parametrize("mood", ["shape", "nan", "garbage"])
+def test_broken_engine_is_left_alone_and_taken_up_again(mood: str) -> None:
+    async def scenario() -> None:
+        fake, watched = Moody(), Watched()
+        async with served(fake) as [url]:
+            model = TritonModel([url], watch_circuit=watched)
+            fake.mood = mood
+            said = await fail(model, 20)
+            assert all(line.startswith("ModelBroken: ") for line in said[:5])
+            assert all(line.startswith("ModelUnavailable: Triton failed several times") for line in said[5:]), said
+            assert said[4].partition(": ")[2] in said[5]  # and why
+            assert len(fake.requests) == 5
+            fake.mood = "well"
+            await until_answered(model)
+            assert len(fake.requests) <= 7  # perhaps one trial that failed
+            await model.close()
+        assert watched.states[url][:2] == ["closed", "open"]
+        assert watched.states[url][-2:] == ["half_open", "closed"]
+
+    asyncio.run(scenario())
+
+
+def test_lost_engine_costs_no_retries_and_is_found_again() -> None:
+    async def scenario() -> None:
+        fake, watched = Moody(), Watched()
+        async with served(fake) as [url]:
+            model = TritonModel([url], watch_circuit=watched)
+            await model.predict([window()] * 4, deadline=soon(5))
+        said = await fail(model, 3)
+        assert watched.states[url][1] == "open"
+        assert "No connection to Triton" in said[-1]
+        begun = time.monotonic()
+        said = await fail(model, 200)
+        # Each used to wait 0.3 s for its retries, 60 s together.
+        assert sum("left alone" in line for line in said) > 190, (said, time.monotonic() - begun)
+        with pytest.raises(ModelUnavailable):
+            await model.check_ready(deadline=soon(1))
+        async with served(fake, ports=(int(url.rpartition(":")[2]),)):
+            await until_answered(model)
+            # Whoever comes during the trial waits for its outcome: many windows at once are no obstacle.
+            await model.predict([window()] * 16, deadline=soon(5))
+            await model.close()
+        assert watched.states[url][-1] == "closed"
+
+    asyncio.run(scenario())
+
+
+def test_request_of_many_windows_closes_the_circuit() -> None:
+    async def scenario() -> None:
+        fake, watched = Moody(), Watched()
+        async with served(fake) as [url]:
+            model = TritonModel([url], watch_circuit=watched)
+            fake.mood = "nan"
+            await fail(model, 6)
+            fake.mood = "slow"
+            await asyncio.sleep(0.3)
+            requests = [model.predict([window()] * 8, deadline=soon(5)) for _ in range(4)]
+            assert [len(logits) for logits in await asyncio.gather(*requests)] == [8] * 4
+            assert watched.states[url] == ["closed", "open", "half_open", "closed"]
+            await model.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("mood", ["shape", "nan", "garbage", "silent"])
+def test_no_request_sees_a_broken_replica_beside_one_that_is_well(mood: str) -> None:
+    async def scenario() -> None:
+        broken, well, watched = Moody(), Moody(), Watched()
+        async with served(broken, well) as urls:
+            model = TritonModel(urls, watch_circuit=watched)
+            broken.mood = mood
+            if mood == "silent":  # only the deadline tells, until the circuit is open
+                for _ in range(5):
+                    with pytest.raises(ModelTimeout):
+                        await model.predict([window()], deadline=soon(0.6))
+                    await model.predict([window()], deadline=soon(5))
+            for _ in range(40):
+                await model.predict([window()], deadline=soon(5))
+            assert watched.states[urls[0]][:2] == ["closed", "open"]
+            assert watched.states[urls[1]] == ["closed"]
+            assert len(broken.requests) < 12
+            broken.mood = "well"
+            end = soon(15)
+            while watched.states[urls[0]][-1] != "closed":
+                assert time.monotonic() < end
+                await model.predict([window()], deadline=soon(5))
+                await asyncio.sleep(0.02)
+            await model.close()
+
+    asyncio.run(scenario())
+
+
+def test_short_deadlines_and_cancelled_calls_open_no_circuit() -> None:
+    async def scenario() -> None:
+        fake, watched = Moody(), Watched()
+        async with served(fake) as [url]:
+            model = TritonModel([url], watch_circuit=watched)
+            fake.mood = "slow"
+            for _ in range(8):
+                with pytest.raises(ModelTimeout):
+                    await model.predict([window()], deadline=soon(0.05))
+                task = asyncio.create_task(model.predict([window()] * 3, deadline=soon(5)))
+                await asyncio.sleep(0.01)
+                task.cancel()
+                await asyncio.wait([task])
+            assert watched.states[url] == ["closed"]
+            await model.predict([window()], deadline=soon(5))
+            await model.close()
+
+    asyncio.run(scenario())
+
+
+def test_calls_that_fail_together_are_one_failure() -> None:
+    circuit = Circuit()
+    sent = time.monotonic()
+    for _ in range(100):
+        circuit.failed(sent, "the connection broke")
+    assert circuit.allows()
+    for _ in range(FAILURES - 1):
+        circuit.failed(time.monotonic(), "and again")
+    assert not circuit.allows()
+    circuit.succeeded()  # one that was on its way
+    assert circuit.allows()
+
+
+def test_version_that_is_broken_leaves_the_one_before_alone() -> None:
+    async def scenario() -> None:
+        fake = Moody()
+        async with served(fake) as [url]:
+            old = TritonModel([url], version=1)
+            new = old.at("bert_qa", 2)
+            fake.mood = "nan"
+            await fail(new, 10)
+            fake.mood = "well"
+            await old.predict([window()], deadline=soon(5))
+            await old.close()
+
+    asyncio.run(scenario())
 
 
 # Replicas behind one name, as a headless service of Kubernetes has them: a name server of our own tells the addresses
