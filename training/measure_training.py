@@ -10,6 +10,7 @@ beside NVIDIA's published numbers. Under ``horovodrun -np 8`` it does so on eigh
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
