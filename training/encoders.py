@@ -1,7 +1,7 @@
 """BERT encoders: where a job's ``--init`` comes from, how it is loaded, and what a step of it costs."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertPreTrainedModel
 
-from bertqa.manifest import TOKENIZER_FILE
+from bertqa.manifest import TOKENIZER_FILE, WEIGHTS_FILE
+from training.checkpoints import save_json, save_tensors
 from training.loop import fraction
 
 _Model = TypeVar("_Model", bound=BertPreTrainedModel)
@@ -70,6 +71,36 @@ def load_tokenizer(source: str) -> Tokenizer:
     """Load the fast tokenizer of a directory or a hub id."""
     path = Path(source) / TOKENIZER_FILE
     return Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(source)
+
+
+def half(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights in fp16, as a fine-tuned model ships them."""
+    return {name: tensor.half() for name, tensor in model.state_dict().items()}
+
+
+def write_checkpoint(
+    directory: Path,
+    kind: type[BertPreTrainedModel],
+    config: BertConfig,
+    weights: Mapping[str, torch.Tensor],
+    tokenizer: str,
+) -> None:
+    """Write a checkpoint directory, which ``--init``, the engine builder and transformers take.
+
+    Args:
+        directory: made if it is not there.
+        kind: of model, whose names the weights have.
+        config: of the model.
+        weights: as they shall be stored.
+        tokenizer: the contents of tokenizer.json.
+
+    Raises:
+        CheckpointError: the weights cannot be written.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_tensors(directory / WEIGHTS_FILE, contiguous, {"format": "pt"})
+    save_json(directory / "config.json", config.to_diff_dict() | {"architectures": [kind.__name__]})
+    (directory / TOKENIZER_FILE).write_text(tokenizer)
 
 
 def bert_flops(config: BertConfig, lengths: Sequence[int], head_weights: float = 0.0) -> float:

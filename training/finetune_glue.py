@@ -21,11 +21,18 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
-from bertqa.manifest import TOKENIZER_FILE
 from training.batches import Batches
-from training.checkpoints import save_json, save_tensors
+from training.checkpoints import save_json
 from training.distributed import Workers, start_workers
-from training.encoders import add_encoder_arguments, bert_flops, encoder_source, load_model, load_tokenizer
+from training.encoders import (
+    add_encoder_arguments,
+    bert_flops,
+    encoder_source,
+    half,
+    load_model,
+    load_tokenizer,
+    write_checkpoint,
+)
 from training.glue import TASKS, Example, GlueError, GlueTask, predictions, read_glue, score, write_submission
 from training.loop import (
     LoopOptions,
@@ -128,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
             submission = f"{glue.name}{glue.sections[name.removeprefix('test')]}.tsv"
             write_submission(args.output / submission, glue, sets[name], predicted)
     if workers.rank == 0:
-        write_checkpoint(args.output, model, tokenizer)
+        write_checkpoint(args.output, type(model), model.config, half(model), tokenizer.to_str())
         save_json(args.output / "training_report.json", report)
         print(json.dumps(report, indent=1), flush=True)
 
@@ -233,14 +240,6 @@ def predict(
         found += zip(part.tolist(), output.logits.float().cpu().numpy(), strict=True)
     rows = {index: row for share in workers.gather(found) for index, row in share}
     return np.stack([rows[index] for index in range(len(features))])
-
-
-def write_checkpoint(directory: Path, model: BertForSequenceClassification, tokenizer: Tokenizer) -> None:
-    """Write config, fp16 weights and tokenizer: a checkpoint directory."""
-    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    save_tensors(directory / "model.safetensors", weights, {"format": "pt"})
-    save_json(directory / "config.json", model.config.to_diff_dict() | {"architectures": [type(model).__name__]})
-    (directory / TOKENIZER_FILE).write_text(tokenizer.to_str())
 
 
 if __name__ == "__main__":

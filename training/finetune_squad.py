@@ -18,7 +18,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import BertConfig, BertForQuestionAnswering
 
-from bertqa.manifest import SETTINGS_FILE, TOKENIZER_FILE, Settings
+from bertqa.manifest import SETTINGS_FILE, Settings
 from bertqa.spans import Decoded, Logits
 from bertqa.squad import (
     Example,
@@ -33,9 +33,17 @@ from bertqa.squad import (
 )
 from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, Window, WindowMaker
 from training.batches import Batches
-from training.checkpoints import save_json, save_tensors
+from training.checkpoints import save_json
 from training.distributed import Workers, start_workers
-from training.encoders import add_encoder_arguments, bert_flops, encoder_source, load_model, load_tokenizer
+from training.encoders import (
+    add_encoder_arguments,
+    bert_flops,
+    encoder_source,
+    half,
+    load_model,
+    load_tokenizer,
+    write_checkpoint,
+)
 from training.loop import (
     LoopOptions,
     Precision,
@@ -121,7 +129,9 @@ def main(args: argparse.Namespace) -> None:
     if dev := documents.get("--dev"):
         report["dev"] = as_report(evaluate(dev, maker, predict, workers), null_threshold)
     if workers.rank == 0:
-        write_checkpoint(args, model, maker, null_threshold)
+        write_checkpoint(args.output, type(model), model.config, half(model), maker.tokenizer_json())
+        settings = {name: getattr(args, name) for name in ("name", "max_seq_len", "overlap", "max_question_tokens")}
+        Settings(**settings, null_threshold=round(null_threshold, 4)).write(args.output / SETTINGS_FILE)
         save_json(args.output / "training_report.json", report)
         write_samples(args.output, training, held_back, args.seed)
         print(json.dumps(report, indent=1), flush=True)
@@ -244,24 +254,6 @@ def fit_null_threshold(
 
 def _text(decoded: Decoded) -> str:
     return decoded.best.text if decoded.best else ""
-
-
-def write_checkpoint(
-    args: argparse.Namespace, model: BertForQuestionAnswering, maker: WindowMaker, null_threshold: float
-) -> None:
-    """Write config, fp16 weights, tokenizer and settings: a checkpoint directory."""
-    settings = Settings(
-        name=args.name,
-        max_seq_len=args.max_seq_len,
-        overlap=args.overlap,
-        max_question_tokens=args.max_question_tokens,
-        null_threshold=round(null_threshold, 4),
-    )
-    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    save_tensors(args.output / "model.safetensors", weights, {"format": "pt"})
-    save_json(args.output / "config.json", model.config.to_diff_dict() | {"architectures": [type(model).__name__]})
-    (args.output / TOKENIZER_FILE).write_text(maker.tokenizer_json())
-    settings.write(args.output / SETTINGS_FILE)
 
 
 def write_samples(directory: Path, training: Sequence[Example], held_back: Sequence[Example], seed: int) -> None:

@@ -160,7 +160,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=at_least_one, default=32, help="sequences of one process in a step")
     parser.add_argument("--repeats", type=at_least_one, default=3, help="times that everything is measured")
     parser.add_argument(
-        "--precisions", nargs="+", choices=["fp32", "bf16"], help="default: both where bf16 is no slower"
+        "--precisions", nargs="+", choices=["fp32", "bf16"], help="default: both, unless bf16 is the slower"
     )
     parser.add_argument("--processes", type=at_least_one, default=2, help="of the launch beside the one of one process")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="of the suite for GPUs")
@@ -193,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def precisions() -> list[Precision]:
-    """Both, or fp32 alone on a machine whose products of matrices are slower in bf16, which it then emulates."""
+    """Both, or fp32 alone where products of matrices are slower in bf16."""
     rates = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         matrix = torch.ones(1024, 1024, dtype=dtype, device=Alone.device)
@@ -206,7 +206,7 @@ def precisions() -> list[Precision]:
     if rates["bf16"] >= rates["fp32"]:
         return ["fp32", "bf16"]
     print(
-        f"bf16 is left out: {rates['bf16'] / 1e9:.0f} GFLOP/s on this machine where fp32 has {rates['fp32'] / 1e9:.0f}; "
+        f"bf16 is left out: {rates['bf16'] / 1e9:.0f} GFLOP/s here, and fp32 {rates['fp32'] / 1e9:.0f}; "
         "--precisions fp32 bf16 measures it all the same"
     )
     return ["fp32"]

@@ -18,7 +18,6 @@ from torch.nn import functional
 from transformers import BertConfig, BertForPreTraining
 
 from bertqa.manifest import TOKENIZER_FILE
-from training.checkpoints import save_json, save_tensors
 from training.distributed import Workers, start_workers
 from training.encoders import (
     add_encoder_arguments,
@@ -26,6 +25,7 @@ from training.encoders import (
     bert_flops,
     encoder_source,
     load_model,
+    write_checkpoint,
 )
 from training.loop import (
     LoopOptions,
@@ -148,7 +148,10 @@ def main(args: argparse.Namespace) -> None:
     identity = {name: getattr(args, name) for name in ("init", "config", "dropout", "packing", "nsp")}
     identity |= {"shards": [shard.sha256 for shard in training.manifest.shards]}
     if train(model, task, options, workers, args.output, identity) and workers.rank == 0:
-        write_checkpoint(args.output, model, args.shards)
+        # Parameters, not the state: the head's matrix is the embeddings', and stands there once.
+        weights = dict(model.named_parameters())
+        tokenizer = (args.shards / TOKENIZER_FILE).read_text()
+        write_checkpoint(args.output, BertForPreTraining, model.config, weights, tokenizer)
 
 
 def make_model(args: argparse.Namespace, shards: ShardSet) -> "PretrainingBert":
@@ -341,14 +344,6 @@ def evaluator(
         return {f"held_out_{name}": mean for name, mean in zip(task.terms, means, strict=True)}
 
     return evaluate
-
-
-def write_checkpoint(directory: Path, model: PretrainingBert, shards: Path) -> None:
-    """Write config, fp32 weights and tokenizer, as transformers names them."""
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-    save_tensors(directory / "model.safetensors", weights, {"format": "pt"})
-    save_json(directory / "config.json", model.config.to_diff_dict() | {"architectures": [BertForPreTraining.__name__]})
-    (directory / TOKENIZER_FILE).write_bytes((shards / TOKENIZER_FILE).read_bytes())
 
 
 if __name__ == "__main__":
