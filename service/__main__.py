@@ -7,6 +7,7 @@ then Triton.
 import argparse
 import contextlib
 import http.client
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from bertqa.manifest import MODEL_NAME, REBUILD, WEIGHTS_FILE, BundleMismatch, OtherFormat, changed_files, sha256_of
 from bertqa.repository import ChangeRefused, Repository
+from service import logs
 from service.embedded_triton import (
     EmbeddedTriton,
     TritonError,
@@ -27,6 +29,9 @@ from service.embedded_triton import (
     free_port,
     restart_pauses,
 )
+from service.settings import Settings
+
+log = logging.getLogger(logs.LAUNCHER)
 
 PROJECT = Path(__file__).resolve().parent.parent
 DRAIN_S = 15
@@ -80,24 +85,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Run until told to end; returns the process's exit code."""
+    try:
+        logs.configure(Settings.from_environment(os.environ))
+    except ValueError as error:
+        print(f"bertqa: error: {error}", file=sys.stderr)
+        return 1
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
     try:
         ensure_engine(args.repository, args.checkpoint, stopping)
         if stopping.is_set():
-            say("ended")
+            log.info("ended")
             return 0
         port = free_port(args.host, args.port)
         if port != args.port and args.port:
-            say(f"port {args.port} is taken, using {port}")
+            log.info("port %d is taken, using %d", args.port, port)
         with contextlib.ExitStack() as stack:
             url = args.triton_url
             if not url:
                 settle(Repository(args.repository))
                 ports = TritonPorts(grpc=args.triton_grpc_port)
                 triton = EmbeddedTriton(
-                    args.repository, ports=ports, avoid_ports=(port,), log_dir=args.log_dir, report=say
+                    args.repository, ports=ports, avoid_ports=(port,), log_dir=args.log_dir, report=log.info
                 )
                 stack.callback(triton.stop)
                 triton.start(stopping)
@@ -105,9 +115,9 @@ def main(args: argparse.Namespace) -> int:
             if not stopping.is_set():
                 serve(args, port, url, stopping)
     except (LaunchError, TritonError, BundleMismatch, ChangeRefused) as error:
-        say(f"error: {error}")
+        log.error("error: %s", error)
         return 1
-    say("ended")
+    log.info("ended")
     return 0
 
 
@@ -143,7 +153,7 @@ def ensure_engine(root: Path, checkpoint: Path | None, stopping: threading.Event
                 "to build one from; name one with --checkpoint DIR"
             )
         checkpoint = weights[0]
-    say(f"{reason}: building one from {checkpoint}, once")
+    log.info("%s: building one from %s, once", reason, checkpoint)
     command = [sys.executable, "-m", "engine_builder", "--checkpoint", str(checkpoint.resolve()), "--target", "cpu"]
     command += ["--repository", str(root.resolve())]
     builder = subprocess.Popen(
@@ -191,7 +201,7 @@ def settle(repository: Repository) -> None:
             except BundleMismatch as error:
                 if version == serving.active:
                     raise
-                say(f"{error}; going on without it")
+                log.warning("%s; going on without it", error)
                 repository.unload(model, version)
         if not repository.is_configured(model):
             repository.configure(model)
@@ -235,7 +245,7 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
             while process.poll() is None and not stopping.wait(0.5 if ready else 0.1):
                 if not ready and _is_ready(args.host, port):
                     ready = True
-                    say(f"ready at http://{_reachable(args.host)}:{port}")
+                    log.info("ready at http://%s:%d", _reachable(args.host), port)
                 elif not start and not ready and time.monotonic() - began > _READY_TIMEOUT_S:
                     raise LaunchError(f"the service was not ready after {_READY_TIMEOUT_S:.0f} s")
         finally:
@@ -244,7 +254,7 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
             return
         if not start and not ready:
             raise LaunchError(f"the service ended with exit code {process.returncode}; its output is above")
-        say(f"the service ended with exit code {process.returncode}; restarting")
+        log.warning("the service ended with exit code %s; restarting", process.returncode)
 
 
 def _is_ready(host: str, port: int) -> bool:
@@ -262,11 +272,6 @@ def _reachable(host: str) -> str:
     """The host part of a URL under which this machine reaches a service that listens on ``host``."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
-
-
-def say(line: str) -> None:
-    """Tell the person at the console."""
-    print(f"bertqa: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

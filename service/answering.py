@@ -15,6 +15,7 @@ from bertqa.windows import SPECIAL_TOKENS, Windows
 from service.errors import InvalidField
 from service.metrics import Metrics
 from service.models import Models, Served
+from service.record import current_record
 from service.settings import Settings
 from service.triton import ModelOverloaded, ModelUnavailable
 
@@ -137,6 +138,7 @@ class Answerer:
             self._in_progress -= len(questions)
 
     async def _tokenize(self, question: Question) -> Tokenized:
+        current_record.get().asked(question.question, question.contexts)
         self._check(question)
         started = time.perf_counter()
         documents = await off_loop(question.chars, lambda: self._make_windows(question))
@@ -144,9 +146,11 @@ class Answerer:
         if tokens * question.max_answer_tokens > MAX_SPANS:
             limit = MAX_SPANS // tokens
             raise InvalidField("max_answer_tokens", f"must be at most {limit} for texts of {tokens:,} tokens together")
-        seconds = time.perf_counter() - started
-        self.metrics.tokenized(seconds, sum(len(d.windows) for d in documents), documents[0].question_truncated)
-        return Tokenized(question, documents, seconds)
+        tokenized = Tokenized(question, documents, time.perf_counter() - started)
+        self.metrics.tokenized(tokenized.seconds, tokenized.windows, documents[0].question_truncated)
+        identity = question.model.bundle.manifest.identity
+        current_record.get().tokenized(identity, tokenized.seconds, tokenized.windows)
+        return tokenized
 
     def _make_windows(self, question: Question) -> tuple[Windows, ...]:
         documents = []
@@ -190,6 +194,7 @@ class Answerer:
         )
         ended = time.perf_counter()
         self.metrics.answered(inferred - started, ended - inferred)
+        current_record.get().answered(inferred - started, ended - inferred)
         model.count()
         return Result(question, documents, logits, decoded, tokenized.seconds, inferred - started, ended - inferred)
 

@@ -22,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
-from service import errors, hugging_face, v1
+from service import errors, hugging_face, logs, v1
 from service.answering import Answerer
 from service.edge import Edge
 from service.exchange import answerer_of
@@ -54,8 +54,10 @@ def create_app(
     engine that is not the one which its bundle describes (`bertqa.manifest.BundleMismatch`), but not one that is not up
     yet: until it is, and the check has passed, ``/health/ready`` fails and questions get 503.
     """
-    settings = settings or Settings.from_environment(os.environ)
     metrics = Metrics()
+    if settings is None:  # this process is the application's own
+        settings = Settings.from_environment(os.environ)
+        logs.configure(settings, count_lost=metrics.lost_records)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -85,12 +87,13 @@ def create_app(
                 following.cancel()
             if engine is None:
                 await triton.close()
+            await asyncio.to_thread(logs.flush)
 
     app = FastAPI(
         title="bertqa", description=_DESCRIPTION, version=own_version(), lifespan=lifespan, redirect_slashes=False
     )
     app.state.metrics = metrics
-    app.add_middleware(Edge, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Edge, metrics=metrics, settings=settings)
     errors.register(app)
     app.include_router(v1.router)
     app.include_router(hugging_face.router)

@@ -8,14 +8,18 @@ import logging
 import re
 import time
 import uuid
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, error_response
+from service.errors import BodyTooLarge, error_response, route_of
 from service.metrics import Metrics
+from service.record import RequestRecord, current_record
+from service.settings import Settings
 from service.triton import request_id as triton_request_id
 
 log = logging.getLogger("bertqa.service")
+access_log = logging.getLogger("bertqa.access")
 
 _SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _CSP = (
@@ -23,16 +27,19 @@ _CSP = (
     b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _HARDENING = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+_UNLOGGED = ("/health/", "/metrics")  # asked every few seconds; their failures are logged
 _UNCONFINED = ("/docs", "/redoc")  # FastAPI's pages load their scripts from a CDN; ours load nothing
 
 
 class Edge:
-    """Bounds the body, names and counts the request, hardens the response, and answers what nobody else caught."""
+    """Bounds the body, names, counts and logs the request, hardens the response, answers what nobody else caught."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, settings: Settings) -> None:
         self.app = app
         self.metrics = metrics
-        self.max_body_bytes = max_body_bytes
+        self.max_body_bytes = settings.max_body_bytes
+        self.logs = settings.access_log
+        self.log_texts = settings.log_texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -42,8 +49,9 @@ class Edge:
         started = time.perf_counter()
         request_id, announced = _read_headers(scope)
         triton_request_id.set(request_id.decode())  # this task is the request's own
-        status = 0
-        received = 0
+        record = RequestRecord(request_id.decode(), keeps_texts=self.log_texts)
+        current_record.set(record)
+        status = received = sent = 0
 
         async def bounded_receive() -> Message:
             nonlocal received
@@ -57,19 +65,21 @@ class Edge:
             return message
 
         async def named_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id), *_HARDENING]
                 if not scope["path"].startswith(_UNCONFINED):
                     message["headers"].append((b"content-security-policy", _CSP))
+            else:
+                sent += len(message.get("body", b""))
             await send(message)
 
         self.metrics.in_flight.inc()
         try:
             await self.app(scope, bounded_receive, named_send)
         except Exception:
-            log.exception("%s %s: request %s failed", scope["method"], scope["path"], request_id.decode())
+            log.exception("%s %s: request %s failed", scope["method"], route_of(scope), request_id.decode())
             if status:
                 raise  # the response has begun; the server can only cut it off
             scope["error_type"] = "internal"
@@ -77,11 +87,21 @@ class Edge:
             await response(scope, receive, named_send)
         finally:
             self.metrics.in_flight.dec()
-            route = scope.get("route")
             asked = scope["method"] == "POST" and (status == 200 or status >= 500)  # the engine, most likely
-            seconds = time.perf_counter() - started if asked else None
-            name = getattr(route, "path", None) or ("/static" if scope["path"].startswith("/static/") else "unmatched")
-            self.metrics.requested(name, status, scope.get("error_type"), seconds)
+            seconds = time.perf_counter() - started
+            route, error_type = route_of(scope), scope.get("error_type")
+            self.metrics.requested(route, status, error_type, seconds if asked else None)
+            if self.logs and (status >= 400 or not route.startswith(_UNLOGGED)):
+                fields = {"method": scope["method"], "route": route, "status": status or None, "error_type": error_type}
+                fields |= {"seconds": round(seconds, 6), "received_bytes": received, "sent_bytes": sent}
+                _log_access(fields, record)
+
+
+def _log_access(fields: dict[str, Any], record: RequestRecord) -> None:
+    fields |= record.fields()
+    if record.questions:
+        fields["questions"] = [{"question": question, "contexts": contexts} for question, contexts in record.questions]
+    access_log.info("%s %s %s", fields["method"], fields["route"], fields["status"], extra={"fields": fields})
 
 
 def _read_headers(scope: Scope) -> tuple[bytes, int]:

@@ -35,6 +35,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from service import logs
+from service.settings import Settings
+
 LOOPBACK = "127.0.0.1"
 WHEEL = "nvidia-pytriton"
 INSTALL = f"python -m pip install --no-deps --constraint constraints.txt {WHEEL}"
@@ -72,6 +75,7 @@ exec {stub} "$@"
 """
 
 log = logging.getLogger("bertqa.triton")
+lines_log = logging.getLogger(logs.TRITON)
 
 
 class TritonError(RuntimeError):
@@ -433,15 +437,19 @@ class EmbeddedTriton:
 
     def _read_log(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.stdout
-        # A container's /dev/stderr cannot always be opened by the user that runs in it; the descriptor is there.
-        target = self.log_file if self._log_dir else 2
-        with open(target, "ab", buffering=0, closefd=target != 2) as file, process.stdout as output:
+        with contextlib.ExitStack() as stack:
+            output = stack.enter_context(process.stdout)
+            file = stack.enter_context(self.log_file.open("ab", buffering=0)) if self._log_dir else None
             for raw in output:
-                file.write(raw)
                 line = raw.decode(errors="replace").rstrip()
                 self._tail.append(line)
                 problem = _PROBLEM.match(line)
-                if self._log_dir and problem and not _HARMLESS.search(line) and not self._stopping.is_set():
+                if file:
+                    with contextlib.suppress(OSError):  # a full disk must not stop the reading, or Triton would wait
+                        file.write(raw)
+                else:
+                    lines_log.log(_LEVELS[problem["level"]] if problem else logging.INFO, "%s", line)
+                if file and problem and not _HARMLESS.search(line) and not self._stopping.is_set():
                     self._say(_plain(problem["text"]))
 
     def _index(self) -> list[dict[str, str]] | None:
@@ -530,6 +538,7 @@ class _Death:
 
 
 _PROBLEM = re.compile(r"(?P<level>[WEF])\d{4} \S+ \d+ [\w./]+:\d+\] (?P<text>.*)")
+_LEVELS = {"W": logging.WARNING, "E": logging.ERROR, "F": logging.CRITICAL}
 _ERROR = re.compile(r"error: |[EF]\d{4} ", re.IGNORECASE)
 # Said on every machine without a GPU, or said again in the error that ends the start.
 _HARMLESS = re.compile(
@@ -640,6 +649,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Run until told to end; returns the process's exit code."""
+    launcher_log = logging.getLogger(logs.LAUNCHER)
+    try:
+        logs.configure(Settings.from_environment(os.environ))
+    except ValueError as error:
+        print(f"bertqa: error: {error}", file=sys.stderr)
+        return 1
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
@@ -648,13 +663,13 @@ def main(args: argparse.Namespace) -> int:
         host=args.host,
         ports=TritonPorts(args.grpc_port, args.metrics_port, args.http_port),
         log_dir=None,
-        report=lambda line: print(f"bertqa: {line}", file=sys.stderr, flush=True),
+        report=launcher_log.info,
     )
     try:
         triton.start(stopping)
         stopping.wait()
     except TritonError as error:
-        print(f"bertqa: error: {error}", file=sys.stderr, flush=True)
+        launcher_log.error("error: %s", error)
         return 1
     finally:
         triton.stop()

@@ -63,6 +63,10 @@ class Metrics:
         self._tokenize, self._infer, self._decode, self._total = (
             seconds.labels(stage) for stage in ("tokenize", "infer", "decode", "total")
         )
+        lost_records = Counter(
+            "bertqa_log_records_lost", "Log records that could not be written", registry=self.registry
+        )
+        self.lost_records = lost_records.inc
         self._build = InfoMetric("bertqa_build", "What runs here", registry=self.registry)
 
     def built(self, **labels: str) -> None:

@@ -5,9 +5,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from service.triton import MAX_IN_FLIGHT
-
 PREFIX = "BERTQA_"
+MAX_IN_FLIGHT = 64
+"""Default number of engine calls of one process at one time."""
+_CHOICES = {"log_format": ("json", "text"), "log_level": ("debug", "info", "warning", "error")}
+_SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,18 @@ class Settings:
     max_questions: int = 64
     """Questions of one call to ``/v1/answers``."""
 
+    log_format: str = "text"
+    """``json``: one object a line; ``text``: for eyes."""
+
+    log_level: str = "info"
+    """What is less is not logged: debug, info, warning, error."""
+
+    access_log: bool = True
+    """Log a line for each request; probes and scrapes that succeed get none."""
+
+    log_texts: bool = False
+    """Let the log hold questions, contexts and the messages of exceptions, which may quote them."""
+
     def __post_init__(self) -> None:
         """Refuse what cannot work.
 
@@ -57,6 +71,10 @@ class Settings:
             raise ValueError(f"{PREFIX}TRITON_URL: must be host:port, or several with commas; got {self.triton_url!r}")
         if not 0 < self.deadline_s <= 3600:
             raise ValueError(f"{PREFIX}DEADLINE_S: must be above 0 and at most 3600 seconds; got {self.deadline_s}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                given = getattr(self, name)
+                raise ValueError(f"{_variable(name)}: must be one of {', '.join(choices)}; got {given!r}")
         for field in fields(self):
             if field.type is int and getattr(self, field.name) < 1:
                 raise ValueError(f"{_variable(field.name)}: must be at least 1; got {getattr(self, field.name)}")
@@ -79,9 +97,9 @@ class Settings:
             if text:
                 convert: Callable[[str], Any] = field.type  # type: ignore[assignment]  # a class: no deferred annotations
                 try:
-                    values[field.name] = convert(text)
-                except ValueError:
-                    kind = {int: "a whole number", float: "a number"}[field.type]  # type: ignore[index]
+                    values[field.name] = _SWITCH[text.lower()] if field.type is bool else convert(text)
+                except (ValueError, KeyError):
+                    kind = {int: "a whole number", float: "a number", bool: "true or false"}[field.type]  # type: ignore[index]
                     raise ValueError(f"{_variable(field.name)}: must be {kind}; got {text!r}") from None
         return cls(**values)
 

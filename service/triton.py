@@ -34,9 +34,8 @@ from bertqa.manifest import MODEL_NAME
 from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service.circuit import TRIAL_S, Circuit, State
+from service.settings import MAX_IN_FLIGHT
 
-MAX_IN_FLIGHT = 64
-"""Default number of engine calls of one process at one time."""
 MAX_WAITING = 1024
 """Default number of engine calls of one process that may wait for their turn."""
 MAX_IN_FLIGHT_PER_REQUEST = 8

@@ -68,9 +68,10 @@ def test_otherwise_one_is_built(
     add: Add,
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     present: str,
 ) -> None:
+    caplog.set_level("INFO")
     if present != "nothing":
         manifest = add(1) / "manifest.json"
     if present == "an engine of an earlier release":
@@ -83,11 +84,11 @@ def test_otherwise_one_is_built(
     with pytest.raises(LaunchError, match=r"could not be built \(exit code 3\)"):
         ensure_engine(repository.root, checkpoint, threading.Event())
     reason = "no engine in" if present == "nothing" else "are of other checkpoints, or of an earlier release"
-    assert reason in capsys.readouterr().err
+    assert reason in caplog.text
 
 
 def test_a_loaded_version_that_is_not_whole_any_more_is_left_out(
-    repository: Repository, add: Add, capsys: pytest.CaptureFixture[str]
+    repository: Repository, add: Add, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoiled = add(1)
     add(2)
@@ -98,7 +99,7 @@ def test_a_loaded_version_that_is_not_whole_any_more_is_left_out(
     (spoiled / "tokenizer.json").write_text("{}")
     settle(repository)
     assert repository.serving()[MODEL_NAME].loaded == (2,)
-    assert "bert_qa 1: tokenizer.json is not as it was published" in capsys.readouterr().err
+    assert "bert_qa 1: tokenizer.json is not as it was published" in caplog.text
     (repository.directory(MODEL_NAME, 2) / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleMismatch, match=r"bert_qa 2: tokenizer\.json is not as it was published; build it again"):
         settle(repository)

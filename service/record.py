@@ -1,0 +1,54 @@
+"""What becomes known of a request on its way, gathered for its line in the log and its span in a trace.
+
+Whoever handles a part of it adds to `current_record`; a request's tasks and threads share one record.
+"""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One HTTP request; seconds are those of the slowest question where it asks several, as in ``server-timing``."""
+
+    request_id: str = ""
+    trace_id: str = ""
+    key: str = ""  # name of the API key that it came with
+    keeps_texts: bool = False
+    models: set[str] = field(default_factory=set)  # identities
+    windows: int = 0
+    tokenize_s: float = 0.0
+    infer_s: float = 0.0
+    decode_s: float = 0.0
+    questions: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)  # with contexts; if it keeps texts
+
+    def tokenized(self, model: str, seconds: float, windows: int) -> None:
+        """Add a question that became windows for a model, named by its identity."""
+        self.models.add(model)
+        self.tokenize_s = max(self.tokenize_s, seconds)
+        self.windows += windows
+
+    def answered(self, infer_s: float, decode_s: float) -> None:
+        """Add a question that was answered."""
+        self.infer_s, self.decode_s = max(self.infer_s, infer_s), max(self.decode_s, decode_s)
+
+    def asked(self, question: str, contexts: tuple[str, ...]) -> None:
+        """Add what was asked, if that may be kept."""
+        if self.keeps_texts:
+            self.questions.append((question, contexts))
+
+    def fields(self) -> dict[str, object]:
+        """What is known, by the names that logs and traces give it; what is not known or empty is left out."""
+        found: dict[str, object] = {
+            "key": self.key,
+            "model": ",".join(sorted(self.models)),
+            "windows": self.windows,
+            "tokenize_seconds": round(self.tokenize_s, 6),
+            "infer_seconds": round(self.infer_s, 6),
+            "decode_seconds": round(self.decode_s, 6),
+        }
+        return {name: value for name, value in found.items() if value}
+
+
+current_record: ContextVar[RequestRecord] = ContextVar("current_record", default=RequestRecord())  # noqa: B039
+"""The record of the request being handled; outside of any, as in a probe of a new version, one that nobody reads."""
