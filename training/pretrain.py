@@ -149,9 +149,9 @@ def main(args: argparse.Namespace) -> None:
     identity |= {"shards": [shard.sha256 for shard in training.manifest.shards]}
     if train(model, task, options, workers, args.output, identity) and workers.rank == 0:
         # Parameters, not the state: the head's matrix is the embeddings', and stands there once.
-        weights = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         tokenizer = (args.shards / TOKENIZER_FILE).read_text()
-        write_checkpoint(args.output, BertForPreTraining, model.config, weights, tokenizer)
+        write_checkpoint(args.output, BertForPreTraining, model.config, parameters, tokenizer)
 
 
 def make_model(args: argparse.Namespace, shards: ShardSet) -> "PretrainingBert":
