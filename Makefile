@@ -81,7 +81,7 @@ $(VENV)/train.stamp: $(VENV)/serve.stamp training/install_horovod.sh
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json tests/install_browser.sh tests/install_servers.sh
-	$(PIP) --group dev --editable '.[batch,loadtest,tensorboard]'
+	$(PIP) --group dev --editable '.[batch,loadtest,tensorboard,tracing]'
 	tests/install_browser.sh
 	tests/install_servers.sh
 	npm ci --prefix tests/javascript --silent --no-audit --no-fund

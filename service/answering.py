@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from bertqa.spans import MAX_ANSWER_TOKENS, Decoded, Logits, decode
 from bertqa.windows import SPECIAL_TOKENS, Windows
+from service import tracing
 from service.errors import InvalidField
 from service.metrics import Metrics
 from service.models import Models, Served
@@ -141,7 +142,8 @@ class Answerer:
         current_record.get().asked(question.question, question.contexts)
         self._check(question)
         started = time.perf_counter()
-        documents = await off_loop(question.chars, lambda: self._make_windows(question))
+        with tracing.span("tokenize", contexts=len(question.contexts), characters=question.chars):
+            documents = await off_loop(question.chars, lambda: self._make_windows(question))
         tokens = sum(len(document.starts) for document in documents)
         if tokens * question.max_answer_tokens > MAX_SPANS:
             limit = MAX_SPANS // tokens
@@ -175,23 +177,25 @@ class Answerer:
         started = time.perf_counter()
         windows = [window for document in documents for window in document.windows]
         try:
-            flat = iter(await model.engine.predict(windows, deadline=deadline) if windows else [])
+            with tracing.span("infer", calls=True, windows=len(windows), model=model.bundle.manifest.identity):
+                flat = iter(await model.engine.predict(windows, deadline=deadline) if windows else [])
         except ModelUnavailable:
             model.verified = False  # it may come back as another
             raise
         logits = [[next(flat) for _ in document.windows] for document in documents]
         inferred = time.perf_counter()
-        decoded = await off_loop(
-            question.chars,
-            lambda: decode(
-                documents,
-                logits,
-                top_k=question.top_k,
-                max_answer_tokens=question.max_answer_tokens,
-                null_threshold=model.bundle.manifest.null_threshold,
-                align_to_words=question.align_to_words,
-            ),
-        )
+        with tracing.span("decode", top_k=question.top_k):
+            decoded = await off_loop(
+                question.chars,
+                lambda: decode(
+                    documents,
+                    logits,
+                    top_k=question.top_k,
+                    max_answer_tokens=question.max_answer_tokens,
+                    null_threshold=model.bundle.manifest.null_threshold,
+                    align_to_words=question.align_to_words,
+                ),
+            )
         ended = time.perf_counter()
         self.metrics.answered(inferred - started, ended - inferred)
         current_record.get().answered(inferred - started, ended - inferred)

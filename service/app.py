@@ -22,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
-from service import errors, hugging_face, logs, v1
+from service import errors, hugging_face, logs, tracing, v1
 from service.answering import Answerer
 from service.edge import Edge
 from service.exchange import answerer_of
@@ -61,6 +61,11 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if settings.otlp_endpoint:
+            try:
+                tracing.start(settings, own_version())
+            except ImportError as error:
+                log.warning("no traces: %s; %s", error, tracing.INSTALL)
         triton = engine or TritonModel(
             settings.triton_urls, max_in_flight=settings.max_in_flight, watch_circuit=metrics.circuit
         )
@@ -87,12 +92,15 @@ def create_app(
                 following.cancel()
             if engine is None:
                 await triton.close()
+            await asyncio.to_thread(tracing.stop)
             await asyncio.to_thread(logs.flush)
 
     app = FastAPI(
         title="bertqa", description=_DESCRIPTION, version=own_version(), lifespan=lifespan, redirect_slashes=False
     )
     app.state.metrics = metrics
+    if settings.otlp_endpoint:
+        app.add_middleware(tracing.Traced)
     app.add_middleware(Edge, metrics=metrics, settings=settings)
     errors.register(app)
     app.include_router(v1.router)

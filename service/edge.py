@@ -12,9 +12,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, error_response, route_of
+from service.errors import BodyTooLarge, error_response
 from service.metrics import Metrics
-from service.record import RequestRecord, current_record
+from service.record import RequestRecord, current_record, route_of
 from service.settings import Settings
 from service.triton import request_id as triton_request_id
 

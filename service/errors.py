@@ -20,10 +20,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Scope
 
 from bertqa.manifest import BundleMismatch
 from bertqa.spans import InvalidLogits
+from service.record import route_of
 from service.triton import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
 
 log = logging.getLogger("bertqa.service")
@@ -120,12 +120,6 @@ async def _known(request: Request, error: Exception) -> Response:
     if status >= 500:
         log.warning("%s %s: %s: %s", request.method, route_of(request.scope), error_type, error)
     return error_response(status, error_type, str(error), field=getattr(error, "field", None))
-
-
-def route_of(scope: Scope) -> str:
-    """The route that took a request, as metrics and logs name it: never the address, which may hold anything."""
-    path = getattr(scope.get("route"), "path", None)
-    return path or ("/static" if scope["path"].startswith("/static/") else "unmatched")
 
 
 async def _validation(request: Request, error: Exception) -> Response:

@@ -3,8 +3,10 @@
 Whoever handles a part of it adds to `current_record`; a request's tasks and threads share one record.
 """
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -48,6 +50,12 @@ class RequestRecord:
             "decode_seconds": round(self.decode_s, 6),
         }
         return {name: value for name, value in found.items() if value}
+
+
+def route_of(scope: Mapping[str, Any]) -> str:
+    """The route that took a request, as metrics and logs name it: never the address, which may hold anything."""
+    path = getattr(scope.get("route"), "path", None)
+    return path or ("/static" if scope["path"].startswith("/static/") else "unmatched")
 
 
 current_record: ContextVar[RequestRecord] = ContextVar("current_record", default=RequestRecord())  # noqa: B039

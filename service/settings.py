@@ -8,7 +8,12 @@ from typing import Any
 PREFIX = "BERTQA_"
 MAX_IN_FLIGHT = 64
 """Default number of engine calls of one process at one time."""
-_CHOICES = {"log_format": ("json", "text"), "log_level": ("debug", "info", "warning", "error")}
+_CHOICES = {
+    "log_format": ("json", "text"),
+    "log_level": ("debug", "info", "warning", "error"),
+    "otlp_protocol": ("grpc", "http/protobuf"),
+}
+_STANDARD = {"otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT", "otlp_protocol": "OTEL_EXPORTER_OTLP_PROTOCOL"}
 _SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -61,6 +66,12 @@ class Settings:
     log_texts: bool = False
     """Let the log hold questions, contexts and the messages of exceptions, which may quote them."""
 
+    otlp_endpoint: str = ""
+    """URL of an OpenTelemetry collector, which gets traces; empty: nobody does. The variable is the standard's own."""
+
+    otlp_protocol: str = "grpc"
+    """``grpc`` or ``http/protobuf``; likewise."""
+
     def __post_init__(self) -> None:
         """Refuse what cannot work.
 
@@ -105,4 +116,4 @@ class Settings:
 
 
 def _variable(name: str) -> str:
-    return PREFIX + name.upper()
+    return _STANDARD.get(name, PREFIX + name.upper())

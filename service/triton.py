@@ -33,6 +33,7 @@ from tritonclient.grpc import service_pb2
 from bertqa.manifest import MODEL_NAME
 from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
+from service import tracing
 from service.circuit import TRIAL_S, Circuit, State
 from service.settings import MAX_IN_FLIGHT
 
@@ -292,7 +293,7 @@ class TritonModel:
             try:
                 if patience <= 0:
                     raise failure or ModelTimeout(_PASSED)
-                reply = await getattr(link.replica, method)(request, timeout=patience)
+                reply = await getattr(link.replica, method)(request, timeout=patience, metadata=tracing.metadata())
                 result = read(reply) if read else reply
             except grpc.aio.AioRpcError as error:
                 failure = _translate(error, link.replica.url, self._name)

@@ -1,0 +1,171 @@
+"""OpenTelemetry traces of a request: HTTP → tokenize → infer → decode, sent over OTLP; off unless `start` is called.
+
+Until then neither SDK nor exporter is imported, and `span` and `metadata` are one look at a variable. The context of a
+trace comes with the client's ``traceparent`` and goes to Triton as gRPC metadata. Spans hold counts, names and
+outcomes, never a question, a context or the message of an exception. They are sent by a thread with a bounded queue: a
+collector that is slow or away loses spans and nothing else.
+
+Attributes follow https://opentelemetry.io/docs/specs/semconv/http/http-spans/; our own begin with ``bertqa.``.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.record import current_record, route_of
+from service.settings import Settings
+
+INSTALL = "pip install 'bertqa[tracing]'"
+_STOP_S = 3.0
+_UNTRACED = ("/health/", "/metrics", "/static/")
+_NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
+
+_provider: Any = None
+_exporter: Any = None
+_tracer: Any = None  # None: off
+
+
+def start(settings: Settings, version: str) -> None:
+    """Trace from now on; sampler, batches and headers are those of the standard ``OTEL_`` variables.
+
+    Raises:
+        ImportError: the packages are not there.
+    """
+    global _provider, _exporter, _tracer  # noqa: PLW0603
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource  # noqa: PLC0415
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter  # noqa: PLC0415
+
+    exporter: SpanExporter
+    if settings.otlp_protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+
+        exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint)
+    else:
+        from opentelemetry.exporter.otlp.proto.http import trace_exporter  # noqa: PLC0415
+
+        exporter = trace_exporter.OTLPSpanExporter(endpoint=f"{settings.otlp_endpoint.rstrip('/')}/v1/traces")
+    own = Resource({"service.name": "bertqa", "service.version": version})
+    _exporter = exporter
+    _provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
+    _provider.add_span_processor(BatchSpanProcessor(exporter))
+    _tracer = _provider.get_tracer("bertqa", version)
+
+
+def stop() -> None:
+    """Send what is left, within a few seconds, and trace no longer."""
+    global _tracer  # noqa: PLW0603
+    if not is_on():
+        return
+    _tracer = None
+    end = threading.Thread(target=_provider.shutdown, name="tracing-end", daemon=True)
+    end.start()
+    end.join(_STOP_S)
+    if end.is_alive():  # it would go on trying for half a minute
+        _exporter.shutdown()
+        end.join(_STOP_S)
+
+
+def is_on() -> bool:
+    """Whether spans are made."""
+    return _tracer is not None
+
+
+def span(name: str, *, calls: bool = False, **attributes: str | int) -> AbstractContextManager[Any]:
+    """A part of the request being handled, as a context manager that gives the span, or None where none is made.
+
+    Args:
+        name: of the span.
+        calls: whether it is a call of another server.
+        attributes: without their common ``bertqa.``.
+    """
+    return _part(name, calls, attributes) if _tracer is not None else _NOTHING
+
+
+def metadata() -> tuple[tuple[str, str], ...] | None:
+    """What tells the server that is called now which span it works for."""
+    if _tracer is None:
+        return None
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return tuple(carrier.items())
+
+
+@contextlib.contextmanager
+def _part(name: str, calls: bool, attributes: dict[str, str | int]) -> Iterator[Any]:
+    from opentelemetry.trace import SpanKind, StatusCode, get_current_span  # noqa: PLC0415
+
+    if not get_current_span().get_span_context().is_valid:  # a probe's
+        yield None
+        return
+    with _tracer.start_as_current_span(
+        name,
+        kind=SpanKind.CLIENT if calls else SpanKind.INTERNAL,
+        attributes={f"bertqa.{key}": value for key, value in attributes.items()},
+        record_exception=False,  # its message may quote a text
+        set_status_on_exception=False,
+    ) as part:
+        try:
+            yield part
+        except BaseException as error:
+            part.set_attribute("error.type", type(error).__qualname__)
+            part.set_status(StatusCode.ERROR)
+            raise
+
+
+class Traced:
+    """ASGI middleware: a server span for each request but probes and scrapes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if _tracer is None or scope["type"] != "http" or scope["path"].startswith(_UNTRACED):
+            await self.app(scope, receive, send)
+            return
+        from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+
+        sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        status = 0
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        with _tracer.start_as_current_span(
+            scope["method"],
+            context=TraceContextTextMapPropagator().extract(sent),
+            kind=SpanKind.SERVER,
+            attributes={"http.request.method": scope["method"], "url.scheme": scope["scheme"]},
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            record = current_record.get()
+            record.trace_id = f"{span.get_span_context().trace_id:032x}"
+            failure = None
+            try:
+                await self.app(scope, receive, watched_send)
+            except Exception:
+                status, failure = 500, "internal"
+                raise
+            finally:
+                route, error_type = route_of(scope), scope.get("error_type", failure)
+                span.update_name(f"{scope['method']} {route}")
+                span.set_attributes({"http.route": route, "bertqa.request_id": record.request_id})
+                span.set_attributes({f"bertqa.{name}": value for name, value in record.fields().items()})
+                if status:
+                    span.set_attribute("http.response.status_code", status)
+                if error_type:
+                    span.set_attribute("error.type", error_type)
+                if status >= 500:
+                    span.set_status(StatusCode.ERROR)
