@@ -70,7 +70,7 @@ def create_app(
             except ImportError as error:
                 log.warning("no traces: %s; %s", error, tracing.INSTALL)
         triton = engine or TritonModel(
-            settings.triton_urls, max_in_flight=settings.max_in_flight, watch_circuit=metrics.circuit
+            settings.triton_urls, max_in_flight=settings.max_in_flight or None, watch_circuit=metrics.circuit
         )
         follower = Follower(Repository(settings.repository), triton, metrics)
         if bundle:

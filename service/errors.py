@@ -137,7 +137,7 @@ def error_response(
     """Write an error in the API's one shape."""
     body = json.dumps({"error": message, "error_type": error_type, "field": field})
     if status == 503:
-        headers = {**(headers or {}), "retry-after": "1"}
+        headers = {"retry-after": "1", **(headers or {})}
     return Response(body, status, headers, "application/json")
 
 
@@ -157,9 +157,11 @@ def respond(scope: Scope, error: Exception) -> Response:
     """Answer an exception of the table, and let metrics and log know."""
     status, error_type = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
     scope["error_type"] = error_type  # for the metrics
-    if status >= 500:
-        log.warning("%s %s: %s: %s", scope["method"], route_of(scope), error_type, error)
     field, headers = getattr(error, "field", None), getattr(error, "headers", None)
+    if isinstance(error, ModelOverloaded):  # counted, but not logged one by one: refusing must stay cheap
+        headers = {"retry-after": str(max(math.ceil(error.retry_after_s), 1))}
+    elif status >= 500:
+        log.warning("%s %s: %s: %s", scope["method"], route_of(scope), error_type, error)
     return error_response(status, error_type, str(error), field=field, headers=headers)
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "BERTQA_"
-MAX_IN_FLIGHT = 64
-"""Default number of engine calls of one process at one time."""
+_MAY_BE_ZERO = ("max_in_flight",)
 _ACCESS = ("open", "key", "off")
 _CHOICES = {
     "log_format": ("json", "text"),
@@ -50,11 +49,14 @@ class Settings:
     cors_origins: str = ""
     """Origins like ``https://example.com``, with commas, whose pages may ask from a browser; empty: only our own."""
 
-    max_in_flight: int = MAX_IN_FLIGHT
-    """Engine calls of this process at one time; what comes beyond waits for its turn within the deadline."""
+    max_in_flight: int = 0
+    """Engine calls of this process and a model at one time; 0: two for each instance of the engine at each address."""
+
+    max_queue_ms: int = 200
+    """Milliseconds that a question may be expected to wait for the engine; one that would wait longer is refused."""
 
     max_in_progress: int = 1_024
-    """Questions in progress at one time; what comes beyond is refused at once, so that a queue cannot grow."""
+    """Questions in progress at one time, however soon they would be answered; what comes beyond is refused."""
 
     max_body_bytes: int = 2 * 1024 * 1024
     """Bytes of a request body, counted before anything is parsed."""
@@ -112,8 +114,9 @@ class Settings:
                     f"{PREFIX}CORS_ORIGINS: must be origins like https://example.com, with commas; got {origin!r}"
                 )
         for field in fields(self):
-            if field.type is int and getattr(self, field.name) < 1:
-                raise ValueError(f"{_variable(field.name)}: must be at least 1; got {getattr(self, field.name)}")
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            if field.type is int and getattr(self, field.name) < least:
+                raise ValueError(f"{_variable(field.name)}: must be at least {least}; got {getattr(self, field.name)}")
 
     @property
     def triton_urls(self) -> tuple[str, ...]:
