@@ -4,18 +4,15 @@ The tree, beside `service.triton.ModelError` for the engine's side::
 
     RequestError               what the client can mend
     ├── MalformedBody          400, not JSON
-    ├── Unauthorized           401, without a key that is known
     ├── NoSuchModel            404, of the address
-    ├── SlowRequest            408, did not arrive in time
     ├── BodyTooLarge           413
-    ├── NotJson                415, the content type says so
-    ├── InvalidField           422, a field is missing, unknown, of the wrong type or out of range
-    └── RateLimited            429, a key is used more often than it may be
+    ├── NotJson                415, content type or encoding say so
+    └── InvalidField           422, a field is missing, unknown, of the wrong type or out of range
 """
 
 import json
 import logging
-import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Scope
+from starlette.routing import Match
 
 from bertqa.manifest import BundleMismatch
 from bertqa.spans import InvalidLogits
@@ -37,40 +34,13 @@ log = logging.getLogger("bertqa.service")
 class RequestError(Exception):
     """A request that cannot be answered as it is; the message is a sentence for whoever sent it."""
 
-    headers: Mapping[str, str] = {}
-    """That the response has besides."""
-
 
 class MalformedBody(RequestError):
     """The body is not one JSON value in UTF-8."""
 
 
-class Unauthorized(RequestError):
-    """No API key came along, or none that is known."""
-
-    headers: Mapping[str, str] = {"www-authenticate": 'Bearer realm="bertqa"'}
-
-
-class RateLimited(RequestError):
-    """An API key is used more often than it may be."""
-
-    def __init__(self, name: str, rate: float, wait_s: float) -> None:
-        """Say how long to wait, in seconds, for the next request of a key that has so many a second."""
-        super().__init__(f"the API key {name} has {rate:g} requests a second; the next is free in {wait_s:.3g} s")
-        self.headers = {"retry-after": str(math.ceil(wait_s))}
-
-
 class NoSuchModel(RequestError):
     """The address names a model that is not served."""
-
-
-class SlowRequest(RequestError):
-    """The request did not arrive in time."""
-
-    headers: Mapping[str, str] = {"connection": "close"}
-
-    def __init__(self, limit_s: float) -> None:
-        super().__init__(f"body: must arrive within {limit_s:g} s")
 
 
 class BodyTooLarge(RequestError):
@@ -81,7 +51,7 @@ class BodyTooLarge(RequestError):
 
 
 class NotJson(RequestError):
-    """The content type is not JSON."""
+    """The content type is not JSON in UTF-8, or the body is compressed."""
 
 
 class InvalidField(RequestError):
@@ -110,13 +80,10 @@ class InvalidField(RequestError):
 
 STATUS: Mapping[type[Exception], tuple[int, str]] = {
     MalformedBody: (400, "malformed_json"),
-    Unauthorized: (401, "unauthorized"),
     NoSuchModel: (404, "not_found"),
-    SlowRequest: (408, "slow_request"),
     BodyTooLarge: (413, "body_too_large"),
     NotJson: (415, "not_json"),
     InvalidField: (422, "validation"),
-    RateLimited: (429, "rate_limited"),
     ClientDisconnect: (499, "client_disconnected"),  # nobody reads it, but the metrics count it
     ModelOverloaded: (503, "engine_overloaded"),
     ModelUnavailable: (503, "engine_unavailable"),
@@ -137,7 +104,7 @@ def error_response(
     """Write an error in the API's one shape."""
     body = json.dumps({"error": message, "error_type": error_type, "field": field})
     if status == 503:
-        headers = {"retry-after": "1", **(headers or {})}
+        headers = {**(headers or {}), "retry-after": "1"}
     return Response(body, status, headers, "application/json")
 
 
@@ -150,19 +117,11 @@ def register(app: FastAPI) -> None:
 
 
 async def _known(request: Request, error: Exception) -> Response:
-    return respond(request.scope, error)
-
-
-def respond(scope: Scope, error: Exception) -> Response:
-    """Answer an exception of the table, and let metrics and log know."""
     status, error_type = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
-    scope["error_type"] = error_type  # for the metrics
-    field, headers = getattr(error, "field", None), getattr(error, "headers", None)
-    if isinstance(error, ModelOverloaded):  # counted, but not logged one by one: refusing must stay cheap
-        headers = {"retry-after": str(max(math.ceil(error.retry_after_s), 1))}
-    elif status >= 500:
-        log.warning("%s %s: %s: %s", scope["method"], route_of(scope), error_type, error)
-    return error_response(status, error_type, str(error), field=field, headers=headers)
+    request.scope["error_type"] = error_type  # for the metrics
+    if status >= 500:
+        log.warning("%s %s: %s: %s", request.method, route_of(request.scope), error_type, error)
+    return error_response(status, error_type, str(error), field=getattr(error, "field", None))
 
 
 async def _validation(request: Request, error: Exception) -> Response:
@@ -174,8 +133,13 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     error_type = _ROUTING.get(error.status_code, "http")
     request.scope["error_type"] = error_type
-    message = f"{request.method} {request.url.path}: {error.detail.lower()}; see /docs"
-    return error_response(error.status_code, error_type, message, headers=error.headers)
+    message = f"{request.method} {request.url.path:.200}: {error.detail.lower()}; see /docs"
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette names the methods of the first route of this path alone
+        there = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        methods = {method for route in there for method in getattr(route, "methods", None) or ()}
+        headers = {"allow": ", ".join(sorted(methods.union(headers.get("Allow", "").split(", ")) - {""}))}
+    return error_response(error.status_code, error_type, message, headers=headers)
 
 
 def first_problem(errors: Iterable[Any]) -> InvalidField:
@@ -189,6 +153,7 @@ def first_problem(errors: Iterable[Any]) -> InvalidField:
             return InvalidField(field, own)
         inner = InvalidField.from_value_error(limits["error"])
         return inner if field == "body" else inner.inside(field)
+    shown = _SHORT.repr(value)
     problems = {
         "missing": "required",
         "extra_forbidden": "unknown field; see /docs for those that there are",
@@ -200,20 +165,25 @@ def first_problem(errors: Iterable[Any]) -> InvalidField:
         "bool_type": "must be true or false",
         "bool_parsing": "must be true or false",
         "list_type": "must be a list",
+        "dict_type": "must be a JSON object",
         "model_type": "must be a JSON object",
         "model_attributes_type": "must be a JSON object",
-        "literal_error": f"must be one of {limits.get('expected')}; got {value!r:.40}",
-        "greater_than_equal": f"must be at least {limits.get('ge')}; got {value!r:.40}",
-        "less_than_equal": f"must be at most {limits.get('le')}; got {value!r:.40}",
+        "literal_error": f"must be one of {limits.get('expected')}; got {shown}",
+        "greater_than_equal": f"must be at least {limits.get('ge')}; got {shown}",
+        "less_than_equal": f"must be at most {limits.get('le')}; got {shown}",
         "string_too_short": "must not be empty",
         "too_short": "must not be empty",
     }
     return InvalidField(field, problems.get(kind, found["msg"]))
 
 
+_SHORT = reprlib.Repr()  # a client's value may be large, or nested more deeply than `repr` can follow
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 40, 40, 40
+
+
 def field_name(location: Sequence[str | int]) -> str:
     """Turn pydantic's location into the path that a client would write: ``questions[2].top_k``."""
     name = ""
     for part in location[1:] if location[:1] == ("body",) else location:
-        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+        name += f"[{part}]" if isinstance(part, int) else f".{part:.60}" if part else '.""'  # unknown ones may be long
     return name.removeprefix(".") or "body"

@@ -43,11 +43,12 @@ _PIECES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def bundle() -> Bundle:
-    tokenizer = Tokenizer(WordPiece({piece: number for number, piece in enumerate(_PIECES)}, unk_token="[UNK]"))
-    tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
-    tokenizer.pre_tokenizer = BertPreTokenizer()
+def toy_bundle(tokenizer: Tokenizer | None = None) -> Bundle:
+    """A bundle with short windows, of the toy's own tokenizer or another."""
+    if tokenizer is None:
+        tokenizer = Tokenizer(WordPiece({piece: number for number, piece in enumerate(_PIECES)}, unk_token="[UNK]"))
+        tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
+        tokenizer.pre_tokenizer = BertPreTokenizer()
     manifest = Manifest(
         name="toy",
         target="cpu",
@@ -57,7 +58,7 @@ def bundle() -> Bundle:
         tokenizer_sha256="1" * 64,
         checkpoint_sha256="2" * 64,
         onnx_sha256="3" * 64,
-        vocabulary_size=len(_PIECES),
+        vocabulary_size=tokenizer.get_vocab_size(),
         max_seq_len=64,
         overlap=16,
         max_question_tokens=16,
@@ -82,6 +83,11 @@ def bundle() -> Bundle:
     return Bundle(MODEL_NAME, 7, manifest, maker)
 
 
+@pytest.fixture(scope="session")
+def bundle() -> Bundle:
+    return toy_bundle()
+
+
 class FakeEngine:
     """Holds that the first span between « and » in a window is its answer, and that a window without has none."""
 
@@ -89,7 +95,6 @@ class FakeEngine:
         self.identity = identity
         self.failure: Exception | None = None
         self.delay_s = 0.0
-        self.seconds_each = 0.0  # how much longer a request waits for each that is before it
         self.windows = 0  # answered
         self.cancelled = threading.Event()
         self.started = threading.Event()
@@ -130,9 +135,6 @@ class FakeEngine:
         if isinstance(self.failure, ModelError):
             raise self.failure
         return {"identity_7": self.identity}
-
-    def expected_wait(self, ahead: int) -> float:
-        return self.seconds_each * ahead
 
     def at(self, model: str, version: int) -> "FakeEngine":
         return self
