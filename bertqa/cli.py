@@ -1,7 +1,7 @@
 """The ``bertqa`` command.
 
-``serve``, ``models``, ``batch`` and ``doctor`` are jobs of the service; ``ask`` and ``evaluate`` are HTTP clients of a
-running one.
+``serve``, ``models``, ``batch``, ``keys`` and ``doctor`` are jobs of the service; ``ask`` and ``evaluate`` are HTTP
+clients of a running one, with the API key in ``BERTQA_API_KEY`` where it needs one.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         ("serve", "service", "start Triton and the REST service"),
         ("models", "service.rollout", "put another version of a model into service, and take it back"),
         ("batch", "service.batch", "answer every row of Parquet files"),
+        ("keys", "service.keys", "make API keys, and list those that there are"),
         ("doctor", "service.doctor", "look for what would go wrong, and say what mends it"),
     ):
         command = commands.add_parser(name, help=text, add_help=False)
@@ -167,7 +168,9 @@ class _Client:
         try:
             # A proxy for the web cannot reach this machine's own loopback interface.
             local = httpx.URL(args.url).host in ("127.0.0.1", "localhost", "::1")
-            self._client = httpx.Client(base_url=args.url, timeout=args.timeout, trust_env=not local)
+            key = os.environ.get("BERTQA_API_KEY")  # a flag could be read in the list of processes
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            self._client = httpx.Client(base_url=args.url, timeout=args.timeout, trust_env=not local, headers=headers)
         except httpx.InvalidURL as error:
             raise CommandError(f"--url {args.url}: {error}") from error
 

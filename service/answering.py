@@ -85,6 +85,7 @@ class Answerer:
         self.settings = settings
         self.metrics = metrics
         self._in_progress = 0
+        self._longest_wait_s = settings.max_queue_ms / 1000
 
     async def check_ready(self, model: Served, deadline: float) -> None:
         """Send a real question through tokenizer, engine and decoder.
@@ -97,7 +98,20 @@ class Answerer:
         model.verified = False  # a probe is the moment to notice that Triton has loaded something else
         await model.engine.check_ready(deadline=deadline)
         asked = Question(model=model, question="Is it ready?", contexts=("It is ready.",))
-        await self.answer_all([asked], deadline=deadline)
+        await self._answer_all([asked], deadline)  # a busy engine is ready
+
+    def check_room(self) -> None:
+        """Return if a request of which nothing has been read yet has a chance.
+
+        Raises:
+            ModelOverloaded: it would be refused, whichever model it asks.
+        """
+        for model in self.models:
+            try:
+                return model.check_room(self._longest_wait_s)
+            except ModelOverloaded as error:
+                overloaded = error
+        raise overloaded
 
     async def answer(self, question: Question, *, deadline: float) -> Result:
         """Answer one question; arguments and errors as in `answer_all`, but fields are named without their place."""
@@ -116,13 +130,22 @@ class Answerer:
         Raises:
             InvalidField: a question is outside the limits; ``questions[i].`` and a field of `Question` are named.
             BundleMismatch: as in `Served.verify`.
-            ModelError: the engine did not answer, or too many questions are in progress.
+            ModelOverloaded: it would have to wait too long for the engine, or too many are in progress.
+            ModelError: the engine did not answer.
             InvalidLogits: it answered nonsense.
         """
         if self._in_progress and self._in_progress + len(questions) > self.settings.max_in_progress:
             limit = self.settings.max_in_progress
             raise ModelOverloaded(f"{self._in_progress} questions are in progress, and {limit} may be.")
+        longest_s = min(self._longest_wait_s, deadline - time.monotonic())
+        for model in {question.model for question in questions}:
+            model.check_room(longest_s)
+        return await self._answer_all(questions, deadline)
+
+    async def _answer_all(self, questions: Sequence[Question], deadline: float) -> list[Result]:
         self._in_progress += len(questions)
+        for question in questions:
+            question.model.in_progress += 1
         try:
             for model in {question.model for question in questions}:
                 await model.verify(deadline=deadline)
@@ -137,6 +160,8 @@ class Answerer:
             return await side_by_side([self._infer(each, deadline) for each in tokenized])
         finally:
             self._in_progress -= len(questions)
+            for question in questions:
+                question.model.in_progress -= 1
 
     async def _tokenize(self, question: Question) -> Tokenized:
         current_record.get().asked(question.question, question.contexts)

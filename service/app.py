@@ -17,6 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
@@ -27,7 +28,8 @@ from bertqa.repository import Repository
 from service import errors, hugging_face, logs, tracing, v1
 from service.answering import Answerer
 from service.edge import Edge
-from service.exchange import answerer_of
+from service.exchange import DEADLINE_HEADER, answerer_of
+from service.keys import Guard, Keyring
 from service.metrics import Metrics
 from service.models import Follower, Models, Served
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, PROBLEMS, UNAVAILABLE, Health, Info
@@ -43,8 +45,7 @@ PROBE_S = 1.0
 _DESCRIPTION = """Extractive question answering: answers are spans of the texts given, with exact offsets.
 
 Errors have one shape on every route: `{"error": sentence, "error_type": name, "field": name or null}`. Every response
-has an `x-request-id`, the client's own if it sent one. This page loads its scripts from a CDN; `/openapi.json` does not
-need them."""
+has an `x-request-id`, the client's own if it sent one."""
 
 
 def create_app(
@@ -60,6 +61,7 @@ def create_app(
     if settings is None:  # this process is the application's own
         settings = Settings.from_environment(os.environ)
         logs.configure(settings, count_lost=metrics.lost_records)
+    keyring = Keyring(Path(settings.api_keys_file)) if settings.api_keys_file else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -69,7 +71,7 @@ def create_app(
             except ImportError as error:
                 log.warning("no traces: %s; %s", error, tracing.INSTALL)
         triton = engine or TritonModel(
-            settings.triton_urls, max_in_flight=settings.max_in_flight, watch_circuit=metrics.circuit
+            settings.triton_urls, max_in_flight=settings.max_in_flight or None, watch_circuit=metrics.circuit
         )
         follower = Follower(Repository(settings.repository), triton, metrics)
         if bundle:
@@ -83,28 +85,51 @@ def create_app(
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples, and no cycles of note
-        following: asyncio.Task[None] | None = None
+        following: list[asyncio.Task[None]] = []
         try:
             await _verify_if_up(models)
             if not bundle:
-                following = asyncio.create_task(follower.follow(models, answerer.check_ready))
+                following.append(asyncio.create_task(follower.follow(models, answerer.check_ready)))
+            if keyring:
+                following.append(asyncio.create_task(keyring.follow()))
             yield
         finally:
-            if following:
-                following.cancel()
+            for task in following:
+                task.cancel()
             if engine is None:
                 await triton.close()
             await asyncio.to_thread(tracing.stop)
             await asyncio.to_thread(logs.flush)
 
     app = _Application(
-        title="bertqa", description=_DESCRIPTION, version=own_version(), lifespan=lifespan, redirect_slashes=False
+        title="bertqa",
+        description=_DESCRIPTION,
+        version=own_version(),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        openapi_url=None if settings.docs == "off" else "/openapi.json",
+        docs_url=None,  # FastAPI's pages load their scripts from a CDN
+        redoc_url=None,
     )
     app.state.metrics = metrics
+    # The last one added is the first that a request meets.
     if settings.otlp_endpoint:
         app.add_middleware(tracing.Traced)
+    if keyring:
+        app.add_middleware(Guard, keyring=keyring, metrics=metrics, settings=settings)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id", DEADLINE_HEADER],
+            expose_headers=["x-request-id", "server-timing", "retry-after"],
+            max_age=600,
+        )
     app.add_middleware(Edge, metrics=metrics, settings=settings)
     errors.register(app)
+    if keyring:
+        _require_key(app)
     app.include_router(v1.router)
     app.include_router(hugging_face.router)
     app.add_api_route("/", _page, response_class=HTMLResponse, tags=["Operation"])
@@ -118,9 +143,26 @@ def create_app(
         tags=["Operation"],
     )
     app.add_api_route("/info", _info, response_model=Info, tags=["Operation"])
-    app.add_api_route("/metrics", _metrics, response_class=PlainTextResponse, tags=["Operation"])
+    if settings.metrics != "off":
+        app.add_api_route("/metrics", _metrics, response_class=PlainTextResponse, tags=["Operation"])
+    if settings.docs != "off":
+        app.add_api_route("/docs", _docs, methods=["GET", "HEAD"], include_in_schema=False)
+        app.mount("/static/swagger", _WholeFiles(packages=[("fastapi_offline", "static")]))
     app.mount("/static", _WholeFiles(directory=PAGE))
     return app
+
+
+def _require_key(app: FastAPI) -> None:
+    """Let OpenAPI say that a key is needed."""
+    without = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = without()
+        document["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"api_key": []}]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
 
 class _Application(FastAPI):
@@ -161,6 +203,10 @@ async def _verify_if_up(models: Models) -> None:
 async def _page() -> Response:
     """The page that asks in a browser."""
     return HTMLResponse((PAGE / "index.html").read_bytes(), headers={"cache-control": "no-cache"})
+
+
+async def _docs() -> Response:
+    return HTMLResponse((PAGE / "docs.html").read_bytes(), headers={"cache-control": "no-cache"})
 
 
 async def _live() -> Health:

@@ -144,7 +144,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--in-flight",
         type=int,
         metavar="N",
-        help="windows that each of them has with Triton at one time (default: BERTQA_MAX_IN_FLIGHT or 64)",
+        help="windows that each of them has with Triton at one time (default: BERTQA_MAX_IN_FLIGHT or {IN_FLIGHT})",
     )
     running.add_argument(
         "--part-rows",

@@ -55,6 +55,8 @@ MODEL_KEY = b"bertqa.model"
 
 CALL_S = 120.0
 """Seconds in which the engine must have computed a window that was sent to it."""
+IN_FLIGHT = 64
+"""Windows of a process that are with the engine at one time, where nothing else is said."""
 _PIECE = 8  # windows of one row that are with the engine at one time
 _SUSPECT_ATTEMPTS = 3
 _MAX_PAUSE_S = 2.0
@@ -131,7 +133,7 @@ class PartAnswerer:
         self._asking = asking
         self._output = output
         self._patience_s = patience_s
-        self._at_a_time = settings.max_in_flight
+        self._at_a_time = settings.max_in_flight or IN_FLIGHT
         self._loop = asyncio.new_event_loop()
         self._loop.run_until_complete(self._connect(engine, replace(settings, max_in_progress=self._at_a_time)))
 
@@ -268,6 +270,10 @@ class SteadyEngine:
     async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
         """As in `Engine`."""
         return await self._engine.model_parameters(deadline=_soon(deadline))
+
+    def expected_wait(self, ahead: int) -> float:
+        """As in `Engine`; nobody waits too long here."""
+        return 0.0
 
     def at(self, model: str, version: int) -> "SteadyEngine":
         """As in `Engine`."""

@@ -4,14 +4,18 @@ The tree, beside `service.triton.ModelError` for the engine's side::
 
     RequestError               what the client can mend
     ├── MalformedBody          400, not JSON
+    ├── Unauthorized           401, without a key that is known
     ├── NoSuchModel            404, of the address
+    ├── SlowRequest            408, did not arrive in time
     ├── BodyTooLarge           413
     ├── NotJson                415, content type or encoding say so
-    └── InvalidField           422, a field is missing, unknown, of the wrong type or out of range
+    ├── InvalidField           422, a field is missing, unknown, of the wrong type or out of range
+    └── RateLimited            429, a key is used more often than it may be
 """
 
 import json
 import logging
+import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
+from starlette.types import Scope
 
 from bertqa.manifest import BundleMismatch
 from bertqa.spans import InvalidLogits
@@ -34,13 +39,40 @@ log = logging.getLogger("bertqa.service")
 class RequestError(Exception):
     """A request that cannot be answered as it is; the message is a sentence for whoever sent it."""
 
+    headers: Mapping[str, str] = {}
+    """That the response has besides."""
+
 
 class MalformedBody(RequestError):
     """The body is not one JSON value in UTF-8."""
 
 
+class Unauthorized(RequestError):
+    """No API key came along, or none that is known."""
+
+    headers: Mapping[str, str] = {"www-authenticate": 'Bearer realm="bertqa"'}
+
+
+class RateLimited(RequestError):
+    """An API key is used more often than it may be."""
+
+    def __init__(self, name: str, rate: float, wait_s: float) -> None:
+        """Say how long to wait, in seconds, for the next request of a key that has so many a second."""
+        super().__init__(f"the API key {name} has {rate:g} requests a second; the next is free in {wait_s:.3g} s")
+        self.headers = {"retry-after": str(math.ceil(wait_s))}
+
+
 class NoSuchModel(RequestError):
     """The address names a model that is not served."""
+
+
+class SlowRequest(RequestError):
+    """The request did not arrive in time."""
+
+    headers: Mapping[str, str] = {"connection": "close"}
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"body: must arrive within {limit_s:g} s")
 
 
 class BodyTooLarge(RequestError):
@@ -80,10 +112,13 @@ class InvalidField(RequestError):
 
 STATUS: Mapping[type[Exception], tuple[int, str]] = {
     MalformedBody: (400, "malformed_json"),
+    Unauthorized: (401, "unauthorized"),
     NoSuchModel: (404, "not_found"),
+    SlowRequest: (408, "slow_request"),
     BodyTooLarge: (413, "body_too_large"),
     NotJson: (415, "not_json"),
     InvalidField: (422, "validation"),
+    RateLimited: (429, "rate_limited"),
     ClientDisconnect: (499, "client_disconnected"),  # nobody reads it, but the metrics count it
     ModelOverloaded: (503, "engine_overloaded"),
     ModelUnavailable: (503, "engine_unavailable"),
@@ -104,7 +139,7 @@ def error_response(
     """Write an error in the API's one shape."""
     body = json.dumps({"error": message, "error_type": error_type, "field": field})
     if status == 503:
-        headers = {**(headers or {}), "retry-after": "1"}
+        headers = {"retry-after": "1", **(headers or {})}
     return Response(body, status, headers, "application/json")
 
 
@@ -117,11 +152,19 @@ def register(app: FastAPI) -> None:
 
 
 async def _known(request: Request, error: Exception) -> Response:
+    return respond(request.scope, error)
+
+
+def respond(scope: Scope, error: Exception) -> Response:
+    """Answer an exception of the table, and let metrics and log know."""
     status, error_type = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
-    request.scope["error_type"] = error_type  # for the metrics
-    if status >= 500:
-        log.warning("%s %s: %s: %s", request.method, route_of(request.scope), error_type, error)
-    return error_response(status, error_type, str(error), field=getattr(error, "field", None))
+    scope["error_type"] = error_type  # for the metrics
+    field, headers = getattr(error, "field", None), getattr(error, "headers", None)
+    if isinstance(error, ModelOverloaded):  # counted, but not logged one by one: refusing must stay cheap
+        headers = {"retry-after": str(max(math.ceil(error.retry_after_s), 1))}
+    elif status >= 500:
+        log.warning("%s %s: %s: %s", scope["method"], route_of(scope), error_type, error)
+    return error_response(status, error_type, str(error), field=field, headers=headers)
 
 
 async def _validation(request: Request, error: Exception) -> Response:

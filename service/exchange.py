@@ -70,6 +70,7 @@ class JsonRoute(APIRoute):
 
         async def parse_and_handle(request: Request) -> Response:
             if request.method == "POST":
+                answerer_of(request).check_room()  # before the body is read
                 request = JsonRequest(request.scope, request.receive)
                 await request.json()
             return await handle(request)

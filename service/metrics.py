@@ -33,6 +33,12 @@ class Metrics:
         self._errors = Counter(
             "bertqa_errors", "Requests not answered, by error_type", ["error_type"], registry=self.registry
         )
+        self._keys = Counter(
+            "bertqa_key_requests",
+            "Requests by API key: accepted, or limited by its rate",
+            ["key", "outcome"],
+            registry=self.registry,
+        )
         self._truncations = Counter(
             "bertqa_question_truncations", "Questions cut to the model's limit of tokens", registry=self.registry
         )
@@ -118,6 +124,10 @@ class Metrics:
             self._errors.labels(error_type).inc()
         if seconds is not None:
             self._total.observe(seconds)
+
+    def admitted(self, key: str, accepted: bool) -> None:
+        """Count a request that came with a key."""
+        self._keys.labels(key, "accepted" if accepted else "limited").inc()
 
     def text(self) -> bytes:
         """The exposition format, as `prometheus_client.CONTENT_TYPE_LATEST`."""

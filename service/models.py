@@ -14,7 +14,7 @@ from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch
 from bertqa.repository import SERVING_FILE, Repository
 from service.errors import InvalidField
 from service.metrics import Metrics
-from service.triton import Engine
+from service.triton import Engine, ModelOverloaded
 
 FOLLOW_S = 1.0
 """Seconds between two looks at the repository."""
@@ -32,6 +32,24 @@ class Served:
         self.engine = engine
         self.count = metrics.questions(bundle.model, bundle.version)
         self.verified = False
+        self.in_progress = 0  # questions
+
+    def check_room(self, longest_s: float) -> None:
+        """Return if one more question need not wait too long for the engine.
+
+        Args:
+            longest_s: seconds that it may be expected to wait.
+
+        Raises:
+            ModelOverloaded: it would have to.
+        """
+        wait_s = self.engine.expected_wait(self.in_progress)
+        if wait_s > longest_s:
+            raise ModelOverloaded(
+                f"The engine has {self.in_progress} questions before this one, which would wait {wait_s:.2f} s; "
+                f"at most {max(longest_s, 0):.2f} s are allowed.",
+                retry_after_s=wait_s,
+            )
 
     async def verify(self, *, deadline: float) -> None:
         """Compare the loaded engine with the manifest; costs nothing from then on, until the engine has been away.

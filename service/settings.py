@@ -1,20 +1,24 @@
 """What varies by deployment, read once from the environment; nothing else in the service reads it."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 PREFIX = "BERTQA_"
-MAX_IN_FLIGHT = 64
-"""Default number of engine calls of one process at one time."""
+_MAY_BE_ZERO = ("max_in_flight",)
+_ACCESS = ("open", "key", "off")
 _CHOICES = {
     "log_format": ("json", "text"),
     "log_level": ("debug", "info", "warning", "error"),
+    "metrics": _ACCESS,
+    "docs": _ACCESS,
     "otlp_protocol": ("grpc", "http/protobuf"),
 }
 _STANDARD = {"otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT", "otlp_protocol": "OTEL_EXPORTER_OTLP_PROTOCOL"}
 _SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")  # as browsers write them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +37,26 @@ class Settings:
     deadline_s: float = 10.0
     """Seconds from a parsed request to its answer, after which it fails; a request may ask for less."""
 
-    max_in_flight: int = MAX_IN_FLIGHT
-    """Engine calls of this process at one time; what comes beyond waits for its turn within the deadline."""
+    api_keys_file: str = ""
+    """File with the hashes of the API keys of those who may ask; empty: everyone may."""
+
+    metrics: str = "open"
+    """Who may read ``/metrics``: ``open`` to all, with a ``key``, or nobody: ``off``."""
+
+    docs: str = "open"
+    """Who may read ``/openapi.json`` and with it ``/docs``, likewise."""
+
+    cors_origins: str = ""
+    """Origins like ``https://example.com``, with commas, whose pages may ask from a browser; empty: only our own."""
+
+    max_in_flight: int = 0
+    """Engine calls of this process and a model at one time; 0: two for each instance of the engine at each address."""
+
+    max_queue_ms: int = 200
+    """Milliseconds that a question may be expected to wait for the engine; one that would wait longer is refused."""
 
     max_in_progress: int = 1_024
-    """Questions in progress at one time; what comes beyond is refused at once, so that a queue cannot grow."""
+    """Questions in progress at one time, however soon they would be answered; what comes beyond is refused."""
 
     max_body_bytes: int = 2 * 1024 * 1024
     """Bytes of a request body, counted before anything is parsed."""
@@ -86,14 +105,28 @@ class Settings:
             if getattr(self, name) not in choices:
                 given = getattr(self, name)
                 raise ValueError(f"{_variable(name)}: must be one of {', '.join(choices)}; got {given!r}")
+        for name in ("metrics", "docs"):
+            if getattr(self, name) == "key" and not self.api_keys_file:
+                raise ValueError(f"{_variable(name)}: key needs {PREFIX}API_KEYS_FILE")
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{PREFIX}CORS_ORIGINS: must be origins like https://example.com, with commas; got {origin!r}"
+                )
         for field in fields(self):
-            if field.type is int and getattr(self, field.name) < 1:
-                raise ValueError(f"{_variable(field.name)}: must be at least 1; got {getattr(self, field.name)}")
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            if field.type is int and getattr(self, field.name) < least:
+                raise ValueError(f"{_variable(field.name)}: must be at least {least}; got {getattr(self, field.name)}")
 
     @property
     def triton_urls(self) -> tuple[str, ...]:
         """The addresses one by one."""
         return tuple(part.strip() for part in self.triton_url.split(","))
+
+    @property
+    def allowed_origins(self) -> tuple[str, ...]:
+        """The origins one by one."""
+        return tuple(part.strip() for part in self.cors_origins.split(",") if part.strip())
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Settings":

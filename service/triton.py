@@ -6,7 +6,7 @@ What can go wrong is one small tree, and every gRPC error is translated into it 
     ├── ModelUnavailable    no connection, or not asked because there was none a moment ago
     │   └── ModelNotLoaded  the server answers, but has not loaded the model
     ├── ModelTimeout        the deadline passed
-    ├── ModelOverloaded     Triton's queue or our own line is full
+    ├── ModelOverloaded     too much waits for it, here or in Triton
     └── ModelBroken         the engine failed, or its output is not usable
 
 What fails several times in a row is left alone: each model's version at each address has a `service.circuit.Circuit`.
@@ -18,8 +18,9 @@ an eighth more CPU per call, and gives the status code as text.
 import asyncio
 import copy
 import random
+import socket
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import count
@@ -35,12 +36,11 @@ from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service import tracing
 from service.circuit import TRIAL_S, Circuit, State
-from service.settings import MAX_IN_FLIGHT
+from service.turns import Turns
 
-MAX_WAITING = 1024
-"""Default number of engine calls of one process that may wait for their turn."""
-MAX_IN_FLIGHT_PER_REQUEST = 8
-"""Default number of engine calls of one request at one time, so that a long context leaves room for the others."""
+CALLS_PER_INSTANCE = 2
+"""Engine calls at one time for each instance of the engine: one that it computes, and one that lies ready."""
+_CALLS_AT_FIRST = 4  # before the server has said how many instances it has
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request being answered; it is sent along, so that Triton's log and traces name it."""
@@ -91,7 +91,12 @@ class ModelTimeout(ModelError):
 
 
 class ModelOverloaded(ModelError):
-    """More engine calls wait than may; worth another try a little later."""
+    """More waits than may; worth another try a little later."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        """Say what is full, and in how many seconds it may be less so."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ModelBroken(ModelError):
@@ -132,8 +137,12 @@ class Engine(Protocol):
         """
         ...
 
+    def expected_wait(self, ahead: int) -> float:
+        """Seconds until a request's first window would be computed, with so many other requests in progress."""
+        ...
+
     def at(self, model: str, version: int) -> "Engine":
-        """Another version or model of the same servers, over the same channels and within the same bounds."""
+        """Another version or model of the same servers, over the same channels, with places of its own."""
         ...
 
     async def close(self) -> None:
@@ -153,9 +162,7 @@ class TritonModel:
         *,
         model: str = MODEL_NAME,
         version: int | None = None,
-        max_in_flight: int = MAX_IN_FLIGHT,
-        max_waiting: int = MAX_WAITING,
-        max_in_flight_per_request: int = MAX_IN_FLIGHT_PER_REQUEST,
+        max_in_flight: int | None = None,
         watch_circuit: WatchCircuit | None = None,
     ) -> None:
         """Open the channels; connections are made when first needed.
@@ -166,22 +173,21 @@ class TritonModel:
                 (Triton's ``--grpc-max-connection-age``).
             model: name of the model.
             version: of the model; by default the highest that is loaded.
-            max_in_flight: windows of all requests that are with Triton at one time.
-            max_waiting: windows that may wait for that; one more is `ModelOverloaded` at once.
-            max_in_flight_per_request: windows of one request that are with Triton at one time.
+            max_in_flight: windows of a model's version that are with Triton at one time; by default
+                `CALLS_PER_INSTANCE` for each of its instances at each address, known from `model_parameters` on.
             watch_circuit: called with address, model and version when a circuit begins; gives what is told its states.
 
         Raises:
-            ValueError: there is no address, or a bound is below 1 (``max_waiting``: below 0).
+            ValueError: there is no address, or ``max_in_flight`` is below 1.
         """
         if not urls:
             raise ValueError("urls: at least one address host:port is needed")
-        if min(max_in_flight, max_in_flight_per_request) < 1 or max_waiting < 0:
-            raise ValueError("max_in_flight, max_in_flight_per_request: at least 1; max_waiting: at least 0")
+        if max_in_flight is not None and max_in_flight < 1:
+            raise ValueError("max_in_flight: at least 1")
         self._model = model
         self._version = str(version or "")
-        self._per_request = max_in_flight_per_request
-        self._turns = _Turns(max_in_flight, max_waiting)
+        self._max_in_flight = max_in_flight
+        self._turns = Turns(max_in_flight or _CALLS_AT_FIRST)
         self._replicas = [_Replica(url) for url in urls]
         self._watch_circuit = watch_circuit
         self._links: dict[tuple[str, str], list[_Link]] = {}  # of every model and version that `at` has made
@@ -192,17 +198,19 @@ class TritonModel:
         """As in `Engine`."""
         other = copy.copy(self)
         other._model, other._version, other._heads = model, str(version), {}
+        other._turns = Turns(self._turns.places)
         return other
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
         """As in `Engine`."""
+        request = object()
         if len(windows) == 1:  # the common case needs no task
-            return [await self._predict(windows[0], deadline)]
+            return [await self._predict(windows[0], request, deadline)]
         logits: list[Logits] = [None] * len(windows)  # type: ignore[list-item]  # all are set, or an error is raised
         todo = iter(enumerate(windows))
         workers = [
-            asyncio.ensure_future(self._work(todo, logits, deadline))
-            for _ in range(min(len(windows), self._per_request))
+            asyncio.ensure_future(self._work(todo, logits, request, deadline))
+            for _ in range(min(len(windows), self._turns.places))
         ]
         try:
             await asyncio.gather(*workers)
@@ -224,7 +232,15 @@ class TritonModel:
         """As in `Engine`."""
         request = service_pb2.ModelConfigRequest(name=self._model, version=self._version)
         reply = await self._call("model_config", request, deadline)
+        if self._max_in_flight is None:
+            instances = sum(group.count * max(len(group.gpus), 1) for group in reply.config.instance_group)
+            addresses = await asyncio.gather(*(_addresses(replica.url) for replica in self._replicas))
+            self._turns.resize(CALLS_PER_INSTANCE * max(instances, 1) * sum(addresses))
         return {name: value.string_value for name, value in reply.config.parameters.items()}
+
+    def expected_wait(self, ahead: int) -> float:
+        """As in `Engine`."""
+        return self._turns.expected_wait(ahead)
 
     @property
     def _name(self) -> str:
@@ -234,20 +250,28 @@ class TritonModel:
         """As in `Engine`; ends those made by `at` too."""
         await asyncio.gather(*(replica.channel.close() for replica in self._replicas))
 
-    async def _work(self, todo: Iterator[tuple[int, Window]], logits: list[Logits], deadline: float) -> None:
+    async def _work(
+        self, todo: Iterator[tuple[int, Window]], logits: list[Logits], request: object, deadline: float
+    ) -> None:
         for index, window in todo:  # shared with the request's other workers
-            logits[index] = await self._predict(window, deadline)
+            logits[index] = await self._predict(window, request, deadline)
 
-    async def _predict(self, window: Window, deadline: float) -> Logits:
-        await self._turns.take(deadline)
+    async def _predict(self, window: Window, request: object, deadline: float) -> Logits:
         try:
-            request = self._request(window, deadline)
+            await self._turns.take(request, deadline)
+        except TimeoutError:
+            raise ModelTimeout("The deadline passed while waiting for a free place at the engine.") from None
+        call_s = None
+        try:
+            began = time.monotonic()
+            message = self._request(window, deadline)
             logits: Logits = await self._call(
-                "model_infer", request, deadline, lambda reply: _logits(reply, window.length)
+                "model_infer", message, deadline, lambda reply: _logits(reply, window.length)
             )
+            call_s = time.monotonic() - began
             return logits
         finally:
-            self._turns.give_back()
+            self._turns.give_back(call_s)
 
     def _request(self, window: Window, deadline: float) -> bytes:
         # Messages of one type may be concatenated, so what is the same for all windows of a length is written once.
@@ -382,61 +406,17 @@ class _Link:
                 self.circuit.failed(sent, str(failure))
 
 
-class _Turns:
-    """A bound on what happens at one time, first come first served, with a bounded line and a deadline.
-
-    `asyncio.Semaphore` knows neither, and around it `asyncio.wait_for` can lose a turn when time runs out just as it
-    comes (before Python 3.12).
-    """
-
-    def __init__(self, size: int, line: int) -> None:
-        self._free = size
-        self._longest = line
-        self._line: deque[asyncio.Future[None]] = deque()
-
-    async def take(self, deadline: float) -> None:
-        """Wait for a turn.
-
-        Raises:
-            ModelOverloaded: the line is full.
-            ModelTimeout: the deadline passed first.
-        """
-        if self._free and not self._line:
-            self._free -= 1
-            return
-        if len(self._line) >= self._longest:
-            raise ModelOverloaded(f"{len(self._line)} engine calls are waiting already, which is the limit.")
-        loop = asyncio.get_running_loop()
-        turn: asyncio.Future[None] = loop.create_future()
-        self._line.append(turn)
-        timer = loop.call_later(max(deadline - time.monotonic(), 0), _time_out, turn)
-        try:
-            await turn
-        except BaseException:
-            if turn in self._line:
-                self._line.remove(turn)
-            elif turn.done() and not turn.cancelled() and turn.exception() is None:
-                self.give_back()  # cancelled just as the turn came
-            raise
-        finally:
-            timer.cancel()
-
-    def give_back(self) -> None:
-        """Pass a turn on to the first in line that still wants it."""
-        while self._line:
-            turn = self._line.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
-
-
 _PASSED = "The deadline passed before the engine answered."
 
 
-def _time_out(turn: "asyncio.Future[None]") -> None:
-    if not turn.done():
-        turn.set_exception(ModelTimeout("The deadline passed while waiting for a free place at the engine."))
+async def _addresses(url: str) -> int:
+    """How many addresses a URL stands for; 1 where that is not for the system's own resolver to say."""
+    host, _, port = url.removeprefix("dns:///").rpartition(":")
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except OSError:
+        return 1
+    return max(Counter(family for family, *_ in found).values())  # a server may listen on IPv4 and on IPv6
 
 
 def _logits(reply: Any, length: int) -> Logits:

@@ -95,6 +95,7 @@ class FakeEngine:
         self.identity = identity
         self.failure: Exception | None = None
         self.delay_s = 0.0
+        self.seconds_each = 0.0  # how much longer a request waits for each that is before it
         self.windows = 0  # answered
         self.cancelled = threading.Event()
         self.started = threading.Event()
@@ -135,6 +136,9 @@ class FakeEngine:
         if isinstance(self.failure, ModelError):
             raise self.failure
         return {"identity_7": self.identity}
+
+    def expected_wait(self, ahead: int) -> float:
+        return self.seconds_each * ahead
 
     def at(self, model: str, version: int) -> "FakeEngine":
         return self

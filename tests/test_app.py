@@ -344,6 +344,32 @@ def test_more_questions_than_may_be_in_progress(make_app: MakeApp, engine: FakeE
         assert response.headers["retry-after"] == "1"
 
 
+def test_a_question_that_would_wait_too_long_is_refused_before_it_is_read(
+    make_app: MakeApp, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.seconds_each = 0.25
+    app = make_app(max_queue_ms=1000)
+    with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        served = app.state.answerer.models[None]
+        served.in_progress = 4
+        assert client.post("/v1/answer", json=ASKED).status_code == 200, "a second is allowed"
+        response = client.post("/v1/answer", json=ASKED, headers={"x-timeout-ms": "900"})
+        problem(response, 503, "engine_overloaded")
+        served.in_progress = 5
+        for path in ("/v1/answer", "/v1/answers", "/", "/models/x"):
+            response = client.post(path, content=b"{" * 1_000_000)  # which would be malformed
+            problem(response, 503, "engine_overloaded")
+            assert response.headers["retry-after"] == "2"
+            assert "5 questions before this one, which would wait 1.25 s" in response.json()["error"]
+        assert client.get("/health/ready").status_code == 200, "a busy engine is ready"
+        assert served.in_progress == 5
+        served.in_progress = 0
+        assert client.post("/v1/answers", json={"questions": [ASKED] * 9}).status_code == 200, "nobody is before it"
+        assert served.in_progress == 0
+        assert 'bertqa_errors_total{error_type="engine_overloaded"} 5.0' in client.get("/metrics").text
+    assert not caplog.records
+
+
 def test_an_engine_of_another_bundle_is_refused(bundle: Bundle, make_app: MakeApp, engine: FakeEngine) -> None:
     engine.identity = "other-cpu-int8-ffffffffffff"
     with pytest.raises(BundleMismatch, match=f"{engine.identity}.*{bundle.manifest.identity}.*repository"):
@@ -383,7 +409,7 @@ def test_the_circuit_of_a_lost_engine_is_seen_in_the_metrics(bundle: Bundle) -> 
     app = create_app(Settings(triton_url="127.0.0.1:1,127.0.0.1:2"), bundle=bundle)
     with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
         said = [problem(client.post("/v1/answer", json=ASKED), 503, "engine_unavailable") for _ in range(12)]
-        assert "left alone" in said[-1]
+        assert any("left alone" in line for line in said)  # the others are trials
         text = client.get("/metrics").text
     for replica in ("127.0.0.1:1", "127.0.0.1:2"):
         labels = f'model="bert_qa",replica="{replica}"'
@@ -428,7 +454,6 @@ def test_info_metrics_and_documentation(client: httpx.Client, bundle: Bundle) ->
     examples = document["components"]["schemas"]["AnswerRequest"]["examples"]
     for example in examples:
         assert client.post("/v1/answer", json=example).status_code == 200
-    assert "content-security-policy" not in client.get("/docs").headers
 
 
 def test_the_page_and_its_files(shared_client: httpx.Client) -> None:
@@ -462,6 +487,8 @@ def test_settings_are_read_from_the_environment() -> None:
         ("BERTQA_DEADLINE_S", "0"),
         ("BERTQA_DEADLINE_S", "nan"),
         ("BERTQA_MAX_IN_FLIGHT", "1.5"),
+        ("BERTQA_MAX_IN_FLIGHT", "-1"),
+        ("BERTQA_MAX_QUEUE_MS", "0"),
         ("BERTQA_MAX_BODY_BYTES", "0"),
         ("BERTQA_TRITON_URL", "a:1,,b:2"),
     ):

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import FakeEngine
+from conftest import FakeEngine, serving
+from fastapi import FastAPI
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Route, expect, sync_playwright
 
+from service.keys import new_key
 from service.triton import ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
 
 QUESTION = "Where was Horovod made?"
@@ -461,3 +463,70 @@ def test_no_script_can_be_smuggled_into_the_page(browser: Browser, url: str) -> 
         page.goto(url)
         page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'smuggled = 1'}))")
         assert page.evaluate("typeof smuggled") == "undefined"
+
+
+# With API keys, and the documentation
+
+
+@contextlib.contextmanager
+def opened(browser: Browser, url: str) -> Iterator[Page]:
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    console = Console(context)
+    try:
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.goto(url)
+        yield page
+        origin = url.rpartition("/")[0]
+        assert [other for other in console.requested if not other.startswith(f"{origin}/")] == []
+        assert console.complaints == []
+    finally:
+        context.close()
+
+
+def test_the_page_asks_for_the_key_and_keeps_it_out_of_addresses(
+    browser: Browser, make_app: Callable[..., FastAPI], tmp_path: Path
+) -> None:
+    key = new_key(tmp_path / "keys", "me", None, None)
+    with serving(make_app(api_keys_file=str(tmp_path / "keys"))) as url, opened(browser, f"{url}/") as page:
+        addresses: list[str] = []
+        page.on("request", lambda request: addresses.append(request.url))
+        expect(page.get_by_label("API key")).to_be_hidden()
+        ask(page, QUESTION, TEXT)
+        expect(page.get_by_label("API key")).to_be_focused()
+        expect(page.locator("#key-problem")).to_contain_text("API key is needed")
+        page.get_by_label("API key").fill("wrong")
+        page.get_by_role("button", name="Ask").click()
+        expect(page.locator("#key-problem")).to_contain_text("not known")
+        page.get_by_label("API key").fill(key)
+        page.get_by_role("button", name="Ask").click()
+        expect(page.locator("#verdict .best")).to_have_text("Uber")
+        expect(page.get_by_label("API key")).to_be_hidden()
+        page.reload()
+        ask(page, QUESTION, TEXT)
+        expect(page.locator("#verdict .best")).to_have_text("Uber")
+        page.get_by_role("button", name="Copy as curl").click()
+        expect(page.locator("#copied")).to_contain_text("Copied")
+        command = page.evaluate("navigator.clipboard.readText()")
+        assert '-H "authorization: Bearer $BERTQA_API_KEY"' in command
+        assert not [address for address in [*addresses, page.url, command] if key in address]
+        assert page.context.cookies() == []
+
+
+def test_the_documentation_comes_from_here_alone(browser: Browser, url: str) -> None:
+    with opened(browser, f"{url}/docs") as page:
+        page.locator("#operations-default-answer_v1_answer_post, [id$=answer_v1_answer_post]").first.click()
+        page.get_by_role("button", name="Try it out").click()
+        page.get_by_role("button", name="Execute").click()
+        expect(page.locator(".live-responses-table tbody .response-col_status")).to_contain_text("200")
+
+
+def test_the_documentation_asks_for_the_key(browser: Browser, make_app: Callable[..., FastAPI], tmp_path: Path) -> None:
+    key = new_key(tmp_path / "keys", "me", None, None)
+    app = make_app(api_keys_file=str(tmp_path / "keys"), docs="key")
+    with serving(app) as url, opened(browser, f"{url}/docs") as page:
+        expect(page.locator("#problem")).to_contain_text("API key is needed")
+        page.get_by_label("API key").fill(key)
+        page.get_by_role("button", name="Show the API").click()
+        expect(page.locator("#api")).to_contain_text("/v1/answer")
+        assert key not in page.url

@@ -228,17 +228,19 @@ def test_cancelling_the_caller_gives_every_place_back(server: EmbeddedTriton) ->
     run(server.url, scenario, max_in_flight=4)
 
 
-def test_more_than_may_wait_is_refused_at_once(server: EmbeddedTriton) -> None:
+def test_a_question_of_one_window_does_not_wait_for_those_of_a_long_text(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
-        slow = asyncio.create_task(model.predict([window(SLEEP, 1000)], deadline=soon()))
-        waiting = asyncio.create_task(model.predict([window()], deadline=soon()))
-        await asyncio.sleep(0.1)
-        with pytest.raises(ModelOverloaded, match="waiting"):
-            await model.predict([window()], deadline=soon())
-        assert not slow.done()
-        await asyncio.gather(slow, waiting)
+        await model.model_parameters(deadline=soon())  # says that there is one instance
+        long = asyncio.create_task(model.predict([window(SLEEP, 50)] * 40, deadline=soon()))
+        await asyncio.sleep(0.2)
+        assert model.expected_wait(0) == model.expected_wait(1) == 0
+        assert model.expected_wait(2) > 0.02, "two calls at one time, of 50 ms and more each"
+        for _ in range(3):
+            assert_right([window()], await model.predict([window()], deadline=soon()))
+        assert not long.done()
+        assert len(await long) == 40
 
-    run(server.url, scenario, max_in_flight=1, max_waiting=1)
+    run(server.url, scenario)
 
 
 def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
@@ -247,7 +249,7 @@ def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
             await model.predict([window(SLEEP, 300)] * 40, deadline=soon())
         await until_answered(model)  # Triton drops the cancelled ones when the running one has ended
 
-    run(server.url, scenario, max_in_flight_per_request=40)
+    run(server.url, scenario, max_in_flight=40)
 
 
 def test_nan_is_broken(server: EmbeddedTriton) -> None:
@@ -291,6 +293,17 @@ def test_bounds_are_checked() -> None:
         TritonModel([])
     with pytest.raises(ValueError, match="max_in_flight"):
         TritonModel(["127.0.0.1:1"], max_in_flight=0)
+
+
+def test_two_calls_for_each_instance_at_each_address(server: EmbeddedTriton) -> None:
+    async def places(model: TritonModel) -> tuple[int, int]:
+        await model.model_parameters(deadline=soon())
+        return model._turns.places, model.at("bert_qa", 1)._turns.places
+
+    port = server.url.rpartition(":")[2]
+    assert run(server.url, places) == (2, 2)
+    assert run(f"localhost:{port},dns:///127.0.0.1:{port}", places) == (4, 4)
+    assert run(server.url, places, max_in_flight=7) == (7, 7)
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]

@@ -26,6 +26,8 @@ const HEADLINES = {
   engine_timeout: "The engine took too long.",
   engine_broken: "The engine gave no usable answer.",
   body_too_large: "This is too much text.",
+  unauthorized: "This service answers only with an API key.",
+  rate_limited: "Too many questions with this API key.",
   validation: "This question cannot be asked as it stands.",
   unreachable: "The service cannot be reached.",
 };
@@ -36,6 +38,10 @@ const question = find("question");
 const texts = find("texts");
 const panel = find("answer");
 const verdict = find("verdict");
+
+// In the tab's own storage: a reload keeps it, another tab or the end of this one does not.
+const KEY = "bertqa-key";
+const keyField = find("key");
 
 let running = null; // AbortController of the question in flight
 let asked = null; // the request whose answers are shown: its body, and its texts with their numbers on the page
@@ -133,7 +139,7 @@ function readForm() {
   const filled = areas()
     .map((area, index) => ({ text: area.value, number: index + 1, area }))
     .filter(({ text }) => text.trim() !== "");
-  [question, ...areas()].forEach(clearProblem);
+  [question, keyField, ...areas()].forEach(clearProblem);
   if (filled.length === 0) showProblem(areas()[0], "Please put in the text that holds the answer.");
   if (question.value.trim() === "") showProblem(question, "Please type a question.");
   if (filled.length === 0 || question.value.trim() === "") return null;
@@ -149,12 +155,17 @@ function readForm() {
   return { body, texts: filled };
 }
 
+function withKey(headers = {}) {
+  const key = sessionStorage.getItem(KEY);
+  return key ? { ...headers, authorization: `Bearer ${key}` } : headers;
+}
+
 async function post(body, signal) {
   let response;
   try {
     response = await fetch("v1/answer", {
       method: "POST",
-      headers: { "content-type": "application/json" },
+      headers: withKey({ "content-type": "application/json" }),
       body: JSON.stringify(body),
       signal,
     });
@@ -171,6 +182,7 @@ async function post(body, signal) {
 async function ask() {
   const request = readForm();
   if (!request) return;
+  if (keyField.value) sessionStorage.setItem(KEY, keyField.value.trim());
   running?.abort(new DOMException("asked anew", "AbortError"));
   const mine = new AbortController();
   running = mine;
@@ -194,6 +206,10 @@ async function ask() {
   asked = request;
   if (outcome.failure) showFailure(outcome.failure);
   else showReply(outcome.reply);
+  if (outcome.reply && !find("key-field").hidden) {
+    find("key-field").hidden = true;
+    offerModels(); // they were not told without the key
+  }
 }
 
 function setBusy(busy) {
@@ -210,6 +226,12 @@ function showFailure({ error, error_type: type, field }) {
     element("p", {}, element("strong", {}, HEADLINES[type] ?? "The question could not be answered.")),
     element("p", {}, sentence(error)),
   );
+  if (type === "unauthorized") {
+    find("key-field").hidden = false;
+    document.querySelector("nav [href=info]").hidden = true; // a link cannot carry the key
+    showProblem(keyField, sentence(error));
+    return;
+  }
   const culprit = fieldNamed(field);
   if (culprit) {
     showProblem(culprit, sentence(error));
@@ -345,7 +367,8 @@ function curlCommand(body) {
     (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`,
   );
   const url = quoted(new URL("v1/answer", document.baseURI).href);
-  return `curl -sS ${url} -H 'content-type: application/json' --data-binary @- <<'JSON'\n${json}\nJSON\n`;
+  const key = sessionStorage.getItem(KEY) ? ` -H "authorization: Bearer $BERTQA_API_KEY"` : "";
+  return `curl -sS ${url}${key} -H 'content-type: application/json' --data-binary @- <<'JSON'\n${json}\nJSON\n`;
 }
 
 async function copyCommand() {
@@ -367,7 +390,7 @@ async function copyCommand() {
 
 // A choice only where there is one.
 async function offerModels() {
-  const reply = await fetch("v1/models")
+  const reply = await fetch("v1/models", { headers: withKey() })
     .then((response) => response.json())
     .catch(() => null);
   if (!(reply?.models?.length > 1)) return;
@@ -389,6 +412,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 question.addEventListener("input", () => clearProblem(question));
+keyField.addEventListener("input", () => clearProblem(keyField));
 texts.addEventListener("input", showSamples);
 find("add-text").addEventListener("click", () => addText().focus());
 find("copy").addEventListener("click", copyCommand);

@@ -1,0 +1,291 @@
+"""Who may ask: API keys, kept as hashes in a file, each with a name and a rate of its own; behind ``bertqa keys``.
+
+A line of the file is ``NAME SHA256 RATE BURST``: the hash of the key in hexadecimal, requests per second, and how many
+may come at once; ``- -`` where there is no limit. ``#`` begins a comment. Keys are 256 random bits, so their plain
+SHA-256 cannot be guessed back, and a slow hash, made for passwords that people choose, would only slow requests down.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import hmac
+import logging
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.errors import RateLimited, Unauthorized, respond
+from service.metrics import Metrics
+from service.settings import Settings
+
+PREFIX = "bertqa_"
+"""Begins every key, so that one that was left lying about is recognized."""
+FOLLOW_S = 1.0
+"""Seconds between two looks at the file."""
+
+log = logging.getLogger("bertqa.service")
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class KeysError(ValueError):
+    """The file of keys cannot be used; the message names it and the line."""
+
+
+@dataclass(slots=True)
+class Key:
+    """A key without the key itself, and its token bucket."""
+
+    name: str
+    sha256: bytes
+    rate: float = math.inf  # requests per second
+    burst: float = math.inf  # requests at once, from rest
+    _tokens: float = field(init=False)
+    _filled: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tokens, self._filled = self.burst, time.monotonic()
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Rate and burst."""
+        return self.rate, self.burst
+
+    def take(self) -> float:
+        """Spend a request; returns 0.0, or the seconds until there is one to spend."""
+        if math.isinf(self.rate):
+            return 0.0
+        now = time.monotonic()
+        self._tokens = min(self.burst, self._tokens + (now - self._filled) * self.rate)
+        self._filled = now
+        if self._tokens >= 1:
+            self._tokens -= 1
+            return 0.0
+        return (1 - self._tokens) / self.rate
+
+
+def parse_keys(path: Path) -> dict[str, Key]:
+    """Read a file of keys; by name.
+
+    Raises:
+        KeysError: it cannot be read, or a line is not as it must be.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeysError(f"{path}: cannot be read ({error})") from None
+    keys: dict[str, Key] = {}
+    for number, line in enumerate(lines, 1):
+        parts = line.partition("#")[0].split()
+        if not parts:
+            continue
+        try:
+            name, sha256, rate, burst = parts
+            key = Key(name, bytes.fromhex(sha256), *_limits(rate, burst))
+        except ValueError as error:
+            raise KeysError(f"{path}, line {number}: must be NAME SHA256 RATE BURST ({error})") from None
+        if not _NAME.fullmatch(name) or len(key.sha256) != 32:
+            raise KeysError(f"{path}, line {number}: must begin with a name and 64 hexadecimal digits")
+        if name in keys or any(key.sha256 == other.sha256 for other in keys.values()):
+            raise KeysError(f"{path}, line {number}: name or key stands there twice")
+        keys[name] = key
+    return keys
+
+
+def _limits(rate: str, burst: str) -> tuple[float, float]:
+    if rate == burst == "-":
+        return math.inf, math.inf
+    try:
+        limits = float(rate), float(burst)
+    except ValueError:  # whose message has what stands there, and that may be a key
+        limits = math.nan, math.nan
+    if not (0 < limits[0] < math.inf and 1 <= limits[1] < math.inf):
+        raise ValueError("RATE must be above 0, BURST at least 1, or both -")
+    return limits
+
+
+class Keyring:
+    """The keys of a file, read again when it changes."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file.
+
+        Raises:
+            KeysError: as in `parse_keys`.
+        """
+        self._path = path
+        self._stamp = self._look()
+        self._keys = parse_keys(path)
+
+    def find(self, presented: bytes) -> Key | None:
+        """The key that this is, compared with every one in constant time."""
+        sha256 = hashlib.sha256(presented).digest()
+        found = None
+        for key in self._keys.values():
+            if hmac.compare_digest(key.sha256, sha256):
+                found = key
+        return found
+
+    def reload(self) -> None:
+        """Read the file if it has changed; one that cannot be used is logged once, and the keys stay as they are."""
+        stamp = self._look()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            keys = parse_keys(self._path)
+        except KeysError as error:
+            log.error("%s; the keys from before stay valid", error)
+            return
+        for name, key in keys.items():
+            old = self._keys.get(name)
+            if old and (old.sha256, old.limits) == (key.sha256, key.limits):
+                keys[name] = old  # with what it has spent
+        self._keys = keys
+        log.warning("%s: %d keys from now on", self._path, len(keys))
+
+    async def follow(self) -> None:
+        """Keep up with the file, for ever."""
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            await asyncio.to_thread(self.reload)
+
+    def _look(self) -> tuple[int, ...]:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return ()
+        return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+class Guard:
+    """ASGI middleware: lets pass what is open to all or comes with a key, within the key's rate."""
+
+    def __init__(self, app: ASGIApp, *, keyring: Keyring, metrics: Metrics, settings: Settings) -> None:
+        self.app = app
+        self.keyring = keyring
+        self.metrics = metrics
+        self._open = {"/", "/docs"}  # the pages themselves; what they ask for needs the key
+        self._open |= {
+            path
+            for path, access in (("/metrics", settings.metrics), ("/openapi.json", settings.docs))
+            if access == "open"
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http" or self._is_open(scope["method"], scope["path"]):
+            await self.app(scope, receive, send)
+            return
+        try:
+            scope["api_key"] = self._admit(Headers(scope=scope))
+        except (Unauthorized, RateLimited) as error:
+            await respond(scope, error)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _is_open(self, method: str, path: str) -> bool:
+        return method in ("GET", "HEAD") and (path in self._open or path.startswith(("/health/", "/static/")))
+
+    def _admit(self, headers: Headers) -> str:
+        """The name of the key that came along.
+
+        Raises:
+            Unauthorized: there is none, or nobody knows it.
+            RateLimited: it has been used too often.
+        """
+        scheme, _, credentials = headers.get("authorization", "").partition(" ")
+        presented = headers.get("x-api-key") or (credentials.strip() if scheme.lower() == "bearer" else "")
+        if not presented:
+            raise Unauthorized("an API key is needed: authorization: Bearer KEY, or x-api-key: KEY")
+        key = self.keyring.find(presented.encode("latin-1"))
+        if key is None:
+            raise Unauthorized("this API key is not known")
+        wait_s = key.take()
+        self.metrics.admitted(key.name, not wait_s)
+        if wait_s:
+            raise RateLimited(key.name, key.rate, wait_s)
+        return key.name
+
+
+def new_key(path: Path, name: str, rate: float | None, burst: float | None) -> str:
+    """Make a key and append its hash to the file.
+
+    Returns:
+        The key, which is nowhere else.
+
+    Raises:
+        KeysError: the name or a limit is not one, the name is taken, or the file cannot be used.
+    """
+    keys = parse_keys(path) if path.exists() else {}
+    if not _NAME.fullmatch(name):
+        raise KeysError(f"NAME: must be up to 64 letters, digits, dots, dashes and underscores; got {name!r:.80}")
+    if name in keys:
+        raise KeysError(f"{path}: has a key {name} already; choose another name, or take out its line")
+    key = PREFIX + secrets.token_urlsafe(32)
+    limits = "- -" if rate is None else f"{rate:g} {burst or max(2 * rate, 1):g}"
+    try:
+        _limits(*limits.split())
+    except ValueError as error:
+        raise KeysError(f"--rate, --burst: {error}") from None
+    line = f"{name} {hashlib.sha256(key.encode()).hexdigest()} {limits}\n"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(descriptor, "r+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end and (file.seek(end - 1), file.read(1))[1] != b"\n":
+                line = "\n" + line
+            file.write(line.encode())  # at once, so that no reader sees half a line
+    except OSError as error:
+        raise KeysError(f"{path}: cannot be written ({error.strerror})") from None
+    return key
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    settings = Settings.from_environment(os.environ)
+    parser = argparse.ArgumentParser(prog="bertqa keys", description="Make API keys, and list those that there are.")
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    new = steps.add_parser("new", help="print a fresh key, once, and write its hash to the file")
+    new.add_argument("name", metavar="NAME", help="of whoever gets it; stands in metrics")
+    new.add_argument("--rate", type=float, help="requests per second, of each process (default: no limit)")
+    new.add_argument("--burst", type=float, help="requests at once (default: twice the rate)")
+    for step in (new, steps.add_parser("list", help="names and limits")):
+        step.add_argument(
+            "--file", type=Path, default=settings.api_keys_file or None, help="(default: BERTQA_API_KEYS_FILE)"
+        )
+    args = parser.parse_args(argv)
+    if args.file is None:
+        parser.error("--file: needed, or BERTQA_API_KEYS_FILE")
+    if args.step == "new" and args.burst is not None and args.rate is None:
+        parser.error("--burst: needs --rate")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """Take the step; returns the process's exit code."""
+    try:
+        if args.step == "new":
+            print(new_key(args.file, args.name, args.rate, args.burst))
+            print("bertqa: kept nowhere else; services that read the file know it within a second", file=sys.stderr)
+        else:
+            for key in parse_keys(args.file).values():
+                limits = "no limit" if math.isinf(key.rate) else f"{key.rate:g} a second, {key.burst:g} at once"
+                print(f"{key.name}  {limits}")
+    except KeysError as error:
+        print(f"bertqa: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
