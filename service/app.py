@@ -42,6 +42,8 @@ PAGE = Path(__file__).parent / "page"
 PROBE_S = 1.0
 """Seconds that a readiness probe, or the check at start, may take."""
 
+_LAG_PERIOD_S = 0.5
+
 _DESCRIPTION = """Extractive question answering: answers are spans of the texts given, with exact offsets.
 
 Errors have one shape on every route: `{"error": sentence, "error_type": name, "field": name or null}`. Every response
@@ -85,7 +87,7 @@ def create_app(
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples, and no cycles of note
-        following: list[asyncio.Task[None]] = []
+        following = [asyncio.create_task(_watch_loop(metrics))]
         try:
             await _verify_if_up(models)
             if not bundle:
@@ -190,6 +192,14 @@ def own_version() -> str:
         return version("bertqa")
     except PackageNotFoundError:
         return "checkout"
+
+
+async def _watch_loop(metrics: Metrics) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        wanted = loop.time() + _LAG_PERIOD_S
+        await asyncio.sleep(_LAG_PERIOD_S)
+        metrics.loop_lag.observe(max(loop.time() - wanted, 0))
 
 
 async def _verify_if_up(models: Models) -> None:
