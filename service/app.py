@@ -7,10 +7,11 @@ import asyncio
 import gc
 import logging
 import os
+import platform
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import asdict
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,6 @@ def create_app(
     )
     app.state.metrics = metrics
     # The last one added is the first that a request meets.
-    if settings.otlp_endpoint:
-        app.add_middleware(tracing.Traced)
     if keyring:
         app.add_middleware(Guard, keyring=keyring, metrics=metrics, settings=settings)
     if settings.allowed_origins:
@@ -128,6 +127,8 @@ def create_app(
             expose_headers=["x-request-id", "server-timing", "retry-after"],
             max_age=600,
         )
+    if settings.otlp_endpoint:
+        app.add_middleware(tracing.Traced)
     app.add_middleware(Edge, metrics=metrics, settings=settings)
     errors.register(app)
     if keyring:
@@ -232,20 +233,36 @@ async def _ready(request: Request, model: str | None = None) -> Health:
 
 
 async def _info(request: Request) -> Info:
-    """What runs here, and within which limits."""
+    """What runs here, within which limits, and what is switched on."""
     answerer = answerer_of(request)
     settings, bundle = answerer.settings, answerer.models[None].bundle
-    names = ("max_body_bytes", "max_question_chars", "max_context_chars", "max_contexts", "max_questions", "deadline_s")
+    numbers = [field.name for field in fields(settings) if field.type in (int, float)]
+    triton: str | None = None
+    with suppress(ModelError):
+        triton = await answerer.models[None].engine.server_version(deadline=time.monotonic() + PROBE_S)
     return Info(
         model=bundle.manifest.identity,
         version=bundle.version,
         manifest=asdict(bundle.manifest),
         limits={
-            **{name: getattr(settings, name) for name in names},
+            **{name: getattr(settings, name) for name in numbers},
             "max_top_k": MAX_TOP_K,
             "max_answer_tokens": LONGEST_ANSWER_TOKENS,
         },
-        versions={"bertqa": own_version(), **{name: version(name) for name in ("fastapi", "tokenizers", "numpy")}},
+        versions={
+            "bertqa": own_version(),
+            "triton": triton,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("fastapi", "uvicorn", "tokenizers", "numpy")},
+        },
+        switches={
+            "access_log": settings.access_log,
+            "log_texts": settings.log_texts,
+            "tracing": tracing.is_on(),
+            "auth": bool(settings.api_keys_file),
+            "metrics": settings.metrics,
+            "docs": settings.docs,
+        },
     )
 
 

@@ -176,7 +176,7 @@ class Metrics:
             return generate_latest(self.registry)
         merged = CollectorRegistry()
         merged.register(_Workers(self._shared))
-        MultiProcessCollector(merged, str(self._shared))
+        MultiProcessCollector(merged, str(self._shared))  # type: ignore[no-untyped-call]
         return generate_latest(merged)
 
 
@@ -191,7 +191,7 @@ class _Workers(Collector):
         for path in self._directory.glob("gauge_livesum_*.db"):
             pid = int(path.stem.rpartition("_")[2])
             if not Path(f"/proc/{pid}").exists():
-                mark_process_dead(pid, str(self._directory))
+                mark_process_dead(pid, str(self._directory))  # type: ignore[no-untyped-call]
                 continue
             for metric in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():  # type: ignore[misc]
                 total = totals.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))

@@ -226,8 +226,9 @@ class Info(BaseModel):
     model: str
     version: int = Field(description="Version of the model in Triton's repository.")
     manifest: dict[str, Any] = Field(description="What the engine was built from and measured at.")
-    limits: dict[str, int | float]
-    versions: dict[str, str]
+    limits: dict[str, int | float] = Field(description="All that are in force, by the names of the settings.")
+    versions: dict[str, str | None] = Field(description="Of `triton`: null while it does not answer.")
+    switches: dict[str, bool | str] = Field(description="What is on, and for whom.")
 
 
 def _problem(description: str, error: str, error_type: str, field: str | None = None) -> dict[str, Any]:

@@ -140,6 +140,11 @@ class FakeEngine:
     def expected_wait(self, ahead: int) -> float:
         return self.seconds_each * ahead
 
+    async def server_version(self, *, deadline: float) -> str:
+        if isinstance(self.failure, ModelError):
+            raise self.failure
+        return "2.51.0"
+
     def at(self, model: str, version: int) -> "FakeEngine":
         return self
 
