@@ -28,7 +28,7 @@ endef
 export CHECK_PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test chaos lint bench train-env finetune constraints clean
+.PHONY: help serve test chaos lint bench loadtest train-env finetune constraints clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,6 @@ test: $(VENV)/test.stamp  ## Run all tests: real Triton, two Horovod processes, 
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS)
 
 chaos: $(VENV)/test.stamp  ## Break everything under load and print what became of the requests (SOAK_MINUTES=60)
-	-@$(PIP) --group fuzz
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests:. $(BIN)/python -m chaos --soak-minutes $(SOAK_MINUTES) $(ARGS)
 
 lint: $(VENV)/test.stamp  ## Check style and types
@@ -52,6 +51,9 @@ bench: $(VENV)/test.stamp  ## Compare CPU runtimes and measure the service's own
 	$(BIN)/python -m engine_builder.compare_runtimes --checkpoint $(CHECKPOINT) --data $(CHECKPOINT)/gate.json
 	$(BIN)/python -m loadtest.measure_frontend
 
+loadtest: $(VENV)/loadtest.stamp  ## Throughput against clients, replicas and engines: tables, figures, a page (ARGS=--quick)
+	$(BIN)/python -m loadtest.sweep --checkpoint $(CHECKPOINT) $(ARGS)
+
 train-env: $(VENV)/train.stamp  ## Install torch and build Horovod (Gloo, no Docker)
 
 finetune: $(VENV)/train.stamp  ## Train the shipped checkpoint again, from SQuAD files in $(SQUAD)
@@ -59,7 +61,7 @@ finetune: $(VENV)/train.stamp  ## Train the shipped checkpoint again, from SQuAD
 		--train $(SQUAD)/train-v1.1.json --output runs/minilm-l6-squad $(ARGS)
 
 constraints:  ## Resolve all dependencies again, for every supported Python (needs uv)
-	uv pip compile --quiet --universal --python-version 3.10 --all-extras --group dev --group fuzz --group horovod-build \
+	uv pip compile --quiet --universal --python-version 3.10 --all-extras --group dev --group horovod-build \
 		--no-annotate --no-header pyproject.toml --output-file constraints.new
 	{ sed '/^nvidia-pytriton/q' constraints.txt; cat constraints.new; } > constraints.tmp
 	mv constraints.tmp constraints.txt && rm constraints.new
@@ -79,6 +81,11 @@ $(VENV)/serve.stamp: pyproject.toml constraints.txt
 $(VENV)/train.stamp: $(VENV)/serve.stamp training/install_horovod.sh
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --group horovod-build --editable '.[training]'
 	training/install_horovod.sh $(VENV)
+	@touch $@
+
+$(VENV)/loadtest.stamp: $(VENV)/serve.stamp tests/install_servers.sh
+	$(PIP) --editable '.[loadtest]'
+	tests/install_servers.sh
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json tests/install_browser.sh tests/install_servers.sh

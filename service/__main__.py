@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -114,8 +113,7 @@ def main(args: argparse.Namespace) -> int:
                 triton.start(stopping)
                 url = triton.url
             if not stopping.is_set():
-                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bertqa-service-")))
-                serve(args, port, url, stopping, scratch)
+                serve(args, port, url, stopping)
     except (LaunchError, TritonError, BundleMismatch, ChangeRefused) as error:
         log.error("error: %s", error)
         return 1
@@ -209,8 +207,8 @@ def settle(repository: Repository) -> None:
             repository.configure(model)
 
 
-def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: threading.Event, scratch: Path) -> None:
-    """Run the REST service, restarting it when it dies, until `stopping` is set; `scratch` is an empty directory.
+def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: threading.Event) -> None:
+    """Run the REST service, restarting it when it dies, until `stopping` is set.
 
     Raises:
         LaunchError: it did not start the first time.
@@ -236,9 +234,6 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
     for start, pause in enumerate(restart_pauses()):
         if stopping.wait(pause):
             return
-        if args.workers > 1:  # they count in files, which must be new with them
-            environment["PROMETHEUS_MULTIPROC_DIR"] = str(scratch / str(start))
-            (scratch / str(start)).mkdir()
         process = subprocess.Popen(
             command,
             env=environment,

@@ -1,0 +1,347 @@
+"""Throughput against clients: the whole load test, as `make loadtest`.
+
+Starts all servers itself, by the product's own commands: Triton servers with one or two engine instances, replicas of
+the service, and HAProxy before them with deploy/haproxy.cfg. First one undisturbed client asks every question, and its
+answers are the truth for all that follows. Then four phases: clients in a closed loop for every number of replicas and
+instances; fixed rates of arrivals on one replica; other questions on it; and replicas, each with a Triton of its own,
+whose engines sleep a fixed time instead of computing, so that cores do not limit.
+
+Every point is written when it is measured. A second call with the same --output goes on where the first one ended.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import math
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any, get_args
+from urllib.parse import urlsplit
+
+from bertqa.squad import read_squad
+from loadtest import sleeping_engine
+from loadtest.replies import RIGHT, best_answer, judge
+from loadtest.report import Load, Point, curve_of, knees, markdown, summarize, table, write_report
+from loadtest.servers import (
+    PROJECT,
+    ServerFailed,
+    Stack,
+    copy_repository,
+    ensure_engine,
+    get_json,
+    machine,
+    stack,
+)
+from loadtest.workload import Asked, Kind, make_requests, write_requests
+
+CHECKPOINT = PROJECT / "checkpoints" / "minilm-l6-squad"
+FEWER: Mapping[Kind, int] = {"short": 1, "several": 8, "long": 16}
+"""Of how many short requests there is one of a kind, for the first client asks them all."""
+SLEEP_S = 0.05
+"""Of the engine that sleeps: of two instances and so many seconds, a replica's ceiling is 40 answers/s."""
+CLIENTS_PER_SLEEPER = 8
+"""Clients for each replica there: two are answered, the others see to it that its queue never runs dry."""
+SHARES = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2)
+"""Rates of arrivals, as shares of the closed loop's peak."""
+WORKLOADS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
+    ("short", "zipf", (1, 16)),
+    ("several", "unique", (1, 16)),
+    ("long", "unique", (1, 4)),
+    ("short=90,several=9,long=1", "unique", (16,)),
+)
+"""Mix, repetition and numbers of clients of the other questions."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--clients", type=int, nargs="+", default=[2**n for n in range(9)], help="default: 1 2 4 ... 256")
+    add("--replicas", type=int, nargs="+", default=[1, 2, 4], help="of the service (default: %(default)s)")
+    add("--instances", type=int, nargs="+", default=[1, 2], help="engines in Triton (default: %(default)s)")
+    add("--seconds", type=float, default=8.0, help="measured at each point (default: %(default)s)")
+    add("--warmup", type=float, default=3.0, help="seconds before that (default: %(default)s)")
+    add("--questions", type=int, default=400, help="short requests; others are a few (default: %(default)s)")
+    add("--data", type=Path, default=CHECKPOINT / "gate.json", help="SQuAD file (default: %(default)s)")
+    add("--phases", nargs="+", choices=("closed", "open", "workload", "scaling"), help="default: all")
+    add("--processes", type=int, default=1, help="of the load's clients (default: %(default)s)")
+    add("--balancer", choices=("haproxy", "none"), default="haproxy", help="none: one replica only")
+    add("--repository", type=Path, default=PROJECT / "model_repository", help="default: that of the project")
+    add("--checkpoint", type=Path, default=CHECKPOINT, help="to build an engine from, where there is none")
+    add("--output", type=Path, default=Path("runs/loadtest"), help="directory (default: %(default)s)")
+    add("--stop-after", type=float, metavar="MINUTES", default=float("inf"), help="call again to go on")
+    add("--quick", action="store_true", help="few points of few seconds: does it all work?")
+    args = parser.parse_args(argv)
+    args.phases = args.phases or ["closed", "open", "workload", "scaling"]
+    if args.quick:
+        args.clients, args.replicas, args.instances = [1, 4, 16, 64], [1, 2], [2]
+        args.seconds, args.warmup, args.questions = 3.0, 1.0, 80
+    if args.balancer == "none" and args.replicas != [1]:
+        parser.error("--balancer none: goes with --replicas 1 alone")
+    if min([*args.clients, *args.replicas, *args.instances, args.processes, args.questions]) < 1:
+        parser.error("--clients, --replicas, --instances, --processes, --questions: must be at least 1")
+    return args
+
+
+def plan(args: argparse.Namespace) -> list[Load]:
+    """All loads in the order of their servers."""
+    most = max(args.instances)
+    loads = [
+        Load(phase="closed", replicas=replicas, instances=instances, clients=clients)
+        for instances in sorted(args.instances, reverse=True)
+        for replicas in args.replicas
+        for clients in args.clients
+    ]
+    one = Load(phase="open", replicas=min(args.replicas), instances=most)
+    shares = SHARES[1::3] if args.quick else SHARES
+    loads += [replace(one, share=share) for share in shares]
+    for mix, repeat, clients in WORKLOADS:
+        counts = clients[-1:] if args.quick else clients
+        loads += [replace(one, phase="workload", mix=mix, repeat=repeat, clients=count) for count in counts]
+    for replicas in args.replicas:
+        sleeping = Load(phase="scaling", replicas=replicas, tritons=replicas, clients=CLIENTS_PER_SLEEPER * replicas)
+        loads.append(sleeping)
+    chosen = [each for each in loads if each.phase in args.phases]
+    return sorted(chosen, key=lambda each: (each.phase == "scaling", -each.instances, each.replicas))
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure what is not measured yet, and write the report."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # what was started is ended too
+    until = time.monotonic() + 60 * args.stop_after
+    args.output.mkdir(parents=True, exist_ok=True)
+    ensure_engine(args.repository, args.checkpoint)
+    points = read_points(args.output)
+    done = {point.load for point in points}
+    todo = [load for load in plan(args) if load not in done]
+    for _, group in groupby(todo, _servers_of):
+        if time.monotonic() < until:
+            measure_group(args, list(group), points, until)
+    print_summary(points, args.output)
+    left = len([load for load in plan(args) if load not in {point.load for point in points}])
+    if left:
+        print(f"\n{left} points are left; the same command goes on with them.")
+    if any(point.wrong or point.error for point in points):
+        sys.exit("There were wrong answers or errors: see the report.")
+
+
+def measure_group(args: argparse.Namespace, loads: Sequence[Load], points: list[Point], until: float) -> None:
+    """Start the servers that some loads share, measure one after the other, and write each down.
+
+    Args:
+        args: of the command line.
+        loads: with the same servers.
+        points: of all loads so far; grows.
+        until: `time.monotonic` seconds, after which no further one is begun.
+    """
+    first, logs = loads[0], args.output / "logs"
+    sleeps = first.phase == "scaling"
+    with tempfile.TemporaryDirectory() as directory:
+        repository = Path(directory) / "model_repository"
+        if sleeps:
+            sleeping_engine.write_repository(
+                repository, source=args.repository, seconds=SLEEP_S, instances=first.instances
+            )
+        else:
+            copy_repository(args.repository, repository, first.instances)
+        balanced = args.balancer == "haproxy"
+        with stack(
+            repository, logs, replica_count=first.replicas, triton_count=first.tritons, balanced=balanced
+        ) as servers:
+            kinds: tuple[Kind, ...] = ("short",) if sleeps else get_args(Kind)
+            requests = _truth(args, servers, _facts(args, servers, sleeps)["engine"], kinds)
+            for load in loads:
+                if time.monotonic() > until:
+                    break
+                closed = curve_of(points, replicas=load.replicas, instances=load.instances)
+                peak = max((each.throughput for each in closed.values()), default=0.0)
+                if load.share and not peak:
+                    continue  # its closed loop was not asked for
+                point = measure(args, servers, load, requests, rate=load.share * peak)
+                points.append(point)
+                with (args.output / "points.jsonl").open("a") as file:
+                    file.write(json.dumps(asdict(point)) + "\n")
+                print(_line(point), flush=True)
+    write_report(args.output, _read_facts(args.output), points)
+
+
+def _servers_of(load: Load) -> tuple[bool, int, int, int]:
+    return load.phase == "scaling", load.replicas, load.tritons, load.instances
+
+
+def measure(args: argparse.Namespace, servers: Stack, load: Load, requests: Path, *, rate: float) -> Point:
+    """Put a load on running servers.
+
+    Raises:
+        ServerFailed: the clients did not end as they should.
+    """
+    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    users = load.clients or args.processes
+    with tempfile.NamedTemporaryFile(suffix=".json") as result:
+        command = [sys.executable, "-m", "locust", "--headless", "--only-summary", "--loglevel", "WARNING"]
+        command += ["--locustfile", str(PROJECT / "loadtest" / "locustfile.py"), "--host", servers.url]
+        command += ["--users", str(users), "--spawn-rate", str(users), "--exit-code-on-error", "0"]
+        command += ["--requests", str(requests), "--mix", load.mix, "--repeat", load.repeat, "--rate", str(rate)]
+        command += ["--warmup", str(args.warmup), "--seconds", str(args.seconds), "--result", result.name]
+        if args.processes > 1:
+            command += ["--processes", str(args.processes)]
+        cpu, engine = servers.cpu_seconds(), servers.engine_seconds()
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
+        text = Path(result.name).read_text()
+        if done.returncode or not text:
+            raise ServerFailed(f"locust ended with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
+        document = json.loads(text)
+        cpu = {role: seconds - cpu[role] for role, seconds in servers.cpu_seconds().items()}
+        engine = {name: total - engine[name] for name, total in servers.engine_seconds().items()}
+    return summarize(
+        load,
+        document,
+        cpu_s={**cpu, "clients": document["cpu_s"]},
+        engine=engine,
+        memory_mib=servers.memory_mib(),
+        rate=rate,
+        date=began,
+        commit=commit(),
+    )
+
+
+def _truth(args: argparse.Namespace, servers: Stack, engine: str, kinds: Sequence[Kind]) -> Path:
+    """The file of all requests with the answers of an undisturbed service; made where there is none of this engine."""
+    path: Path = args.output / f"requests-{engine}.jsonl"
+    if not path.exists():
+        examples = read_squad(args.data)
+        counts = {kind: -(-args.questions // FEWER[kind]) for kind in kinds}
+        asked = [each for kind, count in counts.items() for each in make_requests(examples, kind, count)]
+        write_requests(path, answered(servers.url, asked))
+    return path
+
+
+def answered(url: str, asked: Sequence[Asked]) -> list[Asked]:
+    """Put requests one by one to a service that nobody else asks, and keep its answers.
+
+    Raises:
+        ServerFailed: one was not answered.
+    """
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=60)
+    with contextlib.closing(connection):
+        found = []
+        for each in asked:
+            connection.request("POST", "/v1/answer", each.body(), {"content-type": "application/json"})
+            response = connection.getresponse()
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            outcome, reply = judge(each, response.status, headers, response.read())
+            if outcome != RIGHT:
+                raise ServerFailed(f"an undisturbed service gave: {outcome}")
+            found.append(replace(each, answer=best_answer(reply)))
+    return found
+
+
+def read_points(output: Path) -> list[Point]:
+    """The points of earlier calls."""
+    path = output / "points.jsonl"
+    return [Point(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _facts(args: argparse.Namespace, servers: Stack, sleeps: bool) -> dict[str, Any]:
+    """What the numbers depend on; kept beside them.
+
+    Raises:
+        ServerFailed: the output directory holds numbers of another engine, machine or setting.
+    """
+    path = args.output / "facts.json"
+    info = get_json(f"{servers.replicas[0].url}/info")
+    if sleeps:
+        return {"engine": info["model"]}
+    triton = get_json(f"http://127.0.0.1:{servers.tritons[0].ports['http']}/v2")
+    facts: dict[str, Any] = {
+        "title": f"{info['model']}, {machine()['cores']} cores",
+        "engine": info["model"],
+        "machine": machine(),
+        "versions": {
+            **info["versions"],
+            **info["manifest"]["runtime"],
+            "triton": triton["version"],
+            "locust": version("locust"),
+        },
+        "questions": f"{args.questions} of {args.data.name}",
+        "seconds": args.seconds,
+        "warmup_s": args.warmup,
+        "load_processes": args.processes,
+        "balancer": args.balancer,
+    }
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [name for name, value in facts.items() if before.get(name) != value]
+        if changed:
+            raise ServerFailed(f"{args.output}: measured with another {', '.join(changed)}; choose another --output")
+    else:
+        facts["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        facts["commit"] = commit()
+        facts["command"] = f"python -m loadtest.sweep {' '.join(sys.argv[1:])}".strip()
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def _read_facts(output: Path) -> dict[str, Any]:
+    path = output / "facts.json"
+    facts: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"title": "an engine that sleeps", "date": ""}
+    )
+    return facts
+
+
+def commit() -> str:
+    """Commit of the working tree, with a plus where it was changed since; empty outside a repository."""
+    with contextlib.suppress(OSError):
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
+            cwd=PROJECT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return found.stdout.strip()
+    return ""
+
+
+def _line(point: Point) -> str:
+    load = f"{point.clients:3d} clients" if point.clients else f"{point.rate:5.1f} arrivals/s"
+    others = "".join(f", {count} {outcome}" for outcome, count in point.outcomes.items() if outcome != RIGHT)
+    return (
+        f"{point.phase:8} {point.replicas} replicas, {point.instances} instances, {load}, {point.mix} {point.repeat}: "
+        f"{point.throughput:6.1f}/s, p50 {point.p50_ms:.1f}, p99 {point.p99_ms:.1f} ms{others}"
+    )
+
+
+def print_summary(points: Sequence[Point], output: Path) -> None:
+    """Print the tables that the documents hold."""
+    closed = [each for each in points if each.phase == "closed"]
+    if closed:
+        print(f"\n{markdown([{k: f'{v:.4g}' for k, v in row.items()} for row in knees(points)])}")
+    scaling = curve_of(points, "scaling")
+    if scaling:
+        first = next(iter(scaling.values()))
+        rows = table(
+            list(scaling.values()), ("replicas", "clients", "throughput", "p50_ms", "p99_ms", "cpu_service_ms")
+        )
+        for row, point in zip(rows, scaling.values(), strict=True):
+            row["times one"] = f"{point.throughput / (first.throughput or math.nan):.2f}"
+        print(markdown(rows))
+    print(f"Everything is in {output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ServerFailed as error:
+        sys.exit(f"loadtest: {error}")
