@@ -1,6 +1,8 @@
 # `make serve` and `make test` each set up everything they need first; a second call starts at once.
 PYTHON ?= python3
 VENV ?= .venv
+# The environment of the servers that `make bench-peers` compares with.
+PEERS ?= .venv-peers
 # Where torch comes from, if not from the default index: https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
 TORCH_INDEX ?=
 ARGS ?=
@@ -28,7 +30,7 @@ endef
 export CHECK_PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test chaos lint bench loadtest train-env finetune constraints clean
+.PHONY: help serve test chaos lint bench bench-peers loadtest train-env finetune constraints clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +56,9 @@ bench: $(VENV)/test.stamp  ## Compare CPU runtimes and measure the service's own
 loadtest: $(VENV)/loadtest.stamp  ## Throughput against clients, replicas and engines: tables, figures, a page (ARGS=--quick)
 	$(BIN)/python -m loadtest.sweep --checkpoint $(CHECKPOINT) $(ARGS)
 
+bench-peers: $(PEERS)/peers.stamp  ## Compare with the servers that people would pick instead, in 9 minutes; prints a table
+	$(BIN)/python -m loadtest.compare_servers --checkpoint $(CHECKPOINT) --peers-python $(PEERS)/bin/python $(ARGS)
+
 train-env: $(VENV)/train.stamp  ## Install torch and build Horovod (Gloo, no Docker)
 
 finetune: $(VENV)/train.stamp  ## Train the shipped checkpoint again, from SQuAD files in $(SQUAD)
@@ -67,7 +72,7 @@ constraints:  ## Resolve all dependencies again, for every supported Python (nee
 	mv constraints.tmp constraints.txt && rm constraints.new
 
 clean:  ## Remove the environment and everything generated
-	rm -rf $(VENV) logs runs tests/javascript/node_modules
+	rm -rf $(VENV) $(PEERS) logs runs tests/javascript/node_modules
 	find model_repository -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 
 $(VENV)/serve.stamp: pyproject.toml constraints.txt
@@ -93,4 +98,13 @@ $(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json tests
 	tests/install_browser.sh
 	tests/install_servers.sh
 	npm ci --prefix tests/javascript --silent --no-audit --no-fund
+	@touch $@
+
+$(PEERS)/peers.stamp: $(VENV)/serve.stamp loadtest/peers/requirements.txt
+	$(PIP) --editable '.[loadtest]'
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement loadtest/peers/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+		nvidia-pytriton
 	@touch $@

@@ -4,9 +4,13 @@ One graph serves every target: inputs and outputs as in `bertqa.windows`, dynami
 needs no torch, keeps stable names, and holds just the patterns (attention, erf GELU, LayerNormalization) that ONNX
 Runtime, OpenVINO and TensorRT fuse. For TensorRT, which from version 11 on takes every type from the graph, it is
 written in half precision, with the types of all tensors stated, and quantized where asked.
+
+    python -m engine_builder.bert_onnx CHECKPOINT model.onnx    # writes the float32 graph alone, for other runtimes
 """
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
-from engine_builder.checkpoint import BertConfig, FloatArray
+from engine_builder.checkpoint import CONFIG_FILE, BertConfig, FloatArray, read_weights
 from engine_builder.quantization import Quantization
 
 OPSET = 17  # the first with LayerNormalization
@@ -256,3 +260,9 @@ class _Graph:
     def _add(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self._nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
         return output
+
+
+if __name__ == "__main__":
+    checkpoint, destination = map(Path, sys.argv[1:])
+    bert = BertConfig.read(checkpoint / CONFIG_FILE)
+    onnx.save(build_graph(bert, read_weights(checkpoint, bert)), destination)

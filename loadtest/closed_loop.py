@@ -1,0 +1,146 @@
+"""A light load client: so many connections, each with one request at a time, in one asyncio loop without threads.
+
+The load shares its cores with the servers that it measures, so requests are bytes made beforehand, and replies are kept
+as bytes and read after the clock has stopped.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import httptools
+
+SHED = (429, 503)
+"""Statuses that say "not now"; with a Retry-After header the client waits that long and asks the same again."""
+
+
+@dataclass(slots=True)
+class Reply:
+    """What became of one question."""
+
+    key: int  # which question it was
+    seconds: float  # from the first attempt to the last byte, waits included
+    status: int  # HTTP status of the last attempt; 0 if there was none
+    body: bytes  # or the reason why there was none
+    shed: int  # attempts that were refused and made again
+
+
+@dataclass(slots=True)
+class Load:
+    """What one run of clients saw."""
+
+    replies: list[Reply] = field(default_factory=list)
+    seconds: float = 0.0  # from the first request to the last reply
+    client_cpu: float = 0.0  # seconds of CPU time that the clients themselves took
+
+
+def http_post(host: str, port: int, path: str, body: bytes) -> bytes:
+    """One kept-alive JSON request as it goes over the wire."""
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def closed_loop(
+    host: str,
+    port: int,
+    requests: Iterator[tuple[int, bytes]],
+    clients: int,
+    *,
+    until: Callable[[int], bool],
+    timeout_s: float = 60.0,
+) -> Load:
+    """Keep so many clients busy.
+
+    Args:
+        host: of the server.
+        port: likewise.
+        requests: a key and the bytes of `http_post`; each client takes the next one when it is free.
+        clients: connections.
+        until: asked before each request with the number of those sent; true ends the run, once all are answered.
+        timeout_s: for one attempt, after which the connection is made anew.
+    """
+    load, sent = Load(), 0
+
+    async def client() -> None:
+        nonlocal sent
+        connection = _Connection(host, port)
+        while not until(sent):
+            sent += 1
+            key, request = next(requests)
+            began, shed = time.perf_counter(), 0
+            while True:
+                try:
+                    status, wait_s, body = await asyncio.wait_for(connection.exchange(request), timeout_s)
+                except (OSError, asyncio.TimeoutError, httptools.HttpParserError) as error:
+                    connection.close()
+                    status, wait_s, body = 0, None, repr(error).encode()
+                    await asyncio.sleep(0.05)  # a dead server must not make this a busy loop
+                if status not in SHED or wait_s is None:
+                    break
+                shed += 1
+                await asyncio.sleep(wait_s)
+            load.replies.append(Reply(key, time.perf_counter() - began, status, body, shed))
+        connection.close()
+
+    cpu, began = time.process_time(), time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    load.seconds, load.client_cpu = time.perf_counter() - began, time.process_time() - cpu
+    return load
+
+
+class _Connection(asyncio.Protocol):
+    """One connection, made when first needed and again after it was lost; the methods of httptools' parser too."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._address = host, port
+        self._transport: asyncio.Transport | None = None
+
+    async def exchange(self, request: bytes) -> tuple[int, float | None, bytes]:
+        """Send a request; returns the status, the seconds of Retry-After if there is one, and the body."""
+        loop = asyncio.get_running_loop()
+        if self._transport is None:
+            self._transport, _ = await loop.create_connection(lambda: self, *self._address)
+        self._reply: asyncio.Future[tuple[int, float | None, bytes]] = loop.create_future()
+        self._parser = httptools.HttpResponseParser(self)
+        self._body = bytearray()
+        self._retry_after: float | None = None
+        self._transport.write(request)
+        return await self._reply
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._transport is not None:
+            self._transport.abort()
+            self._transport = None
+
+    def data_received(self, data: bytes) -> None:
+        """Of asyncio."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            if not self._reply.done():
+                self._reply.set_exception(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Of asyncio."""
+        self._transport = None
+        if not self._reply.done():
+            self._reply.set_exception(exc or ConnectionResetError("closed without a reply"))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Of httptools."""
+        if name.lower() == b"retry-after" and value.isdigit():
+            self._retry_after = float(value)
+
+    def on_body(self, body: bytes) -> None:
+        """Of httptools."""
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        """Of httptools."""
+        if not self._parser.should_keep_alive() and self._transport is not None:
+            self._transport.close()
+            self._transport = None
+        if not self._reply.done():
+            self._reply.set_result((self._parser.get_status_code(), self._retry_after, bytes(self._body)))
