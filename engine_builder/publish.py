@@ -121,7 +121,7 @@ def publish(directory: Path, manifest: Manifest, where: Publication) -> Publishe
         for old in repository.versions(where.model):
             if old < version and old not in keep:
                 shutil.rmtree(repository.directory(where.model, old))
-    options = {"instances": where.instances, "threads": where.threads}
+    options = {"instances": where.instances, "threads": where.threads, "gpus": where.gpus}
     if where.activate or not answering:
         repository.activate(where.model, version, alone=not answering, **options)
     else:

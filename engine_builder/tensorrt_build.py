@@ -84,7 +84,8 @@ def missing_parts() -> dict[str, str]:
         try:
             importlib.import_module(module)
         except ImportError:
-            missing[f"the Python package {package}"] = "pip install 'bertqa[tensorrt]'"
+            install = "pip install --constraint constraints.txt --editable '.[tensorrt]'"
+            missing[f"the Python package {package}"] = install
     mend = "build in NVIDIA's container of Triton's own release, or pip install tensorrt"
     try:
         tensorrt = importlib.import_module("tensorrt")

@@ -26,6 +26,7 @@ from bertqa.manifest import MODEL_NAME, Bundle, Manifest
 from bertqa.spans import Logits
 from bertqa.windows import Window, WindowMaker
 from engine_builder.checkpoint import BertConfig
+from engine_builder.tensorrt_build import missing_parts
 from service.app import create_app
 from service.settings import Settings
 from service.triton import ModelError
@@ -33,6 +34,28 @@ from service.triton import ModelError
 # How long an example takes says something of the machine, and nothing of the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+_NOT_RUN: list[str] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none; the summary lists it."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and missing_parts():
+        items[:] = [item for item in items if item not in marked]
+        config.hook.pytest_deselected(items=marked)
+        _NOT_RUN.extend(item.nodeid for item in marked)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was not run, and why."""
+    if _NOT_RUN:
+        terminalreporter.section(
+            f"NOT RUN: {len(_NOT_RUN)} tests, for this machine has not {', '.join(missing_parts())}"
+        )
+        for name in _NOT_RUN:
+            terminalreporter.line(f"not run: {name}")
+
 
 _PIECES = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "«", "»"),

@@ -103,6 +103,19 @@ def test_compose_file_follows_the_specification() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_docker_compose_reads_the_file_as_these_tests_do() -> None:
+    done = run("docker-compose", "--profile", "*", "config", "--format", "json", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout)["services"]
+    assert read.keys() == compose().keys()
+    for name, service in compose().items():
+        for key in ("image", "command", "entrypoint", "user", "read_only", "profiles", "restart"):
+            assert read[name][key] == service.get(key), (name, key)
+        assert {variable: str(value) for variable, value in service.get("environment", {}).items()} == read[name].get(
+            "environment", {}
+        )
+
+
 @pytest.mark.parametrize("name", compose())
 def test_service_is_contained(name: str) -> None:
     service = compose()[name]
@@ -262,7 +275,7 @@ class Stack:
         )
 
     def address(self, name: str) -> str:
-        order = ["lb", "triton-cpu", "prometheus", "loadtest", "builder-cpu", "service-1", "service-2"]
+        order = ["lb", "triton-cpu", "prometheus", "loadtest", "builder-cpu", "bertqa", "service-1", "service-2"]
         return f"{self.network}.{order.index(name) + 2}"
 
     def adapted(self, text: str, name: str) -> str:
@@ -293,12 +306,16 @@ class Stack:
         """What the container would run, with the arguments of ``docker compose run`` in the place of the file's."""
         service = self.services[re.sub(r"-\d$", "", name)]
         words = [*entrypoint(service), *(service["command"] if arguments is None else arguments)]
-        mounts = {"/app": str(ROOT)}
-        for volume in service.get("volumes", ()):
-            source, target = volume.removesuffix(":ro").split(":")
-            mounts[target] = str(self._mounted(source, name))
         if name == "prometheus":
             words.append(f"--web.listen-address={self.address(name)}:9090")
+        return self._here(words, name)
+
+    def _here(self, words: Sequence[str], name: str) -> list[str]:
+        """Words of a container's command or environment, with the paths and addresses of this machine."""
+        mounts = {"/app": str(ROOT)}
+        for volume in self.services[re.sub(r"-\d$", "", name)].get("volumes", ()):
+            source, target = volume.removesuffix(":ro").split(":")
+            mounts[target] = str(self._mounted(source, name))
         for target, source in mounts.items():
             words = [re.sub(rf"(^|=){re.escape(target)}(?=/|$)", lambda m: m[1] + source, word) for word in words]  # noqa: B023
         return [self.adapted(word, name) for word in words]
@@ -320,10 +337,8 @@ class Stack:
     def environment(self, name: str) -> dict[str, str]:
         stated = self.services[re.sub(r"-\d$", "", name)].get("environment", {})
         own = {"PATH": PATH, "HOME": str(self.directory), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        checkpoints = str(self.directory / "checkpoints")
-        return own | {
-            key: str(value).replace("/checkpoints", checkpoints) for key, value in stated.items() if key != "TMPDIR"
-        }
+        kept = {key: str(value) for key, value in stated.items() if key != "TMPDIR"}
+        return own | dict(zip(kept, self._here([*kept.values()], name), strict=True))
 
     def start(self, name: str) -> None:
         service = self.services[re.sub(r"-\d$", "", name)]
@@ -538,6 +553,17 @@ def test_load_balancer_speaks_as_the_service_does(stack: Stack) -> None:
     finally:
         stack.names.addresses = (stack.address("service-1"), stack.address("service-2"))
     until(lambda: get(url + "/health/ready")[0] == 200, "no replica has come back")
+
+
+def test_versions_are_listed_and_looked_at_from_the_stack(stack: Stack) -> None:
+    listed = stack.run("bertqa")
+    assert listed.returncode == 0, listed.stderr
+    heading, *rows = [line.split() for line in listed.stdout.splitlines()]
+    assert heading[:4] == ["MODEL", "VERSION", "SERVED", "TRITON"]
+    assert [row[:4] for row in rows] == [["bert_qa", "1", "active", "ready"]]
+    looked = stack.run("bertqa", "doctor", "--triton-url", "triton:8001")
+    assert looked.returncode == 0, looked.stdout + looked.stderr
+    assert "answers 2 questions as when it was built" in looked.stdout
 
 
 def test_load_test_finds_no_fault(stack: Stack) -> None:

@@ -14,7 +14,7 @@ from google.protobuf import text_format
 from safetensors.numpy import load_file, save_file
 from tritonclient.grpc import model_config_pb2
 
-from bertqa.manifest import Manifest, sha256_of
+from bertqa.manifest import Bundle, Manifest, sha256_of
 from bertqa.repository import Repository
 from bertqa.squad import Score
 from bertqa.triton_config import Serving, triton_config
@@ -25,7 +25,7 @@ from engine_builder.build import BuildOptions, build
 from engine_builder.checkpoint import InvalidCheckpoint
 from engine_builder.gate import GateFailed, Measured, check_f1, check_logits
 from engine_builder.openvino_model import Engine, engine_sha256
-from engine_builder.publish import BuildRefused
+from engine_builder.publish import BuildRefused, Publication, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = "Ada Lovelace wrote the first program in London."
@@ -327,3 +327,12 @@ def test_the_builder_needs_neither_torch_nor_transformers(options: BuildOptions)
     )
     assert done.returncode == 0, done.stderr
     assert Repository(options.repository).open().manifest.precision == "int8"
+
+
+def test_instances_and_gpus_reach_the_configuration(bundle: Bundle, tmp_path: Path) -> None:
+    built = tmp_path / "built"
+    built.mkdir()
+    where = Publication(repository=tmp_path / "repository", instances=3, gpus=(0, 2))
+    publish(built, replace(bundle.manifest, target="tensorrt"), where)
+    config = (where.repository / "bert_qa" / "config.pbtxt").read_text()
+    assert "count: 3 kind: KIND_GPU gpus: [ 0, 2 ]" in config

@@ -1,0 +1,239 @@
+"""The TensorRT target: its graphs in other runtimes, its calls against TensorRT's real types, on a GPU its engines."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import write_checkpoint
+from onnx.reference import ReferenceEvaluator
+from test_bert_onnx import run
+from test_engine_builder import write_squad
+
+from bertqa.manifest import Settings
+from bertqa.squad import read_squad
+from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
+from engine_builder import tensorrt_build
+from engine_builder.bert_onnx import build_graph
+from engine_builder.build import BuildOptions, build, calibration_windows, window_maker
+from engine_builder.checkpoint import BertConfig, read_weights
+from engine_builder.engine import Source
+from engine_builder.quantization import LARGEST, SMOOTHING, QuantizedType, calibrate
+
+ROOT = Path(__file__).resolve().parent.parent
+TYPES = Path(sys.prefix) / "tensorrt-types"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    directory = tmp_path_factory.mktemp("source")
+    checkpoint = write_checkpoint(directory / "tiny")
+    config = BertConfig.read(checkpoint / "config.json")
+    weights = read_weights(checkpoint, config)
+    maker = window_maker(checkpoint, Settings.of_checkpoint(checkpoint), config)
+    reference = directory / "float32.onnx"
+    onnx.save(build_graph(config, weights), reference)
+    return Source(
+        config=config,
+        weights=weights,
+        reference=reference,
+        buckets=maker.buckets,
+        calibration=calibration_windows(read_squad(write_squad(directory / "squad.json")), maker),
+    )
+
+
+@pytest.mark.parametrize("precision", tensorrt_build.PRECISIONS)
+def test_graph_is_one_that_both_versions_read_and_answers_like_float32(
+    source: Source, precision: tensorrt_build.Precision
+) -> None:
+    model = tensorrt_build.typed_graph(source, precision)
+    assert all(node.domain == "" for node in model.graph.node), "no plugins"
+    assert [entry.version for entry in model.opset_import] in ([17], [19])  # TensorRT 10.0 reads up to 20
+    types = {
+        each.name: each.type.tensor_type.elem_type for each in onnx.shape_inference.infer_shapes(model).graph.value_info
+    }
+    half = onnx.TensorProto.BFLOAT16 if precision == "bf16" else onnx.TensorProto.FLOAT16
+    for node in model.graph.node:
+        if node.op_type in ("LayerNormalization", "Softmax"):
+            assert types[node.input[0]] == onnx.TensorProto.FLOAT
+        if node.op_type == "MatMul":
+            assert types[node.output[0]] == half
+    (window,) = source.calibration[:1]
+    exact = run(onnx.load(source.reference), window.tensors())
+    if precision == "bf16":  # ONNX Runtime has no bfloat16 on a CPU
+        found = ReferenceEvaluator(model).run(list(OUTPUT_NAMES), window.tensors())
+    else:
+        found = run(model, window.tensors())
+    error = np.sqrt(np.mean(np.square(np.subtract(found, exact)))) / np.std(exact)
+    assert error < {"fp16": 0.01, "bf16": 0.05, "int8": 0.2, "fp8": 0.2}[precision]
+
+
+@pytest.mark.parametrize("kind", LARGEST)
+def test_every_linear_layer_of_the_encoder_is_quantized_within_its_range(source: Source, kind: QuantizedType) -> None:
+    quantization = calibrate(source.reference, source.weights, source.calibration, kind)
+    layers = source.config.num_hidden_layers
+    assert len(quantization.layers) == 6 * layers
+    for name, scales in quantization.layers.items():
+        weight = source.weights[f"{name}.weight"]
+        assert (scales.smoothing is not None) == (kind == "int8")
+        smoothed = weight if scales.smoothing is None else weight * scales.smoothing
+        largest = np.abs(smoothed).max(axis=1) if scales.weight.ndim else np.abs(smoothed).max()
+        np.testing.assert_allclose(scales.weight, largest / LARGEST[kind], rtol=1e-5)
+        assert scales.input > 0
+    shared = [quantization.layers[f"encoder.layer.0.attention.self.{part}"] for part in ("query", "key", "value")]
+    assert len({each.input for each in shared}) == 1  # they read the same tensor
+    assert SMOOTHING < 1
+    operators = [node.op_type for node in tensorrt_build.typed_graph(source, kind).graph.node]
+    # an input for queries, keys and values together and for each of the others; a weight for every layer
+    assert operators.count("QuantizeLinear") == operators.count("DequantizeLinear") == (4 + 6) * layers
+
+
+def test_calibration_needs_a_window(source: Source) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        calibrate(source.reference, source.weights, [], "int8")
+
+
+def test_there_are_types_of_both_major_versions() -> None:
+    assert sorted(path.name.partition(".")[0] for path in TYPES.iterdir()) == ["10", "11"]
+
+
+@pytest.mark.parametrize("version", sorted(path.name for path in TYPES.glob("*")) or ["missing"])
+def test_calls_are_those_of_tensorrt(source: Source, tmp_path: Path, version: str) -> None:
+    graph = tmp_path / "typed.onnx"
+    onnx.save(tensorrt_build.typed_graph(source, "fp16"), graph)
+    types = str(TYPES / version)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "tensorrt_calls.py"), str(graph)],
+        env={**os.environ, "LD_LIBRARY_PATH": types, "PYTHONPATH": os.pathsep.join([types, str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told == {
+        "version": version,
+        "parsed": ["typed.onnx"],
+        "strongly_typed_alone": True,
+        "flags": ["VERSION_COMPATIBLE"],  # and none of a precision
+        "profiles": [[[name, [1, n], [4, n], [4, n]] for name in INPUT_NAMES] for n in (64, 128)],
+        "added": 2,
+        "level": 5,
+        "hardware": "AMPERE_PLUS",
+        "timing_caches": ["before", "before"],  # to begin with, and to be joined with what was learnt
+        "timing_cache": "after",
+        "built": "plan",
+        "set": [[0, told["set"][0][1]], [1, told["set"][1][1]]],
+    }
+
+
+def test_names_of_cuda_are_there() -> None:
+    from cuda.core import Device, EventOptions, Stream, system
+    from cuda.core.graph import Graph, GraphBuilder
+
+    EventOptions(timing_enabled=True)
+    for owner, names in (
+        (Device, ["set_current", "compute_capability", "name"]),
+        (Stream, ["from_handle", "record", "create_graph_builder"]),
+        (GraphBuilder, ["begin_building", "end_building", "complete"]),
+        (Graph, ["launch"]),
+        (system, ["get_user_mode_driver_version", "get_kernel_mode_driver_version"]),
+    ):
+        assert [name for name in names if not hasattr(owner, name)] == []
+
+
+def test_a_machine_without_gpu_is_told_what_is_missing_and_what_works(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    write_squad(checkpoint / "gate.json")
+    done = subprocess.run(
+        [sys.executable, "-m", "engine_builder", f"--checkpoint={checkpoint}", "--target=tensorrt"],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    first, *parts, last = done.stderr.strip().splitlines()
+    assert first == "engine_builder: --target tensorrt needs what this machine has not:"
+    assert all(part.startswith("  - ") for part in parts)
+    assert any(part.startswith("  - a GPU: ") for part in parts)
+    assert last == "--target cpu works here"
+    assert not (tmp_path / "model_repository").exists()
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "words"),
+    [
+        ((7, 5), "bf16", "has compute capability 7.5, and 8.0 is needed; fp16 and int8 would work"),
+        ((8, 6), "fp8", "has compute capability 8.6, and 8.9 is needed; fp16 and int8 and bf16 would work"),
+        ((6, 1), "fp16", "and 7.5 is needed; nothing would work"),
+        ((9, 0), "fp8", ""),
+    ],
+)
+def test_a_precision_that_the_gpu_has_not_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: Sequence[int], precision: tensorrt_build.Precision, words: str
+) -> None:
+    import cuda.core
+
+    class Device:
+        name = "Some GPU"
+
+        class compute_capability:
+            major, minor = capability
+
+    monkeypatch.setattr(tensorrt_build, "missing_parts", dict)
+    monkeypatch.setattr(cuda.core, "Device", Device)
+    if words:
+        with pytest.raises(tensorrt_build.BuildRefused, match=f"--precision {precision}: Some GPU .*{words}"):
+            tensorrt_build.check_machine(precision)
+    else:
+        tensorrt_build.check_machine(precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", tensorrt_build.PRECISIONS)
+def test_engine_on_a_gpu_passes_its_gates(tmp_path: Path, precision: tensorrt_build.Precision) -> None:
+    refusal = ""
+    try:
+        tensorrt_build.check_machine(precision)
+    except tensorrt_build.BuildRefused as error:
+        refusal = str(error)
+    if refusal:
+        assert "compute capability" in refusal  # this GPU cannot, and the builder says so
+        return
+    options = BuildOptions(
+        checkpoint=str(ROOT / "checkpoints" / "minilm-l6-squad"),
+        target="tensorrt",
+        precision=precision,
+        repository=tmp_path,
+        max_batch_size=4,
+        timing_cache=tmp_path / "timing.cache",
+    )
+    manifest = build(options)
+    assert manifest.reference_f1 - manifest.f1 <= 0.5
+    assert manifest.max_batch_size == 4
+    assert {"tensorrt", "cuda", "driver", "gpu", "compute_capability"} <= manifest.runtime.keys()
+    assert [*manifest.latency_ms] == [str(length) for length in manifest.buckets]
+    assert all(0 < each["graph_p50"] <= each["p50"] * 1.5 for each in manifest.latency_ms.values())
+    assert options.timing_cache is not None
+    assert options.timing_cache.stat().st_size > 0
+
+
+@pytest.mark.gpu
+def test_engine_on_a_gpu_answers_every_bucket_by_its_own_profile(source: Source, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        bundle = tmp_path / "bundle"
+        bundle.mkdir()
+        engine = tensorrt_build.build(source, bundle, "fp16", tensorrt_build.TensorRTOptions(), stack)
+        for window in source.calibration:
+            exact = run(onnx.load(source.reference), window.tensors())
+            np.testing.assert_allclose(engine.predict(window), exact, atol=0.05)
