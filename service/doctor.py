@@ -36,6 +36,8 @@ SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_OF_AN_ENGINE = 4 * 2**20
 """Bytes that the Python backend takes for each engine, when it has grown once or twice."""
 START_S = 20.0
+_AMPERE = (8, 0)
+"""Compute capability from which on an engine built with --hardware-compatible runs."""
 
 Level = Literal["ok", "WARN", "FAIL"]
 
@@ -410,7 +412,8 @@ def graphics(manifests: Mapping[str, Manifest], serving: Mapping[str, Serving], 
             )
         for device in (devices[number] for number in wanted if number < len(devices)):
             capability = built.get("compute_capability", "")
-            if device.capability != capability:
+            anywhere = "hardware_compatible" in built and _numbers(device.capability) >= _AMPERE
+            if device.capability != capability and not anywhere:
                 yield Finding(
                     "FAIL",
                     "GPU",
@@ -418,12 +421,12 @@ def graphics(manifests: Mapping[str, Manifest], serving: Mapping[str, Serving], 
                     f"({built.get('gpu', 'another GPU')}); build it again on this machine",
                 )
             else:
-                yield Finding("ok", "GPU", f"{device.name}, compute capability {capability}, as {name} needs")
+                yield Finding("ok", "GPU", f"{device.name}, compute capability {device.capability}, as {name} needs")
             if _numbers(device.driver) < _numbers(built.get("driver", "0")):
                 yield Finding(
                     "WARN", "driver", f"{device.driver} is older than {built['driver']}, which {name} was built under"
                 )
-        yield _tensorrt(name, built.get("tensorrt", ""))
+        yield _tensorrt(name, built)
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,8 +446,8 @@ def _devices() -> list[_Device]:
     return [_Device(*map(str.strip, line.split(","))) for line in done.stdout.splitlines()]
 
 
-def _tensorrt(name: str, built: str) -> Finding:
-    found = None
+def _tensorrt(name: str, runtime: Mapping[str, str]) -> Finding:
+    found, built = None, runtime.get("tensorrt", "")
     for library in ("libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so"):
         try:
             number = int(ctypes.CDLL(library).getInferLibVersion())
@@ -460,14 +463,15 @@ def _tensorrt(name: str, built: str) -> Finding:
             "TensorRT",
             f"no libnvinfer here to tell its version; {name} needs {built}: run the doctor in Triton's image",
         )
-    if found != _numbers(built):
+    later = found[0] == _numbers(built)[0] and found > _numbers(built)
+    if found != _numbers(built) and not (later and "version_compatible" in runtime):
         return Finding(
             "FAIL",
             "TensorRT",
             f"is {'.'.join(map(str, found))}, and {name} was built with {built}; build it again with the builder of "
             "the same release as Triton",
         )
-    return Finding("ok", "TensorRT", f"{built}, as {name} was built with")
+    return Finding("ok", "TensorRT", f"{'.'.join(map(str, found))}, as {name} needs")
 
 
 def ports(host: str, port: int, grpc_port: int | None) -> Iterator[Finding]:

@@ -388,7 +388,7 @@ def test_a_gpu_that_is_not_there_or_not_the_one(gpu_manifest: Manifest, nvidia_s
     ("number", "level", "words"),
     [
         (None, "WARN", "no libnvinfer here to tell its version; x 1 needs 10.9.0: run the doctor in Triton's image"),
-        (100900, "ok", "10.9.0, as x 1 was built with"),
+        (100900, "ok", "10.9.0, as x 1 needs"),
         (
             101303,
             "FAIL",
@@ -406,7 +406,24 @@ def test_the_version_of_tensorrt(
         return SimpleNamespace(getInferLibVersion=lambda: number)
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    one([doctor._tensorrt("x 1", gpu_manifest.runtime["tensorrt"])], "TensorRT", level, words)
+    one([doctor._tensorrt("x 1", gpu_manifest.runtime)], "TensorRT", level, words)
+
+
+@pytest.mark.parametrize(("number", "level"), [(100900, "ok"), (101303, "ok"), (100801, "FAIL"), (110400, "FAIL")])
+def test_an_engine_for_later_versions_too(
+    gpu_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, number: int, level: str
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(getInferLibVersion=lambda: number))
+    runtime = {**gpu_manifest.runtime, "version_compatible": "true"}
+    one([doctor._tensorrt("x 1", runtime)], "TensorRT", level, "x 1")
+
+
+def test_an_engine_for_other_gpus_too(gpu_manifest: Manifest, nvidia_smi: Callable[[str], None]) -> None:
+    runtime = {**gpu_manifest.runtime, "hardware_compatible": "true"}
+    manifest = dataclasses.replace(gpu_manifest, runtime=runtime)
+    nvidia_smi("NVIDIA A10, 570.86.15, 8.6\nTesla T4, 570.86.15, 7.5")
+    one(graphics(manifest, 0), "GPU", "ok", r"NVIDIA A10, compute capability 8\.6, as x 1 needs")
+    one(graphics(manifest, 1), "GPU", "FAIL", r"Tesla T4 has compute capability 7\.5")
 
 
 # ---- ports and memory ----

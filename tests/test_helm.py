@@ -37,6 +37,7 @@ VALUES: dict[str, dict[str, Any]] = {
             "autoscaling": {"enabled": True},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         },
+        "console": {"enabled": True},
         "ingress": {"enabled": True, "className": "nginx", "host": "qa.example", "tlsSecret": "tls"},
         "networkPolicy": {"clients": [{"podSelector": {}}], "monitoring": [{"namespaceSelector": {}}]},
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
@@ -149,7 +150,7 @@ def test_pods_keep_the_restricted_standard(release: list[dict[str, Any]]) -> Non
             }
             assert "memory" in container["resources"]["limits"]
             assert ":" in container["image"].rpartition("/")[2]
-        if component != "build":
+        if component not in ("build", "console"):  # which serve nobody
             assert {"startupProbe", "readinessProbe", "livenessProbe"} <= spec["containers"][0].keys()
 
 
@@ -169,6 +170,11 @@ def test_programs_take_their_arguments(release: list[dict[str, Any]]) -> None:
         ports = {port["name"]: port["containerPort"] for port in triton["ports"]}
         assert ports == {"grpc": served.grpc_port, "metrics": served.metrics_port, "http": served.http_port}
         assert (served.host, str(served.repository)) == ("0.0.0.0", "/models")
+    if "console" in containers:
+        (claim,) = (mount for mount in containers["console"]["volumeMounts"] if mount["name"] == "models")
+        assert "readOnly" not in claim
+        variables = {variable["name"]: variable["value"] for variable in containers["console"]["env"]}
+        assert Settings.from_environment(variables).triton_urls == settings.triton_urls
     if "build" in containers:
         built = engine_builder.parse_args(containers["build"]["args"])
         assert built.target == ("tensorrt" if triton["args"][0] == "tritonserver" else "cpu")
@@ -232,6 +238,7 @@ def test_nobody_but_the_service_reaches_triton() -> None:
         ({"ingress": {"enabled": True}}, "/ingress/host"),
         ({"build": {"enabled": True}}, "/build/checkpoint"),
         ({"models": STORAGE, "build": {"enabled": True, "checkpoint": "a"}}, "models.claim"),
+        ({"models": STORAGE, "console": {"enabled": True}}, "models.claim"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(values: dict[str, Any], named: str) -> None:
