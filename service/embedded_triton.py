@@ -398,7 +398,7 @@ class EmbeddedTriton:
                     return _Death(f"{models} not ready after {now - began:.0f} s; see {self.log_file}")
                 elif not ready and now - said > 5:
                     said = now
-                    self._say(f"loading {models}, {now - began:.0f} s so far")
+                    self._say(f"{models} loading, {now - began:.0f} s so far")
                 elif ready and stubs.one_is_missing(self._engines):
                     # Triton 2.51 goes on without it, ready by its own account, and fails every request.
                     patience_s = 0

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import write_checkpoint
@@ -275,7 +277,17 @@ class Stack:
         )
 
     def address(self, name: str) -> str:
-        order = ["lb", "triton-cpu", "prometheus", "loadtest", "builder-cpu", "bertqa", "service-1", "service-2"]
+        order = [
+            "lb",
+            "triton-cpu",
+            "prometheus",
+            "loadtest",
+            "builder-cpu",
+            "bertqa",
+            "batch",
+            "service-1",
+            "service-2",
+        ]
         return f"{self.network}.{order.index(name) + 2}"
 
     def adapted(self, text: str, name: str) -> str:
@@ -564,6 +576,19 @@ def test_versions_are_listed_and_looked_at_from_the_stack(stack: Stack) -> None:
     looked = stack.run("bertqa", "doctor", "--triton-url", "triton:8001")
     assert looked.returncode == 0, looked.stdout + looked.stderr
     assert "answers 2 questions as when it was built" in looked.stdout
+
+
+def test_a_batch_is_answered_by_the_same_engine(stack: Stack) -> None:
+    data = stack.directory / "volumes" / "data"
+    data.mkdir(parents=True)
+    pq.write_table(
+        pa.table({"question": [QUESTION["question"]] * 3, "context": [QUESTION["context"]] * 3}), data / "in.parquet"
+    )
+    done = stack.run("batch", "--input", "/data/in.parquet", "--output", "/data/out")
+    assert done.returncode == 0, done.stderr
+    answers = pq.read_table(data / "out").to_pylist()
+    _, served = post(stack.url("lb", 8000) + "/v1/answer", QUESTION)
+    assert [(row["row"], row["answer"]) for row in answers] == [(n, served["answers"][0]["text"]) for n in range(3)]
 
 
 def test_load_test_finds_no_fault(stack: Stack) -> None:

@@ -209,16 +209,17 @@ def test_with_a_claim_nothing_is_copied_and_without_one_each_pod_copies() -> Non
         assert {"name": "models", "emptyDir": {}} in spec["volumes"]
 
 
-def test_nobody_but_the_service_reaches_triton() -> None:
+@pytest.mark.parametrize("components", [["service"], ["service", "console"]])
+def test_nobody_but_the_service_reaches_triton(components: list[str]) -> None:
+    values = {"console": {"enabled": "console" in components}}
     (policy,) = (
         manifest
-        for manifest in of_kind(manifests({}), "NetworkPolicy")
+        for manifest in of_kind(manifests(values), "NetworkPolicy")
         if manifest["metadata"]["name"].endswith("-triton")
     )
     rules = {rule["ports"][0]["port"]: rule.get("from") for rule in policy["spec"]["ingress"]}
     assert rules.keys() == {"grpc", "metrics"}
-    (peer,) = rules["grpc"]
-    assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "service"
+    assert [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in rules["grpc"]] == components
     assert policy["spec"]["egress"] == []
 
 

@@ -24,6 +24,7 @@ from engine_builder.bert_onnx import build_graph
 from engine_builder.build import BuildOptions, build, calibration_windows, window_maker
 from engine_builder.checkpoint import BertConfig, read_weights
 from engine_builder.engine import Source
+from engine_builder.publish import BuildRefused
 from engine_builder.quantization import LARGEST, SMOOTHING, QuantizedType, calibrate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,12 +66,12 @@ def test_graph_is_one_that_both_versions_read_and_answers_like_float32(
         if node.op_type == "MatMul":
             assert types[node.output[0]] == half
     (window,) = source.calibration[:1]
-    exact = run(onnx.load(source.reference), window.tensors())
+    exact = np.array(run(onnx.load(source.reference), window.tensors()))
     if precision == "bf16":  # ONNX Runtime has no bfloat16 on a CPU
-        found = ReferenceEvaluator(model).run(list(OUTPUT_NAMES), window.tensors())
+        found = np.array([*ReferenceEvaluator(model).run(list(OUTPUT_NAMES), window.tensors())])
     else:
-        found = run(model, window.tensors())
-    error = np.sqrt(np.mean(np.square(np.subtract(found, exact)))) / np.std(exact)
+        found = np.array(run(model, window.tensors()))
+    error = np.sqrt(np.mean(np.square(found - exact))) / exact.std()
     assert error < {"fp16": 0.01, "bf16": 0.05, "int8": 0.2, "fp8": 0.2}[precision]
 
 
@@ -193,7 +194,7 @@ def test_a_precision_that_the_gpu_has_not_is_refused(
     monkeypatch.setattr(tensorrt_build, "missing_parts", dict)
     monkeypatch.setattr(cuda.core, "Device", Device)
     if words:
-        with pytest.raises(tensorrt_build.BuildRefused, match=f"--precision {precision}: Some GPU .*{words}"):
+        with pytest.raises(BuildRefused, match=f"--precision {precision}: Some GPU .*{words}"):
             tensorrt_build.check_machine(precision)
     else:
         tensorrt_build.check_machine(precision)
@@ -205,7 +206,7 @@ def test_engine_on_a_gpu_passes_its_gates(tmp_path: Path, precision: tensorrt_bu
     refusal = ""
     try:
         tensorrt_build.check_machine(precision)
-    except tensorrt_build.BuildRefused as error:
+    except BuildRefused as error:
         refusal = str(error)
     if refusal:
         assert "compute capability" in refusal  # this GPU cannot, and the builder says so
