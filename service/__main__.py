@@ -211,8 +211,12 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
     """Run the REST service, restarting it when it dies, until `stopping` is set.
 
     Raises:
-        LaunchError: it did not start the first time.
+        LaunchError: it did not start the first time, or its settings are none.
     """
+    try:
+        patience_s = Settings.from_environment(os.environ).shutdown_delay_s + DRAIN_S + 5
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
     command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", f"--app-dir={PROJECT}"]
     command += [
         f"--host={args.host}",
@@ -249,7 +253,7 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
                 elif not start and not ready and time.monotonic() - began > _READY_TIMEOUT_S:
                     raise LaunchError(f"the service was not ready after {_READY_TIMEOUT_S:.0f} s")
         finally:
-            end_session(process, DRAIN_S + 5)
+            end_session(process, patience_s)
         if stopping.is_set():
             return
         if not start and not ready:

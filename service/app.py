@@ -33,6 +33,7 @@ from service.metrics import Metrics
 from service.models import Follower, Models, Served
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, UNAVAILABLE, Health, Info
 from service.settings import Settings
+from service.shutdown import Shutdown
 from service.triton import Engine, ModelError, TritonModel
 
 log = logging.getLogger("bertqa.service")
@@ -61,6 +62,7 @@ def create_app(
         settings = Settings.from_environment(os.environ)
         logs.configure(settings, count_lost=metrics.lost_records)
     keyring = Keyring(Path(settings.api_keys_file)) if settings.api_keys_file else None
+    shutdown = Shutdown(settings.shutdown_delay_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -84,6 +86,7 @@ def create_app(
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples, and no cycles of note
+        shutdown.listen()
         following: list[asyncio.Task[None]] = []
         try:
             await _verify_if_up(models)
@@ -110,7 +113,7 @@ def create_app(
         docs_url=None,  # FastAPI's pages load their scripts from a CDN
         redoc_url=None,
     )
-    app.state.metrics = metrics
+    app.state.metrics, app.state.shutdown = metrics, shutdown
     # The last one added is the first that a request meets.
     if settings.otlp_endpoint:
         app.add_middleware(tracing.Traced)
@@ -125,7 +128,7 @@ def create_app(
             expose_headers=["x-request-id", "server-timing", "retry-after"],
             max_age=600,
         )
-    app.add_middleware(Edge, metrics=metrics, settings=settings)
+    app.add_middleware(Edge, metrics=metrics, settings=settings, shutdown=shutdown)
     errors.register(app)
     if keyring:
         _require_key(app)
@@ -188,6 +191,8 @@ async def _live() -> Health:
 
 async def _ready(request: Request, model: str | None = None) -> Health:
     """A real question goes through tokenizer, engine and decoder within a second, of the default model or another."""
+    if request.app.state.shutdown.has_begun:
+        raise errors.Stopping("The service is about to end; ask another replica.")
     answerer = answerer_of(request)
     await answerer.check_ready(answerer.models[model], time.monotonic() + PROBE_S)
     return Health(status="ready")

@@ -16,6 +16,7 @@ from service.errors import BodyTooLarge, error_response
 from service.metrics import Metrics
 from service.record import RequestRecord, current_record, route_of
 from service.settings import Settings
+from service.shutdown import Shutdown
 from service.triton import request_id as triton_request_id
 
 log = logging.getLogger("bertqa.service")
@@ -41,12 +42,13 @@ _UNLOGGED = ("/health/", "/metrics")  # asked every few seconds; their failures 
 class Edge:
     """Bounds the body, names, counts and logs the request, hardens the response, answers what nobody else caught."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, settings: Settings, shutdown: Shutdown) -> None:
         self.app = app
         self.metrics = metrics
         self.max_body_bytes = settings.max_body_bytes
         self.logs = settings.access_log
         self.log_texts = settings.log_texts
+        self.shutdown = shutdown
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -76,6 +78,8 @@ class Edge:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id), *_HARDENING]
+                if self.shutdown.has_begun:
+                    message["headers"].append((b"connection", b"close"))
             else:
                 sent += len(message.get("body", b""))
             await send(message)

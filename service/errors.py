@@ -84,6 +84,10 @@ class NotJson(RequestError):
     """The content type is not JSON."""
 
 
+class Stopping(Exception):
+    """The process has been told to end; raised by the readiness probe alone."""
+
+
 class InvalidField(RequestError):
     """A field of the request is not acceptable."""
 
@@ -124,6 +128,7 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
     ModelError: (503, "engine_broken"),
     InvalidLogits: (503, "engine_broken"),
     BundleMismatch: (503, "engine_mismatch"),
+    Stopping: (503, "stopping"),
     ModelTimeout: (504, "engine_timeout"),
 }
 """Status and ``error_type`` of every exception that a route lets out; any other one is 500 ``internal``."""
@@ -136,7 +141,7 @@ def error_response(
 ) -> Response:
     """Write an error in the API's one shape."""
     body = json.dumps({"error": message, "error_type": error_type, "field": field})
-    if status == 503:
+    if status in (503, 504):
         headers = {"retry-after": "1", **(headers or {})}
     return Response(body, status, headers, "application/json")
 

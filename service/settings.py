@@ -49,6 +49,9 @@ class Settings:
     cors_origins: str = ""
     """Origins like ``https://example.com``, with commas, whose pages may ask from a browser; empty: only our own."""
 
+    shutdown_delay_s: float = 0.0
+    """Seconds from SIGTERM until the port is closed; readiness fails at once, so that load balancers turn away."""
+
     max_in_flight: int = 0
     """Engine calls of this process and a model at one time; 0: two for each instance of the engine at each address."""
 
@@ -113,6 +116,8 @@ class Settings:
                 raise ValueError(
                     f"{PREFIX}CORS_ORIGINS: must be origins like https://example.com, with commas; got {origin!r}"
                 )
+        if not 0 <= self.shutdown_delay_s <= 300:
+            raise ValueError(f"{PREFIX}SHUTDOWN_DELAY_S: must be from 0 to 300 seconds; got {self.shutdown_delay_s}")
         for field in fields(self):
             least = 0 if field.name in _MAY_BE_ZERO else 1
             if field.type is int and getattr(self, field.name) < least:

@@ -23,12 +23,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
 import numpy as np
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from bertqa.manifest import MODEL_NAME
@@ -318,6 +320,8 @@ class TritonModel:
                 if patience <= 0:
                     raise failure or ModelTimeout(_PASSED)
                 reply = await getattr(link.replica, method)(request, timeout=patience, metadata=tracing.metadata())
+                if reply is None:
+                    raise ModelBroken("The engine's answer is no message of Triton's protocol.")
                 result = read(reply) if read else reply
             except grpc.aio.AioRpcError as error:
                 failure = _translate(error, link.replica.url, self._name)
@@ -384,7 +388,7 @@ class _Replica:
         return self.channel.unary_unary(
             _SERVICE + name,
             request_serializer=request and request.SerializeToString,  # None: bytes already
-            response_deserializer=reply.FromString,
+            response_deserializer=partial(_parsed, reply),
         )
 
 
@@ -404,6 +408,13 @@ class _Link:
                 self.circuit.silent(sent, f"Triton at {self.replica.url} is silent.")
             case _:
                 self.circuit.failed(sent, str(failure))
+
+
+def _parsed(message: Any, content: bytes) -> Any:
+    try:
+        return message.FromString(content)
+    except DecodeError:
+        return None  # as grpc.aio makes of it too, but with a traceback in the log
 
 
 _PASSED = "The deadline passed before the engine answered."

@@ -269,7 +269,7 @@ def test_a_failing_engine(
     ):
         response = client.post(path, json=body)
         assert problem(response, status, error_type) == str(failure)
-        assert response.headers.get("retry-after") == ("1" if status == 503 else None)
+        assert response.headers.get("retry-after") == ("1" if status in (503, 504) else None)
     problem(client.get("/health/ready"), status, error_type)
     assert client.get("/health/live").json() == {"status": "live"}
     assert f'bertqa_errors_total{{error_type="{error_type}"}} 4.0' in client.get("/metrics").text

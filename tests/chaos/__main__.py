@@ -7,12 +7,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from chaos import faults
+from chaos import faults, overload, replicas
 from chaos.faults import Scenario
 from chaos.product import Layout, Product
 from chaos.report import Row, Size, table
 
-SCENARIOS: tuple[tuple[Layout, Scenario], ...] = faults.SCENARIOS
+SCENARIOS: tuple[tuple[Layout, Scenario], ...] = (*faults.SCENARIOS, *replicas.SCENARIOS, *overload.SCENARIOS)
 OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = ()
 """What needs no product of ours to be there: a function of a module of this package, which gives its rows."""
 
@@ -24,13 +24,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=size.clients, help="side by side (%(default)s)")
     parser.add_argument("--inputs", type=int, default=size.inputs, help="generated, of bad input (%(default)s)")
     parser.add_argument("--soak-minutes", type=float, default=size.soak_minutes, help="of overload (%(default)s)")
-    parser.add_argument("--only", default="", help="scenarios whose function's name has this in it")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="scenarios with one of these in their name"
+    )
     return parser.parse_args(argv)
 
 
-def rows(size: Size, only: str) -> Iterator[Row]:
+def rows(size: Size, only: Sequence[str]) -> Iterator[Row]:
     """Run the scenarios, those of one layout on one product; one that breaks off is a row too."""
-    chosen = [(layout, scenario) for layout, scenario in SCENARIOS if only in scenario.__name__]
+    chosen = [(layout, scenario) for layout, scenario in SCENARIOS if any(word in scenario.__name__ for word in only)]
     for layout in dict.fromkeys(layout for layout, _ in chosen):
         with (
             tempfile.TemporaryDirectory(prefix="bertqa-chaos-") as directory,
@@ -43,7 +45,7 @@ def rows(size: Size, only: str) -> Iterator[Row]:
                     traceback.print_exc()
                     yield Row(fault=scenario.__name__, lost=1, problems=[f"broke off: {error!r}"])
     for other in OTHERS:
-        if only in f"{other.__module__}.{other.__name__}":
+        if any(word in other.__module__ for word in only):
             yield from other(size)
 
 

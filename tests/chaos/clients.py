@@ -125,7 +125,7 @@ class Load:
                 return "right" if asked.truth.get(version) == answer else "wrong", shown
             is_error = response.status in REFUSALS and reply.keys() == {"error", "error_type", "field"}
             if is_error and int(response.headers["retry-after"]) >= 1:
-                return "refused", f"{response.status} {reply['error_type']}"
+                return "refused", f"{response.status} {reply['error_type']}: {reply['error']}"
         except (ValueError, KeyError, TypeError):
             pass
         return "lost", shown
@@ -138,7 +138,9 @@ class Load:
             self.row.requests += 1
             self.row.slowest_s = max(self.row.slowest_s, seconds)
             if kind == "refused":
-                self.row.refused[told] += 1
+                refused, _, message = told.partition(": ")
+                self.row.refused[refused] += 1
+                self.row.refusal = message
                 return
             setattr(self.row, kind, getattr(self.row, kind) + 1)
             if kind != "right" and len(self.row.problems) < 5:

@@ -1,22 +1,43 @@
-"""Faults of the engine and of the way to it."""
+"""Faults of the engine, of the way to it, and of what lies under all: bundles, disk, clock."""
 
 import os
+import resource
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
 
-from chaos.clients import load
-from chaos.product import Layout, Product, until
+from bertqa.manifest import MODEL_NAME
+from chaos.bundles import break_engine, expect_another_answer, flip, publish
+from chaos.clients import DEADLINE_S, load
+from chaos.product import ROOT, Layout, Product, until
+from chaos.relay import nonsense
 from chaos.report import Row, Size
+from service import rollout
 
 Scenario = Callable[[Product, Size], Row]
+PLAIN = Layout()
+RELAYED = Layout(relayed=True)
+JUMPING = Layout(clock=True)
+
+FULL_DISK = Path("/dev/full")
+"""Every byte written to it is refused for want of space."""
+
+
+# The engine's process
 
 
 def triton_killed(product: Product, size: Size) -> Row:
-    row = Row(fault="Triton: kill -9")
+    row = Row(fault="Triton killed (-9)")
     (triton,) = product.tritons
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number in range(1, 3):
-            clients.until(requests=size.requests * number // 3)
+        for number in range(1, 4):
+            clients.until(requests=size.requests * number // 4)
             pid = triton.pid
             assert pid
             os.kill(pid, signal.SIGKILL)
@@ -27,4 +48,274 @@ def triton_killed(product: Product, size: Size) -> Row:
     return row
 
 
-SCENARIOS: tuple[tuple[Layout, Scenario], ...] = ((Layout(), triton_killed),)
+def engine_process_dies(product: Product, size: Size) -> Row:
+    row = Row(fault="engine's process dies in a call")
+    (triton,) = product.tritons
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number in range(1, 3):
+            clients.until(requests=size.requests * number // 3)
+            pid, before = triton.pid, product.faults.injected
+            with product.faults.on("crash"):
+                until(lambda: product.faults.injected > before, "no fault was injected")  # noqa: B023
+            row.injected += 1
+            until(lambda: triton.pid not in (None, pid), "Triton is not started again")  # noqa: B023
+            product.ready_after(row, product.engine_answers)
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    return row
+
+
+def triton_stopped(product: Product, size: Size) -> Row:
+    row = Row(fault="Triton stopped (SIGSTOP) for longer than the deadline")
+    (triton,) = product.tritons
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number in range(1, 3):
+            clients.until(requests=size.requests * number // 3)
+            pid = triton.pid
+            assert pid
+            os.kill(pid, signal.SIGSTOP)
+            row.injected += 1
+            time.sleep(DEADLINE_S + 1)
+            os.kill(pid, signal.SIGCONT)
+            product.ready_after(row, product.engine_answers)
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    return row
+
+
+def triton_restarted(product: Product, size: Size) -> Row:
+    row = Row(fault="Triton ended (SIGTERM), another one started")
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number in range(1, 3):
+            clients.until(requests=size.requests * number // 3)
+            product.restart_triton(0)
+            row.injected += 1
+            product.ready_after(row, product.engine_answers)
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    return row
+
+
+# What the engine says
+
+
+def _engine_fails(product: Product, size: Size, *, fault: str, **how: float | str) -> Row:
+    row = Row(fault=fault)
+    before = product.faults.injected
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        clients.until(requests=size.requests // 4)
+        with product.faults.on(**how):  # type: ignore[arg-type]
+            clients.until(requests=row.requests + size.requests // 2)
+            until(lambda: product.faults.injected > before, "no fault was injected")
+        product.ready_after(row, product.engine_answers)
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    row.injected = product.faults.injected - before
+    return row
+
+
+def engine_slow(product: Product, size: Size) -> Row:
+    return _engine_fails(
+        product, size, fault="engine slow: 0.3 s in a fifth of its calls", kind="slow", share=0.2, seconds=0.3
+    )
+
+
+def engine_hangs(product: Product, size: Size) -> Row:
+    return _engine_fails(
+        product,
+        size,
+        fault="engine slower than the deadline, 1 call in 200",
+        kind="slow",
+        share=0.005,
+        seconds=DEADLINE_S + 1,
+    )
+
+
+def engine_says_nan(product: Product, size: Size) -> Row:
+    return _engine_fails(product, size, fault="engine returns NaN in a third", kind="nan", share=0.33)
+
+
+def engine_says_infinity(product: Product, size: Size) -> Row:
+    return _engine_fails(product, size, fault="engine returns infinity, always", kind="infinite")
+
+
+def engine_says_other_shapes(product: Product, size: Size) -> Row:
+    return _engine_fails(product, size, fault="engine returns wrong shapes in a third", kind="shape", share=0.33)
+
+
+def engine_says_errors(product: Product, size: Size) -> Row:
+    return _engine_fails(product, size, fault="engine returns errors, always", kind="error")
+
+
+# The way to the engine
+
+
+def _way_fails(product: Product, size: Size, *, fault: str, begin: Callable[[], None], seconds: float) -> Row:
+    row = Row(fault=fault)
+    relay = product.relay
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number in range(1, 4):
+            clients.until(requests=size.requests * number // 4)
+            begin()
+            row.injected += 1
+            time.sleep(seconds)
+            relay.restore()
+            product.ready_after(row, product.engine_answers)
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    return row
+
+
+def channel_cut(product: Product, size: Size) -> Row:
+    return _way_fails(product, size, fault="channel to Triton cut for 2 s", begin=product.relay.cut, seconds=2)
+
+
+def channel_silent(product: Product, size: Size) -> Row:
+    fault = "channel lets nothing through for longer than the deadline"
+    return _way_fails(product, size, fault=fault, begin=product.relay.hold, seconds=DEADLINE_S + 1)
+
+
+def channel_says_garbage(product: Product, size: Size) -> Row:
+    return _way_fails(product, size, fault="random bytes in the place of HTTP/2", begin=product.relay.garble, seconds=2)
+
+
+def another_server_answers(product: Product, size: Size) -> Row:
+    with nonsense() as address:
+        fault = "a gRPC server that answers random bytes, or none"
+        return _way_fails(product, size, fault=fault, begin=partial(product.relay.lead_to, address), seconds=2)
+
+
+# Bundles
+
+
+def _models(product: Product, *words: str) -> int:
+    """`bertqa models`, in this process; what it says goes to a log."""
+    flags = ["--repository", str(product.repository.root), "--triton-url", product.tritons[0].url]
+    with (product.directory / "models.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        return rollout.main(rollout.parse_args([*words[:1], *flags, *words[1:]]))
+
+
+def bundle_loaded(product: Product, size: Size) -> Row:
+    row = Row(fault="another bundle loaded, switched to, rolled back")
+
+    def switched(*words: str, version: int) -> None:
+        assert _models(product, *words) == 0, f"bertqa models {words[0]} failed; see {product.directory}/models.log"
+        until(lambda: product.versions() == {version}, "the services do not follow")
+
+    with (product.directory / "build.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        publish(product.repository, product.directory, 2, instances=product.layout.instances)
+    assert _models(product, "load", MODEL_NAME, "2") == 0
+    switched("switch", MODEL_NAME, "2", version=2)
+    product.learn()
+    switched("rollback", MODEL_NAME, version=1)
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number in range(1, 4):
+            assert _models(product, "unload", MODEL_NAME, "2") == 0
+            assert _models(product, "load", MODEL_NAME, "2") == 0
+            switched("switch", MODEL_NAME, "2", version=2)
+            clients.until(requests=size.requests * (2 * number - 1) // 6)
+            switched("rollback", MODEL_NAME, version=1)
+            clients.until(requests=size.requests * number // 3)
+            row.injected += 3
+    assert _models(product, "unload", MODEL_NAME, "2") == 0
+    if row.refused:
+        row.problems.append(f"refused, though nothing had failed: {row.refusal}")
+    return row
+
+
+def corrupt_bundle_refused(product: Product, size: Size) -> Row:
+    row = Row(fault="corrupt bundles, each refused while the old one serves")
+    model = product.repository.root / MODEL_NAME
+    spoils: tuple[Callable[[Path], None], ...] = (
+        lambda directory: flip(directory / "engine.bin"),
+        lambda directory: flip(directory / "tokenizer.json"),
+        lambda directory: os.truncate(directory / "manifest.json", 1),
+        break_engine,
+        expect_another_answer,
+    )
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number, spoil in enumerate(spoils, 1):
+            version = max(int(path.name) for path in model.glob("[1-9]*")) + 1
+            directory = product.directory / "spoiled"
+            shutil.copytree(model / "1", directory)
+            spoil(directory)
+            directory.rename(model / str(version))
+            if _models(product, "load", MODEL_NAME, str(version)) == 0:
+                row.problems.append(f"spoiled bundle {number} was loaded")
+            row.injected += 1
+            clients.until(requests=size.requests * number // len(spoils))
+            shutil.rmtree(model / str(version))
+    if row.refused:
+        row.problems.append(f"refused, though the old version was there: {row.refusal}")
+    return row
+
+
+# Disk and clock
+
+
+def disk_full(product: Product, size: Size) -> Row:
+    """Triton's log, the launcher's, and a change of the repository, none of which can be written."""
+    row = Row(fault="disk full: logs and repository")
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        clients.until(requests=size.requests // 4)
+        log = product.tritons[0].log_file
+        log.unlink()
+        log.symlink_to(FULL_DISK)
+        row.injected += 1
+        pid = product.tritons[0].pid
+        assert pid
+        os.kill(pid, signal.SIGKILL)  # so that it says much when it starts
+        until(lambda: product.tritons[0].pid not in (None, pid), "Triton is not started again")
+        product.ready_after(row, product.engine_answers)
+        before, copied = product.repository.serving(), str(max(product.repository.versions(MODEL_NAME)) + 1)
+        shutil.copytree(product.repository.directory(MODEL_NAME, 1), product.directory / copied)
+        (product.directory / copied).rename(product.repository.root / MODEL_NAME / copied)
+        command = [sys.executable, "-m", "bertqa.cli", "models", "load", MODEL_NAME, copied]
+        command += ["--repository", str(product.repository.root), "--triton-url", product.tritons[0].url]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, 0)),
+        )
+        row.injected += 1
+        if done.returncode != 1 or "Traceback" in done.stderr or product.repository.serving() != before:
+            row.problems.append(f"bertqa models: exit code {done.returncode}, {done.stderr[-300:]}")
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    log.unlink()
+    return row
+
+
+def clock_jumps(product: Product, size: Size) -> Row:
+    row = Row(fault="clock jumps an hour, a day and a year, to and fro")
+    hour, day, year = 3600, 86_400, 31_536_000
+    jumps = (hour, 0, -hour, day, -day, year, 0)
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number, seconds in enumerate(jumps, 1):
+            clients.until(requests=size.requests * number // (len(jumps) + 1))
+            product.set_clock(seconds)
+            row.injected += 1
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    if row.refused:
+        row.problems.append(f"refused, though only the clock had jumped: {row.refusal}")
+    return row
+
+
+SCENARIOS: tuple[tuple[Layout, Scenario], ...] = (
+    (PLAIN, triton_killed),
+    (PLAIN, triton_stopped),
+    (PLAIN, triton_restarted),
+    (PLAIN, engine_process_dies),
+    (PLAIN, engine_slow),
+    (PLAIN, engine_hangs),
+    (PLAIN, engine_says_nan),
+    (PLAIN, engine_says_infinity),
+    (PLAIN, engine_says_other_shapes),
+    (PLAIN, engine_says_errors),
+    (PLAIN, bundle_loaded),
+    (PLAIN, corrupt_bundle_refused),
+    (PLAIN, disk_full),
+    (RELAYED, channel_cut),
+    (RELAYED, channel_silent),
+    (RELAYED, channel_says_garbage),
+    (RELAYED, another_server_answers),
+    (JUMPING, clock_jumps),
+)

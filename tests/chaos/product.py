@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.client import HTTPMessage
@@ -21,7 +21,8 @@ from typing import Any
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
 from chaos.bundles import Faults, publish
-from chaos.clients import DEADLINE_S, Answer, Asked, answer_of, questions
+from chaos.clients import DEADLINE_S, Asked, answer_of, questions
+from chaos.relay import Relay, relay
 from chaos.report import READY_S, Row, Size
 from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port, living_children
 
@@ -111,10 +112,16 @@ class Service:
         return ask(HOST, self.port, "/health/ready", timeout=2)[0] == 200
 
     def metric(self, name: str) -> float:
-        """The sum of a metric's samples; NaN without an answer."""
-        text = ask(HOST, self.port, "/metrics")[2]
-        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text or "", re.MULTILINE)
-        return sum(map(float, found)) if found else float("nan")
+        """A metric's value, its labels part of the name.
+
+        Raises:
+            LookupError: there is none.
+        """
+        text = ask(HOST, self.port, "/metrics")[2] or ""
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        if not found:
+            raise LookupError(f"{name}: not among the metrics of {self.log}")
+        return float(found[1])
 
     def stop(self) -> int:
         """End it as an operator does, and give its exit code."""
@@ -142,6 +149,8 @@ class Layout:
 
     tritons: int = 1
     balanced: bool = False  # HAProxy before the services, and asked in their place
+    relayed: bool = False  # `Relay` between the services and Triton
+    clock: bool = False  # the wall clock of all processes can be set
     instances: int = 2
     settings: tuple[tuple[str, object], ...] = ()  # of the services; names in capitals are variables as they are
 
@@ -157,7 +166,14 @@ class Product:
         self.tritons: list[EmbeddedTriton] = []
         self.services: list[Service] = []
         self.asked: list[Asked] = []
-        self.balancer_port = 0
+        self.balancer_port = self._balancer_metrics = 0
+        self._relay: Relay | None = None
+
+    @property
+    def relay(self) -> Relay:
+        """Between the services and Triton."""
+        assert self._relay
+        return self._relay
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
@@ -173,11 +189,16 @@ class Product:
             publish(self.repository, self.directory, 1, instances=self.layout.instances)
         self.faults.install(self.repository.directory(MODEL_NAME, 1))
         with contextlib.ExitStack() as stack:
+            if self.layout.clock:
+                stack.enter_context(self._movable_clock())
+            stack.callback(self._stop_tritons)
             for _ in range(self.layout.tritons):
-                self.tritons.append(triton := self.triton())
-                stack.callback(triton.stop)
-                triton.start()
+                self.tritons.append(self._triton(TritonPorts(0, 0, 0)))
+                self.tritons[-1].start()
             urls = ",".join(triton.url for triton in self.tritons)
+            if self.layout.relayed:
+                self._relay = stack.enter_context(relay((HOST, self.tritons[0].ports.grpc)))
+                urls = f"{HOST}:{self._relay.port}"
             for _ in range(2):
                 service = Service(self.directory, self.repository.root, urls, **dict(self.layout.settings))
                 self.services.append(service)
@@ -186,46 +207,97 @@ class Product:
             if self.layout.balanced:
                 stack.enter_context(self._balancer())
             until(self.is_ready, f"not ready; see {self.directory}")
-            self.asked = [Asked(json.dumps(body).encode(), self._truth(body)) for body in questions()]
+            self.learn()
             yield self
 
-    def triton(self, ports: TritonPorts | None = None) -> EmbeddedTriton:
-        """A server that is not started yet."""
-        return EmbeddedTriton(
-            self.repository.root, ports=ports or TritonPorts(0, 0, 0), log_dir=self.directory, report=self._say
-        )
+    def _triton(self, ports: TritonPorts) -> EmbeddedTriton:
+        return EmbeddedTriton(self.repository.root, ports=ports, log_dir=self.directory, report=self._say)
+
+    def restart_triton(self, number: int) -> None:
+        """End a server, and start another one in its place."""
+        self.tritons[number].stop()
+        self.tritons[number] = self._triton(self.tritons[number].ports)
+        self.tritons[number].start()
+
+    def _stop_tritons(self) -> None:
+        for triton in self.tritons:
+            triton.stop()
 
     def _say(self, line: str) -> None:
         with (self.directory / "triton.log").open("a") as log:
             log.write(line + "\n")
 
     def is_ready(self) -> bool:
-        """Whether every service is, and the load balancer knows."""
-        return all(service.is_ready() for service in self.services) and all(
-            ask(host, port, "/health/ready")[0] == 200 for host, port in self.addresses
-        )
+        """Whether every service is, and the load balancer knows of each."""
+        if not all(service.is_ready() for service in self.services):
+            return False
+        if not self.layout.balanced:
+            return True
+        text = ask(HOST, self._balancer_metrics, "/metrics?scope=backend")[2] or ""
+        return f'haproxy_backend_active_servers{{proxy="service"}} {len(self.services)}\n' in text
 
     def engine_answers(self) -> bool:
         """Whether every Triton itself has the model ready."""
         paths = f"/v2/models/{MODEL_NAME}/ready"
         return all(ask(HOST, triton.ports.http, paths, timeout=1)[0] == 200 for triton in self.tritons)
 
-    def _truth(self, body: Mapping[str, Any]) -> Mapping[int, Answer]:
-        """What each service answers while nothing is wrong."""
-        found = {answer_of(ask(HOST, service.port, "/v1/answer", body)[2]) for service in self.services}
-        assert len(found) == 1, f"the services disagree: {found}"
-        return dict(found)
+    def versions(self) -> set[int]:
+        """Which versions answer."""
+        listed = [ask(HOST, service.port, "/v1/models")[2]["models"] for service in self.services]
+        return {models[0]["version"] for models in listed}
+
+    def learn(self) -> None:
+        """Note what the version that answers now, undisturbed, says to every question."""
+        known = {each.body: each.truth for each in self.asked}
+        self.asked = []
+        for question in questions():
+            found = {answer_of(ask(HOST, service.port, "/v1/answer", question)[2]) for service in self.services}
+            assert len(found) == 1, f"the services disagree: {found}"
+            body = json.dumps(question).encode()
+            self.asked.append(Asked(body, {**known.get(body, {}), **dict(found)}))
+
+    @contextlib.contextmanager
+    def _movable_clock(self) -> Iterator[None]:
+        """Let libfaketime tell the wall clock to every process that is started, but not the monotonic one."""
+        libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+        assert libraries, "libfaketime is needed; see tests/install_servers.sh"
+        self.set_clock(0)
+        ours = {
+            "LD_PRELOAD": str(libraries[0]),
+            "FAKETIME_TIMESTAMP_FILE": str(self._clock),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+        before = {name: os.environ.get(name) for name in ours}
+        os.environ.update(ours)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+    @property
+    def _clock(self) -> Path:
+        return self.directory / "clock"
+
+    def set_clock(self, seconds: int) -> None:
+        """Let the wall clock of every process be so many seconds ahead."""
+        partial = self._clock.with_suffix(".partial")
+        partial.write_text(f"{seconds:+d}s\n")
+        partial.replace(self._clock)
 
     @contextlib.contextmanager
     def _balancer(self) -> Iterator[None]:
         """Debian's HAProxy with the configuration of the stack; the replicas by address, for there is no Docker DNS."""
         self.balancer_port = free_port(HOST, 0)
-        metrics_port = free_port(HOST, 0, avoid=[self.balancer_port])
+        self._balancer_metrics = free_port(HOST, 0, avoid=[self.balancer_port])
         text = (ROOT / "deploy" / "haproxy.cfg").read_text()
         servers = "\n".join(f"    server service-{n} {HOST}:{each.port}" for n, each in enumerate(self.services, 1))
         text = re.sub(r"^ *server-template .*$", servers, text, flags=re.MULTILINE)
         text = text.replace("bind :8000", f"bind {HOST}:{self.balancer_port}")
-        text = text.replace("bind :8405", f"bind {HOST}:{metrics_port}")
+        text = text.replace("bind :8405", f"bind {HOST}:{self._balancer_metrics}")
         (self.directory / "haproxy.cfg").write_text(text)
         program = shutil.which("haproxy", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
         assert program, "HAProxy is needed; see tests/install_servers.sh"

@@ -30,6 +30,7 @@ class Row:
     injected: int = 0  # faults, or inputs that are one
     right: int = 0  # 200, and the answer that was known beforehand
     refused: Counter[str] = field(default_factory=Counter)  # "503 engine_unavailable": how many
+    refusal: str = ""  # the latest message
     slowest_s: float = 0.0
     lost: int = 0  # no answer, too late, cut off, or an error that is none of the API's
     wrong: int = 0  # 200 with another answer

@@ -1,0 +1,133 @@
+"""Replicas that die, that are told to end, and that are replaced one after the other, behind the load balancer."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from chaos.clients import load
+from chaos.faults import Scenario
+from chaos.product import Layout, Product, Service, ask, until
+from chaos.report import Row, Size
+from service.embedded_triton import living_children
+
+SHUTDOWN_DELAY_S = 3
+"""HAProxy's checks take at most 2.5 s to notice."""
+BALANCED = Layout(tritons=2, balanced=True, settings=(("shutdown_delay_s", SHUTDOWN_DELAY_S),))
+
+
+def _none_refused(row: Row) -> Row:
+    if row.refused:
+        row.problems.append(f"refused, though another replica was there: {row.refusal}")
+    return row
+
+
+def replica_killed(product: Product, size: Size) -> Row:
+    """The service's process alone, which its launcher starts again; then all at once, as a container dies."""
+    row = Row(fault="service replica killed (-9)")
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number, service in enumerate(product.services * 2, 1):
+            clients.until(requests=size.requests * number // 5)
+            worker = service.worker
+            if number <= len(product.services):
+                os.kill(worker, signal.SIGKILL)
+                until(lambda: living_children(service.process.pid) - {worker}, "not started again")  # noqa: B023
+            else:
+                for process in (service.process.pid, worker):
+                    os.kill(process, signal.SIGKILL)
+                service.process.wait()
+                service.start()
+            row.injected += 1
+            until(product.is_ready, f"not ready again; see {service.log}")
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    return _none_refused(row)
+
+
+@contextmanager
+def _watching(service: Service, seen: list[tuple[int, int]]) -> Iterator[None]:
+    """Note again and again what a new connection gets: the status of readiness, and that of a question."""
+    done = threading.Event()
+
+    def watch() -> None:
+        question = {"question": "Who wrote it?", "context": "Ada Lovelace wrote the first program in London."}
+        while not done.wait(0.05):
+            ready = ask(*service.address, "/health/ready")[0]
+            seen.append((ready, ask(*service.address, "/v1/answer", question)[0]))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def graceful_stop(product: Product, size: Size) -> Row:
+    """Readiness fails first, while everything is still answered; then what was accepted is finished."""
+    row = Row(fault="SIGTERM to a replica under load, engine slow")
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number, service in enumerate(product.services, 1):
+            clients.until(requests=size.requests * number // 3)
+            seen: list[tuple[int, int]] = []
+            with product.faults.on("slow", share=0.3, seconds=0.1), _watching(service, seen):
+                time.sleep(0.5)
+                code = service.stop()
+            row.injected += 1
+            statuses = [ready for ready, _ in seen]
+            answered = [asked for ready, asked in seen if ready == 503]
+            order = list(dict.fromkeys(statuses))
+            if code or order != [200, 503, 0] or len(answered) < 5 or set(answered[:-1]) != {200}:
+                row.problems.append(f"exit code {code}; readiness {order}; questions meanwhile {answered}")
+            service.start()
+            until(product.is_ready, f"not ready again; see {service.log}")
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    return _none_refused(row)
+
+
+def rolling_restart(product: Product, size: Size) -> Row:
+    row = Row(fault="rolling restart: every replica, then every Triton")
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number, service in enumerate(product.services, 1):
+            clients.until(requests=size.requests * number // 5)
+            service.stop()
+            service.start()
+            row.injected += 1
+            until(product.is_ready, f"not ready again; see {service.log}")
+        for number in range(len(product.tritons)):
+            clients.until(requests=size.requests * (number + 3) // 5)
+            product.restart_triton(number)
+            row.injected += 1
+            product.ready_after(row, product.engine_answers)
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    return _none_refused(row)
+
+
+def one_of_two_tritons_dies(product: Product, size: Size) -> Row:
+    row = Row(fault="one of two Tritons killed, then stopped (SIGSTOP)")
+    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
+        for number, triton in enumerate(product.tritons, 1):
+            clients.until(requests=size.requests * number // 3)
+            pid = triton.pid
+            assert pid
+            if number == 1:
+                os.kill(pid, signal.SIGKILL)
+                until(lambda: triton.pid not in (None, pid), "Triton is not started again")  # noqa: B023
+            else:
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(6)
+                os.kill(pid, signal.SIGCONT)
+            row.injected += 1
+            product.ready_after(row, product.engine_answers)
+        clients.until(requests=size.requests, right=row.right + size.clients)
+    return row
+
+
+SCENARIOS: tuple[tuple[Layout, Scenario], ...] = (
+    (BALANCED, replica_killed),
+    (BALANCED, one_of_two_tritons_dies),
+    (BALANCED, graceful_stop),
+    (BALANCED, rolling_restart),
+)
