@@ -42,6 +42,7 @@ test: $(VENV)/test.stamp  ## Run all tests: real Triton, two Horovod processes, 
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS)
 
 chaos: $(VENV)/test.stamp  ## Break everything under load and print what became of the requests (SOAK_MINUTES=60)
+	-@$(PIP) --group fuzz
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests:. $(BIN)/python -m chaos --soak-minutes $(SOAK_MINUTES) $(ARGS)
 
 lint: $(VENV)/test.stamp  ## Check style and types
@@ -66,7 +67,7 @@ finetune: $(VENV)/train.stamp  ## Train the shipped checkpoint again, from SQuAD
 		--train $(SQUAD)/train-v1.1.json --output runs/minilm-l6-squad $(ARGS)
 
 constraints:  ## Resolve all dependencies again, for every supported Python (needs uv)
-	uv pip compile --quiet --universal --python-version 3.10 --all-extras --group dev --group horovod-build \
+	uv pip compile --quiet --universal --python-version 3.10 --all-extras --group dev --group fuzz --group horovod-build \
 		--no-annotate --no-header pyproject.toml --output-file constraints.new
 	{ sed '/^nvidia-pytriton/q' constraints.txt; cat constraints.new; } > constraints.tmp
 	mv constraints.tmp constraints.txt && rm constraints.new

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -113,7 +114,8 @@ def main(args: argparse.Namespace) -> int:
                 triton.start(stopping)
                 url = triton.url
             if not stopping.is_set():
-                serve(args, port, url, stopping)
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bertqa-service-")))
+                serve(args, port, url, stopping, scratch)
     except (LaunchError, TritonError, BundleMismatch, ChangeRefused) as error:
         log.error("error: %s", error)
         return 1
@@ -207,8 +209,8 @@ def settle(repository: Repository) -> None:
             repository.configure(model)
 
 
-def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: threading.Event) -> None:
-    """Run the REST service, restarting it when it dies, until `stopping` is set.
+def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: threading.Event, scratch: Path) -> None:
+    """Run the REST service, restarting it when it dies, until `stopping` is set; `scratch` is an empty directory.
 
     Raises:
         LaunchError: it did not start the first time, or its settings are none.
@@ -238,6 +240,9 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
     for start, pause in enumerate(restart_pauses()):
         if stopping.wait(pause):
             return
+        if args.workers > 1:  # they count in files, which must be new with them
+            environment["PROMETHEUS_MULTIPROC_DIR"] = str(scratch / str(start))
+            (scratch / str(start)).mkdir()
         process = subprocess.Popen(
             command,
             env=environment,

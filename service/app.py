@@ -7,10 +7,11 @@ import asyncio
 import gc
 import logging
 import os
+import platform
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import asdict
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
@@ -31,7 +33,7 @@ from service.exchange import DEADLINE_HEADER, answerer_of
 from service.keys import Guard, Keyring
 from service.metrics import Metrics
 from service.models import Follower, Models, Served
-from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, UNAVAILABLE, Health, Info
+from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, PROBLEMS, UNAVAILABLE, Health, Info
 from service.settings import Settings
 from service.shutdown import Shutdown
 from service.triton import Engine, ModelError, TritonModel
@@ -41,6 +43,8 @@ log = logging.getLogger("bertqa.service")
 PAGE = Path(__file__).parent / "page"
 PROBE_S = 1.0
 """Seconds that a readiness probe, or the check at start, may take."""
+
+_LAG_PERIOD_S = 0.5
 
 _DESCRIPTION = """Extractive question answering: answers are spans of the texts given, with exact offsets.
 
@@ -87,7 +91,7 @@ def create_app(
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples, and no cycles of note
         shutdown.listen()
-        following: list[asyncio.Task[None]] = []
+        following = [asyncio.create_task(_watch_loop(metrics))]
         try:
             await _verify_if_up(models)
             if not bundle:
@@ -103,7 +107,7 @@ def create_app(
             await asyncio.to_thread(tracing.stop)
             await asyncio.to_thread(logs.flush)
 
-    app = FastAPI(
+    app = _Application(
         title="bertqa",
         description=_DESCRIPTION,
         version=own_version(),
@@ -115,8 +119,6 @@ def create_app(
     )
     app.state.metrics, app.state.shutdown = metrics, shutdown
     # The last one added is the first that a request meets.
-    if settings.otlp_endpoint:
-        app.add_middleware(tracing.Traced)
     if keyring:
         app.add_middleware(Guard, keyring=keyring, metrics=metrics, settings=settings)
     if settings.allowed_origins:
@@ -128,22 +130,31 @@ def create_app(
             expose_headers=["x-request-id", "server-timing", "retry-after"],
             max_age=600,
         )
+    if settings.otlp_endpoint:
+        app.add_middleware(tracing.Traced)
     app.add_middleware(Edge, metrics=metrics, settings=settings, shutdown=shutdown)
     errors.register(app)
     if keyring:
         _require_key(app)
     app.include_router(v1.router)
     app.include_router(hugging_face.router)
-    app.add_api_route("/", _page, methods=["GET", "HEAD"], include_in_schema=False)
+    app.add_api_route("/", _page, response_class=HTMLResponse, tags=["Operation"])
+    app.add_api_route("/", _page, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/health/live", _live, response_model=Health, tags=["Operation"])
-    app.add_api_route("/health/ready", _ready, response_model=Health, responses=UNAVAILABLE, tags=["Operation"])
+    app.add_api_route(
+        "/health/ready",
+        _ready,
+        response_model=Health,
+        responses={422: PROBLEMS[422], **UNAVAILABLE},
+        tags=["Operation"],
+    )
     app.add_api_route("/info", _info, response_model=Info, tags=["Operation"])
     if settings.metrics != "off":
-        app.add_api_route("/metrics", _metrics, response_class=Response, tags=["Operation"])
+        app.add_api_route("/metrics", _metrics, response_class=PlainTextResponse, tags=["Operation"])
     if settings.docs != "off":
         app.add_api_route("/docs", _docs, methods=["GET", "HEAD"], include_in_schema=False)
-        app.mount("/static/swagger", StaticFiles(packages=[("fastapi_offline", "static")]))
-    app.mount("/static", StaticFiles(directory=PAGE))
+        app.mount("/static/swagger", _WholeFiles(packages=[("fastapi_offline", "static")]))
+    app.mount("/static", _WholeFiles(directory=PAGE))
     return app
 
 
@@ -160,12 +171,39 @@ def _require_key(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
 
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The description of the API, with the header that every response has."""
+        if not self.openapi_schema:
+            request_id = {"description": "The client's own, or a new one.", "schema": {"type": "string"}}
+            for operations in super().openapi()["paths"].values():
+                for operation in operations.values():
+                    for response in operation["responses"].values():
+                        response.setdefault("headers", {})["x-request-id"] = request_id
+        return super().openapi()
+
+
+class _WholeFiles(StaticFiles):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Ranges may be ignored (RFC 9110, section 14.2); Starlette's errors about them are not in the API's one shape.
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
+
 def own_version() -> str:
     """Version of bertqa, or a word for a checkout that is not installed."""
     try:
         return version("bertqa")
     except PackageNotFoundError:
         return "checkout"
+
+
+async def _watch_loop(metrics: Metrics) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        wanted = loop.time() + _LAG_PERIOD_S
+        await asyncio.sleep(_LAG_PERIOD_S)
+        metrics.loop_lag.observe(max(loop.time() - wanted, 0))
 
 
 async def _verify_if_up(models: Models) -> None:
@@ -177,11 +215,12 @@ async def _verify_if_up(models: Models) -> None:
 
 
 async def _page() -> Response:
-    return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
+    """The page that asks in a browser."""
+    return HTMLResponse((PAGE / "index.html").read_bytes(), headers={"cache-control": "no-cache"})
 
 
 async def _docs() -> Response:
-    return FileResponse(PAGE / "docs.html", headers={"cache-control": "no-cache"})
+    return HTMLResponse((PAGE / "docs.html").read_bytes(), headers={"cache-control": "no-cache"})
 
 
 async def _live() -> Health:
@@ -199,20 +238,36 @@ async def _ready(request: Request, model: str | None = None) -> Health:
 
 
 async def _info(request: Request) -> Info:
-    """What runs here, and within which limits."""
+    """What runs here, within which limits, and what is switched on."""
     answerer = answerer_of(request)
     settings, bundle = answerer.settings, answerer.models[None].bundle
-    names = ("max_body_bytes", "max_question_chars", "max_context_chars", "max_contexts", "max_questions", "deadline_s")
+    numbers = [field.name for field in fields(settings) if field.type in (int, float)]
+    triton: str | None = None
+    with suppress(ModelError):
+        triton = await answerer.models[None].engine.server_version(deadline=time.monotonic() + PROBE_S)
     return Info(
         model=bundle.manifest.identity,
         version=bundle.version,
         manifest=asdict(bundle.manifest),
         limits={
-            **{name: getattr(settings, name) for name in names},
+            **{name: getattr(settings, name) for name in numbers},
             "max_top_k": MAX_TOP_K,
             "max_answer_tokens": LONGEST_ANSWER_TOKENS,
         },
-        versions={"bertqa": own_version(), **{name: version(name) for name in ("fastapi", "tokenizers", "numpy")}},
+        versions={
+            "bertqa": own_version(),
+            "triton": triton,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("fastapi", "uvicorn", "tokenizers", "numpy")},
+        },
+        switches={
+            "access_log": settings.access_log,
+            "log_texts": settings.log_texts,
+            "tracing": tracing.is_on(),
+            "auth": bool(settings.api_keys_file),
+            "metrics": settings.metrics,
+            "docs": settings.docs,
+        },
     )
 
 

@@ -275,6 +275,10 @@ class SteadyEngine:
         """As in `Engine`; nobody waits too long here."""
         return 0.0
 
+    async def server_version(self, *, deadline: float) -> str:
+        """As in `Engine`."""
+        return await self._engine.server_version(deadline=_soon(deadline))
+
     def at(self, model: str, version: int) -> "SteadyEngine":
         """As in `Engine`."""
         other = copy.copy(self)

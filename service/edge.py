@@ -125,7 +125,7 @@ def _read_headers(scope: Scope) -> tuple[bytes, int]:
         elif name == b"x-amzn-trace-id":
             trace = value
         elif name == b"content-length" and value.isdigit():
-            announced = int(value)
+            announced = int(value[:20])  # more than that is too large at any rate
     for candidate in (own, trace):
         if _SANE_ID.fullmatch(candidate):
             return candidate, announced

@@ -8,7 +8,7 @@ The tree, beside `service.triton.ModelError` for the engine's side::
     ├── NoSuchModel            404, of the address
     ├── SlowRequest            408, did not arrive in time
     ├── BodyTooLarge           413
-    ├── NotJson                415, the content type says so
+    ├── NotJson                415, content type or encoding say so
     ├── InvalidField           422, a field is missing, unknown, of the wrong type or out of range
     └── RateLimited            429, a key is used more often than it may be
 """
@@ -16,6 +16,7 @@ The tree, beside `service.triton.ModelError` for the engine's side::
 import json
 import logging
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from bertqa.manifest import BundleMismatch
@@ -81,7 +83,7 @@ class BodyTooLarge(RequestError):
 
 
 class NotJson(RequestError):
-    """The content type is not JSON."""
+    """The content type is not JSON in UTF-8, or the body is compressed."""
 
 
 class Stopping(Exception):
@@ -179,8 +181,13 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     error_type = _ROUTING.get(error.status_code, "http")
     request.scope["error_type"] = error_type
-    message = f"{request.method} {request.url.path}: {error.detail.lower()}; see /docs"
-    return error_response(error.status_code, error_type, message, headers=error.headers)
+    message = f"{request.method} {request.url.path:.200}: {error.detail.lower()}; see /docs"
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette names the methods of the first route of this path alone
+        there = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        methods = {method for route in there for method in getattr(route, "methods", None) or ()}
+        headers = {"allow": ", ".join(sorted(methods.union(headers.get("Allow", "").split(", ")) - {""}))}
+    return error_response(error.status_code, error_type, message, headers=headers)
 
 
 def first_problem(errors: Iterable[Any]) -> InvalidField:
@@ -194,6 +201,7 @@ def first_problem(errors: Iterable[Any]) -> InvalidField:
             return InvalidField(field, own)
         inner = InvalidField.from_value_error(limits["error"])
         return inner if field == "body" else inner.inside(field)
+    shown = _SHORT.repr(value)
     problems = {
         "missing": "required",
         "extra_forbidden": "unknown field; see /docs for those that there are",
@@ -205,20 +213,25 @@ def first_problem(errors: Iterable[Any]) -> InvalidField:
         "bool_type": "must be true or false",
         "bool_parsing": "must be true or false",
         "list_type": "must be a list",
+        "dict_type": "must be a JSON object",
         "model_type": "must be a JSON object",
         "model_attributes_type": "must be a JSON object",
-        "literal_error": f"must be one of {limits.get('expected')}; got {value!r:.40}",
-        "greater_than_equal": f"must be at least {limits.get('ge')}; got {value!r:.40}",
-        "less_than_equal": f"must be at most {limits.get('le')}; got {value!r:.40}",
+        "literal_error": f"must be one of {limits.get('expected')}; got {shown}",
+        "greater_than_equal": f"must be at least {limits.get('ge')}; got {shown}",
+        "less_than_equal": f"must be at most {limits.get('le')}; got {shown}",
         "string_too_short": "must not be empty",
         "too_short": "must not be empty",
     }
     return InvalidField(field, problems.get(kind, found["msg"]))
 
 
+_SHORT = reprlib.Repr()  # a client's value may be large, or nested more deeply than `repr` can follow
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 40, 40, 40
+
+
 def field_name(location: Sequence[str | int]) -> str:
     """Turn pydantic's location into the path that a client would write: ``questions[2].top_k``."""
     name = ""
     for part in location[1:] if location[:1] == ("body",) else location:
-        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+        name += f"[{part}]" if isinstance(part, int) else f".{part:.60}" if part else '.""'  # unknown ones may be long
     return name.removeprefix(".") or "body"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -16,12 +17,13 @@ from service.errors import InvalidField, MalformedBody, NotJson
 T = TypeVar("T")
 
 DEADLINE_HEADER = "x-timeout-ms"
+MAX_TIMEOUT_MS = 999_999_999
 DEADLINE_PARAMETER = {
     "parameters": [
         {
             "in": "header",
             "name": DEADLINE_HEADER,
-            "schema": {"type": "integer", "minimum": 1},
+            "schema": {"type": "integer", "minimum": 1, "maximum": MAX_TIMEOUT_MS},
             "description": "Milliseconds allowed for the answer, where less than the service allows by itself.",
         }
     ]
@@ -31,6 +33,9 @@ MAX_NAMES = 64
 """Names in one JSON object of a request; the largest that has a meaning has nine."""
 
 
+_CHARSET = re.compile(r"""\bcharset\s*=\s*["']?([^"';\s]*)""")
+
+
 class JsonRequest(Request):
     """A request whose body is read as RFC 8259 has it: UTF-8, no NaN, and no name twice in an object."""
 
@@ -38,13 +43,20 @@ class JsonRequest(Request):
         """The body's value.
 
         Raises:
-            NotJson: the content type is another.
+            NotJson: the content type is another, or the body is compressed or declared to be in another charset.
             MalformedBody: the body is not JSON; the message says where.
         """
         if not hasattr(self, "_json"):
-            media_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+            media_type, _, options = self.headers.get("content-type", "").lower().partition(";")
+            media_type = media_type.strip()
             if media_type != "application/json" and not media_type.endswith("+json"):
-                raise NotJson(f"content-type: must be application/json; got {media_type or 'none'}")
+                raise NotJson(f"content-type: must be application/json; got {media_type[:100] or 'none'}")
+            charset = _CHARSET.search(options) if options else None
+            if charset and charset[1] not in ("utf-8", "utf8", "us-ascii"):
+                raise NotJson(f"content-type: charset must be utf-8, as JSON always is; got {charset[1]:.40}")
+            encoding = self.headers.get("content-encoding", "identity")
+            if encoding.strip().lower() != "identity":
+                raise NotJson(f"content-encoding: must be identity, the body as it is; got {encoding:.40}")
             self._json = parse_json(await self.body())
         return self._json
 
@@ -115,7 +127,10 @@ def deadline_of(request: Request, longest_s: float) -> float:
     wish = request.headers.get(DEADLINE_HEADER)
     if wish is not None:
         if not (wish.isascii() and wish.isdigit() and len(wish) < 10 and int(wish)):
-            raise InvalidField(DEADLINE_HEADER, f"must be a whole number of milliseconds, at least 1; got {wish!r:.40}")
+            raise InvalidField(
+                DEADLINE_HEADER,
+                f"must be a whole number of milliseconds from 1 to {MAX_TIMEOUT_MS:,}; got {wish!r:.40}",
+            )
         longest_s = min(longest_s, int(wish) / 1000)
     return time.monotonic() + longest_s
 

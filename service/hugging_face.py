@@ -5,10 +5,12 @@ there is one model, none of them depends on its name, because old code keeps sen
 """
 
 import json
+import re
+from collections import Counter
 from typing import Any, TypeAlias
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,7 +19,7 @@ from service.answering import Question, Result
 from service.errors import InvalidField, NoSuchModel, first_problem
 from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
 from service.models import Served
-from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, PROBLEMS
+from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, NO_SUCH_MODEL, PROBLEMS
 
 MAX_ANSWER_LEN = 15
 """Default answer limit of the ``transformers`` pipeline, in tokens."""
@@ -31,6 +33,23 @@ _OWN_NAMES = {
 }
 
 
+_AS_TEXT = {"integer": r"^-?[0-9]{1,9}$", "boolean": "^(true|false|True|False)$"}
+"""How a query string writes the values of `Parameters`, by their type."""
+
+
+def _or_as_text(schema: dict[str, Any]) -> None:
+    for each in schema["properties"].values():
+        pattern = _AS_TEXT[each["anyOf"][0]["type"]]
+        each["anyOf"].append({"type": "string", "pattern": pattern})
+
+
+def _read(text: str) -> int | bool | str:
+    """The value that a text stands for, or the text, which then is refused."""
+    if re.fullmatch(_AS_TEXT["integer"], text):
+        return int(text)
+    return text.lower() == "true" if re.fullmatch(_AS_TEXT["boolean"], text) else text
+
+
 class Inputs(BaseModel):
     """A question and the text in which to look."""
 
@@ -41,9 +60,9 @@ class Inputs(BaseModel):
 
 
 class Parameters(BaseModel):
-    """Options of the ``transformers`` pipeline, with its names and defaults; numbers may come as strings."""
+    """Options of the ``transformers`` pipeline, with its names and defaults; values may come as strings."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_or_as_text)
 
     top_k: int | None = Field(
         default=None, description="Answers wanted; above 1 the response is a list.", ge=1, le=MAX_TOP_K
@@ -56,6 +75,13 @@ class Parameters(BaseModel):
     max_question_len: int | None = Field(default=None, description="Question tokens kept; 64 by default.", ge=1)
     handle_impossible_answer: bool | None = Field(default=None, description="Let an empty answer compete.")
     align_to_words: bool | None = Field(default=None, description="True by default.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_text(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: _read(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 class HuggingFaceRequest(BaseModel):
@@ -105,7 +131,12 @@ Reply: TypeAlias = Span | list[Span] | Predictions
 router = APIRouter(route_class=JsonRoute, tags=["Hugging Face compatible"])
 
 
-@router.post("/models/{model_id:path}", response_model=Reply, responses=PROBLEMS, openapi_extra=DEADLINE_PARAMETER)
+@router.post(
+    "/models/{model_id:path}",
+    response_model=Reply,
+    responses=PROBLEMS | NO_SUCH_MODEL,
+    openapi_extra=DEADLINE_PARAMETER,
+)
 @router.post("/models/{model_id:path}/pipeline/question-answering", include_in_schema=False)  # the first to match
 async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, request: Request) -> Response:
     """The same under a model's name; while there is only one, any name will do."""
@@ -183,8 +214,11 @@ def to_answer(result: Result, parameters: Parameters) -> dict[str, Any] | list[d
 def _of_query(request: Request) -> Parameters:
     if not request.scope["query_string"]:
         return Parameters()
+    given = request.query_params.multi_items()
+    if twice := [name for name, count in Counter(name for name, _ in given).items() if count > 1]:
+        raise InvalidField(f"{twice[0]:.60}", "stands twice in the query string")
     try:
-        return Parameters.model_validate(dict(request.query_params))
+        return Parameters.model_validate(dict(given))
     except ValidationError as error:
         raise first_problem(error.errors()) from None
 

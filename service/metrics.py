@@ -1,19 +1,25 @@
 """What ``GET /metrics`` tells Prometheus.
 
-Counts are per process. Run one process per port and let Prometheus scrape each: merging several processes behind one
-port needs files shared between them, which costs more on the hot path than it tells.
+Where several processes share a port (``--workers``), each scrape reaches one of them and tells of all: they count in
+files in the directory that prometheus_client's own variable ``PROMETHEUS_MULTIPROC_DIR`` names, which must be empty at
+the start. What these files cannot do is forget: a version that answers no longer stays, with value 0.
 """
 
+import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client import Info as InfoMetric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from bertqa.manifest import Bundle
 from service.circuit import State
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+LAG_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -22,10 +28,27 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        self.in_flight = Gauge("bertqa_requests_in_flight", "HTTP requests in progress", registry=self.registry)
+        shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # not ours: prometheus_client read it when imported
+        self._shared = Path(shared) if shared else None
+        if not self._shared:
+            ProcessCollector(registry=self.registry)
+        self.in_flight = Gauge(
+            "bertqa_requests_in_flight",
+            "HTTP requests in progress",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
         self.tasks = Gauge(
-            "bertqa_asyncio_tasks", "Tasks of the event loop; grows without end where one leaks", registry=self.registry
+            "bertqa_asyncio_tasks",
+            "Tasks of the event loop; grows without end where one leaks",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self.loop_lag = Histogram(
+            "bertqa_event_loop_lag_seconds",
+            "How much later than it should the event loop woke, twice a second",
+            buckets=LAG_SECONDS,
+            registry=self.registry,
         )
         self._requests = Counter(
             "bertqa_requests", "HTTP requests by route and status", ["route", "status"], registry=self.registry
@@ -46,11 +69,19 @@ class Metrics:
             "bertqa_questions", "Questions answered, probes included", ["model", "version"], registry=self.registry
         )
         self._models = Gauge(
-            "bertqa_model_info", "What answers now", ["model", "version", "identity"], registry=self.registry
+            "bertqa_model_info",
+            "What answers now",
+            ["model", "version", "identity"],
+            registry=self.registry,
+            multiprocess_mode="livemax",
         )
         circuit = ["replica", "model", "version"]
         self._circuits = Gauge(
-            "bertqa_circuit_state", "Of each Triton: 0 closed, 1 half-open, 2 open", circuit, registry=self.registry
+            "bertqa_circuit_state",
+            "Of each Triton: 0 closed, 1 half-open, 2 open",
+            circuit,
+            registry=self.registry,
+            multiprocess_mode="livemax",
         )
         self._transitions = Counter(
             "bertqa_circuit_transitions", "Changes of a circuit's state", [*circuit, "to"], registry=self.registry
@@ -73,22 +104,32 @@ class Metrics:
             "bertqa_log_records_lost", "Log records that could not be written", registry=self.registry
         )
         self.lost_records = lost_records.inc
-        self._build = InfoMetric("bertqa_build", "What runs here", registry=self.registry)
+        self._build = Gauge(
+            "bertqa_build_info",
+            "What runs here",
+            ["version", "python"],
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
 
-    def built(self, **labels: str) -> None:
+    def built(self, version: str) -> None:
         """Tell versions, as labels."""
-        self._build.info({**labels, "python": platform.python_version()})
+        self._build.labels(version, platform.python_version()).set(1)
 
     def serves(self, bundles: Iterable[Bundle]) -> None:
         """Tell which version of each model answers from now on."""
-        self._models.clear()
         served = set()
         for bundle in bundles:
             self._models.labels(bundle.model, str(bundle.version), bundle.manifest.identity).set(1)
             served.add((bundle.model, str(bundle.version)))
-        for labels in [sample.labels for metric in self._circuits.collect() for sample in metric.samples]:
-            if (labels["model"], labels["version"]) not in served:
-                self._circuits.remove(*labels.values())
+        for gauge in (self._models, self._circuits):
+            for labels in [sample.labels for metric in gauge.collect() for sample in metric.samples]:
+                if (labels["model"], labels["version"]) in served:
+                    continue
+                if self._shared:
+                    gauge.labels(**labels).set(0)
+                else:
+                    gauge.remove(*labels.values())
 
     def circuit(self, replica: str, model: str, version: str) -> Callable[[State], None]:
         """What is told the states of a circuit that begins now, closed."""
@@ -131,4 +172,34 @@ class Metrics:
 
     def text(self) -> bytes:
         """The exposition format, as `prometheus_client.CONTENT_TYPE_LATEST`."""
-        return generate_latest(self.registry)
+        if not self._shared:
+            return generate_latest(self.registry)
+        merged = CollectorRegistry()
+        merged.register(_Workers(self._shared))
+        MultiProcessCollector(merged, str(self._shared))  # type: ignore[no-untyped-call]
+        return generate_latest(merged)
+
+
+class _Workers(Collector):
+    """The standard ``process_`` metrics of all processes that count in a directory, added up; forgets dead ones."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterator[Metric]:
+        totals: dict[str, Metric] = {}
+        for path in self._directory.glob("gauge_livesum_*.db"):
+            pid = int(path.stem.rpartition("_")[2])
+            if not Path(f"/proc/{pid}").exists():
+                mark_process_dead(pid, str(self._directory))  # type: ignore[no-untyped-call]
+                continue
+            for metric in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():  # type: ignore[misc]
+                total = totals.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                total.samples = [_added(sample, total.samples) for sample in metric.samples]
+        yield from totals.values()
+
+
+def _added(sample: Sample, before: list[Sample]) -> Sample:
+    """A sample with the one before: the earliest start, and of everything else the sum."""
+    both = [sample.value, *(each.value for each in before)]
+    return sample._replace(value=min(both) if sample.name == "process_start_time_seconds" else sum(both))

@@ -15,7 +15,6 @@ class RequestRecord:
 
     request_id: str = ""
     trace_id: str = ""
-    key: str = ""  # name of the API key that it came with
     keeps_texts: bool = False
     models: set[str] = field(default_factory=set)  # identities
     windows: int = 0
@@ -42,7 +41,6 @@ class RequestRecord:
     def fields(self) -> dict[str, object]:
         """What is known, by the names that logs and traces give it; what is not known or empty is left out."""
         found: dict[str, object] = {
-            "key": self.key,
             "model": ",".join(sorted(self.models)),
             "windows": self.windows,
             "tokenize_seconds": round(self.tokenize_s, 6),

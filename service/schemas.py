@@ -209,7 +209,7 @@ class Problem(BaseModel):
 
     error: str = Field(description="A sentence that names the field and the limit.")
     error_type: str
-    field: str | None
+    field: str | None = Field(description="Of the body, the query string or the headers; null where it is none.")
 
 
 class Health(BaseModel):
@@ -226,8 +226,9 @@ class Info(BaseModel):
     model: str
     version: int = Field(description="Version of the model in Triton's repository.")
     manifest: dict[str, Any] = Field(description="What the engine was built from and measured at.")
-    limits: dict[str, int | float]
-    versions: dict[str, str]
+    limits: dict[str, int | float] = Field(description="All that are in force, by the names of the settings.")
+    versions: dict[str, str | None] = Field(description="Of `triton`: null while it does not answer.")
+    switches: dict[str, bool | str] = Field(description="What is on, and for whom.")
 
 
 def _problem(description: str, error: str, error_type: str, field: str | None = None) -> dict[str, Any]:
@@ -241,13 +242,21 @@ UNAVAILABLE: dict[int | str, dict[str, Any]] = {
         "the engine is not reachable at 127.0.0.1:8001",
         "engine_unavailable",
     )
+    | {"headers": {"retry-after": {"description": "Seconds.", "schema": {"type": "integer"}}}},
+    504: _problem("The deadline passed", "the engine did not answer within 10 s", "engine_timeout"),
 }
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: _problem("The body is not JSON", "body: not JSON, Expecting value at character 12", "malformed_json"),
     413: _problem("The body is too large", "body: must be at most 2,097,152 bytes", "body_too_large"),
-    415: _problem("The content type is not JSON", "content-type: must be application/json", "not_json"),
+    415: _problem(
+        "The body is not JSON in UTF-8, as its content type or encoding say",
+        "content-type: must be application/json; got text/plain",
+        "not_json",
+    ),
     422: _problem("A field is not valid", "top_k: must be at most 100; got 500", "validation", "top_k"),
     **UNAVAILABLE,
-    504: _problem("The deadline passed", "the engine did not answer within 10 s", "engine_timeout"),
 }
-"""The errors of a route that asks the engine."""
+"""The errors of a route that is asked a question."""
+NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {
+    404: _problem("There is no such model", "roberta: no such model; there are bert_qa, korean", "not_found")
+}

@@ -143,6 +143,14 @@ class Engine(Protocol):
         """Seconds until a request's first window would be computed, with so many other requests in progress."""
         ...
 
+    async def server_version(self, *, deadline: float) -> str:
+        """The version of the server.
+
+        Raises:
+            ModelError: the server did not tell.
+        """
+        ...
+
     def at(self, model: str, version: int) -> "Engine":
         """Another version or model of the same servers, over the same channels, with places of its own."""
         ...
@@ -243,6 +251,11 @@ class TritonModel:
     def expected_wait(self, ahead: int) -> float:
         """As in `Engine`."""
         return self._turns.expected_wait(ahead)
+
+    async def server_version(self, *, deadline: float) -> str:
+        """As in `Engine`; of the replica whose turn it is."""
+        reply = await self._call("server_metadata", service_pb2.ServerMetadataRequest(), deadline)
+        return str(reply.version)
 
     @property
     def _name(self) -> str:
@@ -383,6 +396,9 @@ class _Replica:
         self.model_infer = self._method("ModelInfer", None, service_pb2.ModelInferResponse)
         self.model_ready = self._method("ModelReady", service_pb2.ModelReadyRequest, service_pb2.ModelReadyResponse)
         self.model_config = self._method("ModelConfig", service_pb2.ModelConfigRequest, service_pb2.ModelConfigResponse)
+        self.server_metadata = self._method(
+            "ServerMetadata", service_pb2.ServerMetadataRequest, service_pb2.ServerMetadataResponse
+        )
 
     def _method(self, name: str, request: Any, reply: Any) -> Any:
         return self.channel.unary_unary(

@@ -66,11 +66,12 @@ _PIECES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def bundle() -> Bundle:
-    tokenizer = Tokenizer(WordPiece({piece: number for number, piece in enumerate(_PIECES)}, unk_token="[UNK]"))
-    tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
-    tokenizer.pre_tokenizer = BertPreTokenizer()
+def toy_bundle(tokenizer: Tokenizer | None = None) -> Bundle:
+    """A bundle with short windows, of the toy's own tokenizer or another."""
+    if tokenizer is None:
+        tokenizer = Tokenizer(WordPiece({piece: number for number, piece in enumerate(_PIECES)}, unk_token="[UNK]"))
+        tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
+        tokenizer.pre_tokenizer = BertPreTokenizer()
     manifest = Manifest(
         name="toy",
         target="cpu",
@@ -80,7 +81,7 @@ def bundle() -> Bundle:
         tokenizer_sha256="1" * 64,
         checkpoint_sha256="2" * 64,
         onnx_sha256="3" * 64,
-        vocabulary_size=len(_PIECES),
+        vocabulary_size=tokenizer.get_vocab_size(),
         max_seq_len=64,
         overlap=16,
         max_question_tokens=16,
@@ -103,6 +104,11 @@ def bundle() -> Bundle:
         buckets=manifest.buckets,
     )
     return Bundle(MODEL_NAME, 7, manifest, maker)
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Bundle:
+    return toy_bundle()
 
 
 class FakeEngine:
@@ -156,6 +162,11 @@ class FakeEngine:
 
     def expected_wait(self, ahead: int) -> float:
         return self.seconds_each * ahead
+
+    async def server_version(self, *, deadline: float) -> str:
+        if isinstance(self.failure, ModelError):
+            raise self.failure
+        return "2.51.0"
 
     def at(self, model: str, version: int) -> "FakeEngine":
         return self

@@ -422,7 +422,7 @@ def test_a_repository_without_a_version_is_refused(tmp_path: Path, engine: FakeE
         start_and_stop(create_app(Settings(repository=tmp_path), engine=engine))
 
 
-def test_info_metrics_and_documentation(client: httpx.Client, bundle: Bundle) -> None:
+def test_info_metrics_and_documentation(client: httpx.Client, bundle: Bundle, engine: FakeEngine) -> None:
     ask(client)
     ask(client, question="who " * 50)
     info = client.get("/info").json()
@@ -430,6 +430,14 @@ def test_info_metrics_and_documentation(client: httpx.Client, bundle: Bundle) ->
     assert info["version"] == 7
     assert info["manifest"]["buckets"] == [32, 64]
     assert info["limits"]["max_question_chars"] == 1000
+    assert info["limits"]["deadline_s"] == 10
+    assert info["limits"].keys() > {"max_in_flight", "max_in_progress", "max_top_k", "max_answer_tokens"}
+    assert info["versions"]["triton"] == "2.51.0"
+    assert all(info["versions"][name] for name in ("bertqa", "python", "fastapi", "uvicorn", "tokenizers", "numpy"))
+    assert info["switches"].items() >= {("access_log", True), ("log_texts", False), ("tracing", False), ("auth", False)}
+    engine.failure = ModelUnavailable("gone")
+    assert client.get("/info").json()["versions"]["triton"] is None
+    engine.failure = None
     text = client.get("/metrics").text
     for line in (
         'bertqa_requests_total{route="/v1/answer",status="200"} 2.0',

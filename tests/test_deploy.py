@@ -184,6 +184,11 @@ def test_every_alert_fires_when_all_goes_wrong_and_none_when_all_is_well() -> No
     expected = (directory / "alerts_test.yml").read_text()
     assert all(f'alertname="{rule["alert"]}"' in expected for rule in group["rules"])
     assert all(rule["annotations"]["runbook"] for rule in group["rules"])
+    runbook = (ROOT / "docs" / "operations.md").read_text().partition("\n## Runbook\n")[2]
+    sections = re.findall(r"^### (\w+)\n\n\S", runbook, re.MULTILINE)
+    assert sections == [rule["alert"] for rule in group["rules"]]
+    for rule in group["rules"]:
+        assert rule["annotations"]["section"] == f"docs/operations.md#{rule['alert'].lower()}"
 
 
 def test_dashboard_can_be_provisioned() -> None:

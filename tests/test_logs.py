@@ -77,7 +77,13 @@ def app():
 def directory(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a repository of the toy model, and the module `faulty`."""
     directory = tmp_path_factory.mktemp("logs")
-    repository = Repository(directory / "models")
+    write_models(directory / "models", bundle)
+    (directory / "faulty.py").write_text(FAULTY)
+    return directory
+
+
+def write_models(directory: Path, bundle: Bundle) -> None:
+    repository = Repository(directory)
     version = repository.directory(MODEL_NAME, bundle.version)
     version.mkdir(parents=True)
     (version / "tokenizer.json").write_text(bundle.maker.tokenizer_json())
@@ -85,8 +91,6 @@ def directory(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = replace(bundle.manifest, tokenizer_sha256=hashed, files={"tokenizer.json": hashed})
     manifest.write(version / "manifest.json")
     repository.activate(MODEL_NAME, bundle.version)
-    (directory / "faulty.py").write_text(FAULTY)
-    return directory
 
 
 @contextlib.contextmanager
