@@ -7,6 +7,7 @@ from conftest import write_checkpoint
 from test_engine_builder import write_squad
 
 from engine_builder import compare_runtimes, tensorrt_build
+from engine_builder.checkpoint import InvalidCheckpoint
 
 
 def test_every_runtime_has_its_line_and_its_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,5 +33,5 @@ def test_a_length_that_is_no_bucket_is_refused(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "tiny")
     data = write_squad(checkpoint / "calibration.json")
     args = compare_runtimes.parse_args(["--checkpoint", str(checkpoint), "--data", str(data), "--lengths", "100"])
-    with pytest.raises(compare_runtimes.InvalidCheckpoint, match="--lengths 100: the model's buckets are 64, 128"):
+    with pytest.raises(InvalidCheckpoint, match="--lengths 100: the model's buckets are 64, 128"):
         compare_runtimes.main(args)
