@@ -9,10 +9,13 @@ refuses a bundle whose tokenizer, manifest and engine do not belong together. Wh
 
 import hashlib
 import json
+import reprlib
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bertqa.windows import BUCKETS, MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, WindowMaker
 
@@ -66,7 +69,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate could not be written again
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleMismatch(f"{path}: not readable ({error})") from error
     if not isinstance(values, dict):
         raise BundleMismatch(f"{path}: must be a JSON object")
@@ -77,15 +81,36 @@ def from_json(cls: type[_Any], values: Mapping[str, Any], place: str) -> _Any:
     """Make a dataclass of a JSON object with the same field names; lists become tuples.
 
     Raises:
-        BundleMismatch: a field is missing or unknown; the message begins with ``place`` and names it.
+        BundleMismatch: a field is missing, unknown or of another type; the message begins with ``place`` and names it.
     """
-    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(values.keys() - known):
-        raise BundleMismatch(f"{place}: unknown field {unknown[0]!r}")
+    kinds = get_type_hints(cls)
+    if unknown := sorted(values.keys() - kinds.keys()):
+        raise BundleMismatch(f"{place}: unknown field {reprlib.repr(unknown[0])}")
+    for name, value in values.items():
+        if not _is_a(value, kinds[name]):
+            kind = getattr(kinds[name], "__name__", "") if not get_args(kinds[name]) else ""
+            raise BundleMismatch(f"{place}: {name} must be {kind or kinds[name]}, not {reprlib.repr(value)}")
     try:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     except TypeError as error:
         raise BundleMismatch(f"{place}: {error}") from error
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a JSON value is of the type that a field of a dataclass has; a whole number is a float, too."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list):
+        kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        return len(kinds) == len(value) and all(map(_is_a, value, kinds))
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_is_a(each, inner[1]) for each in value.values())
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin in (Union, UnionType):
+        return any(_is_a(value, each) for each in inner)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +173,7 @@ class Manifest(_JsonFile):
         values = read_object(path)
         found = values.get("format", FORMAT)
         if found != FORMAT:  # first of all, for its fields may be others too
-            raise OtherFormat(f"{path}: manifest format {found}, this release reads {FORMAT}; {REBUILD}")
+            raise OtherFormat(f"{path}: manifest format {reprlib.repr(found)}, this release reads {FORMAT}; {REBUILD}")
         return from_json(cls, values, str(path))
 
     @property
@@ -180,13 +205,16 @@ class Bundle:
         tokenizer = directory / TOKENIZER_FILE
         if not tokenizer.is_file() or sha256_of(tokenizer) != manifest.tokenizer_sha256:
             raise BundleMismatch(f"{tokenizer}: not the tokenizer that the engine was built with; {REBUILD}")
-        maker = WindowMaker.from_directory(
-            directory,
-            max_seq_len=manifest.max_seq_len,
-            max_question_tokens=manifest.max_question_tokens,
-            overlap=manifest.overlap,
-            buckets=manifest.buckets,
-        )
+        try:
+            maker = WindowMaker.from_directory(
+                directory,
+                max_seq_len=manifest.max_seq_len,
+                max_question_tokens=manifest.max_question_tokens,
+                overlap=manifest.overlap,
+                buckets=manifest.buckets,
+            )
+        except ValueError as error:
+            raise BundleMismatch(f"{directory}: {error}; {REBUILD}") from error
         if maker.vocabulary_size > manifest.vocabulary_size:
             raise BundleMismatch(
                 f"{tokenizer}: {maker.vocabulary_size} tokens, but the engine embeds {manifest.vocabulary_size}; "

@@ -235,7 +235,7 @@ class Repository:
             return {}
         stated = {}
         for name, values in read_object(path).items():
-            place = f"{path}: {name}"
+            place = f"{path}: {name:.100}"
             if not isinstance(values, dict):
                 raise BundleMismatch(f"{place}: must be a JSON object")
             stated[name] = serving = from_json(Serving, values, place)

@@ -5,7 +5,9 @@ Rajpurkar et al. 2016 (v1.1) and 2018 (v2.0); the scoring follows the published 
 
 import json
 import re
+import reprlib
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bertqa.spans import MAX_ANSWER_TOKENS, Decoded, Logits, decode
-from bertqa.windows import Window, WindowMaker
+from bertqa.windows import Window, WindowMaker, check_unicode
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,13 @@ def read_squad(path: Path) -> list[Example]:
     """Read a SQuAD v1.1 or v2.0 file, in file order.
 
     Raises:
-        MalformedSquad: not JSON, a field is missing or of the wrong type, or an answer is not at its place.
+        MalformedSquad: not JSON, a field is missing or of the wrong type, a question is blank, an id stands twice, or
+            an answer is not at its place.
         OSError: the file cannot be read.
     """
     try:
         document = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedSquad(f"{path}: not JSON ({error})") from error
     return list(_examples(document, str(path)))
 
@@ -81,6 +84,7 @@ def as_squad(examples: Iterable[Example]) -> dict[str, object]:
 
 
 def _examples(document: object, path: str) -> Iterator[Example]:
+    seen: dict[str, str] = {}  # id -> where it stands
     for a, article in enumerate(_field(document, "data", list, path)):
         at = f"{path}: data[{a}]"
         title = _field(article, "title", str, at, default="")
@@ -89,12 +93,18 @@ def _examples(document: object, path: str) -> Iterator[Example]:
             context = _field(paragraph, "context", str, at_paragraph)
             for q, entry in enumerate(_field(paragraph, "qas", list, at_paragraph)):
                 at_question = f"{at_paragraph}.qas[{q}]"
+                if (number := _field(entry, "id", str, at_question)) in seen:
+                    raise MalformedSquad(f"{at_question}.id: {reprlib.repr(number)} is also that of {seen[number]}")
+                seen[number] = at_question.removeprefix(f"{path}: ")
+                question = _field(entry, "question", str, at_question)
+                if all(unicodedata.category(character)[0] in "CZ" for character in question):
+                    raise MalformedSquad(f"{at_question}.question: holds nothing that can be read")
                 impossible = _field(entry, "is_impossible", bool, at_question, default=False)
                 answers = [] if impossible else _field(entry, "answers", list, at_question)
                 yield Example(
-                    id=_field(entry, "id", str, at_question),
+                    id=number,
                     title=title,
-                    question=_field(entry, "question", str, at_question),
+                    question=question,
                     context=context,
                     references=tuple(
                         _reference(answer, context, f"{at_question}.answers[{n}]") for n, answer in enumerate(answers)
@@ -105,8 +115,8 @@ def _examples(document: object, path: str) -> Iterator[Example]:
 def _reference(answer: object, context: str, at: str) -> Reference:
     text = _field(answer, "text", str, at)
     start = _field(answer, "answer_start", int, at)
-    if start < 0 or not context.startswith(text, start):
-        raise MalformedSquad(f"{at}: the context does not hold {text!r} at character {start}")
+    if start < 0 or not text or not context.startswith(text, start):
+        raise MalformedSquad(f"{at}: the context does not hold {reprlib.repr(text)} at character {start}")
     return Reference(text, start)
 
 
@@ -122,6 +132,11 @@ def _field(holder: object, name: str, kind: type, at: str, default: object = _MI
         raise MalformedSquad(f"{at}: the field {name!r} is missing")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise MalformedSquad(f"{at}.{name}: must be of type {kind.__name__}")
+    if isinstance(value, str):
+        try:
+            check_unicode(f"{at}.{name}", value)
+        except ValueError as error:
+            raise MalformedSquad(str(error)) from None
     return value
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ FloatArray = NDArray[np.float32]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "tf_model.h5", "pytorch_model.bin.index.json")
 _LAYER_NORM_OF_TENSORFLOW = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _UNUSED = re.compile(r"(bert\.)?(pooler\..*|embeddings\.(position|token_type)_ids)|cls\..*")
 
 
@@ -52,7 +54,7 @@ class BertConfig:
         """
         try:
             values = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InvalidCheckpoint(f"{path}: not readable ({error})") from error
         if not isinstance(values, dict):
             raise InvalidCheckpoint(f"{path}: must be a JSON object")
@@ -63,18 +65,18 @@ class BertConfig:
             ("position_embedding_type", "absolute", "absolute"),
         ):
             if (found := values.get(field, default)) != known:
-                raise InvalidCheckpoint(f"{path}: {field} is {found!r}; only {known!r} is supported")
+                raise InvalidCheckpoint(f"{path}: {field} is {reprlib.repr(found)}; only {known!r} is supported")
         numbers: dict[str, int] = {}
         for field in cls.__dataclass_fields__:
             if field == "layer_norm_eps":
                 continue
             number = values.get(field)
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise InvalidCheckpoint(f"{path}: {field} must be a positive whole number, not {number!r}")
+                raise InvalidCheckpoint(f"{path}: {field} must be a positive whole number, not {reprlib.repr(number)}")
             numbers[field] = number
         epsilon = values.get("layer_norm_eps", 1e-12)
         if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-            raise InvalidCheckpoint(f"{path}: layer_norm_eps must lie between 0 and 1, not {epsilon!r}")
+            raise InvalidCheckpoint(f"{path}: layer_norm_eps must lie between 0 and 1, not {reprlib.repr(epsilon)}")
         if numbers["hidden_size"] % numbers["num_attention_heads"]:
             raise InvalidCheckpoint(
                 f"{path}: hidden_size {numbers['hidden_size']} is no multiple of num_attention_heads "
@@ -171,7 +173,10 @@ def read_weights(directory: Path, config: BertConfig) -> dict[str, FloatArray]:
                     raise InvalidCheckpoint(
                         f"{path}: tensor {stored} has shape {found}; {CONFIG_FILE} expects {shapes[name]}"
                     )
-                weights[name] = file.get_tensor(stored).astype(np.float32)
+                if (kind := file.get_slice(stored).get_dtype()) not in _FLOATS:
+                    raise InvalidCheckpoint(f"{path}: tensor {stored} is of type {kind}; only {_FLOATS} can be read")
+                with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+                    weights[name] = file.get_tensor(stored).astype(np.float32)
     except (SafetensorError, OSError) as error:
         raise InvalidCheckpoint(f"{path}: truncated, or no safetensors file ({error})") from error
     _check_values(path, weights, shapes)

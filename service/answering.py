@@ -137,7 +137,7 @@ class Answerer:
         if self._in_progress and self._in_progress + len(questions) > self.settings.max_in_progress:
             limit = self.settings.max_in_progress
             raise ModelOverloaded(f"{self._in_progress} questions are in progress, and {limit} may be.")
-        longest_s = min(self._longest_wait_s, deadline - time.monotonic())
+        longest_s = max(min(self._longest_wait_s, deadline - time.monotonic()), 0)  # too late is not too full
         for model in {question.model for question in questions}:
             model.check_room(longest_s)
         return await self._answer_all(questions, deadline)

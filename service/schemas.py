@@ -236,14 +236,15 @@ def _problem(description: str, error: str, error_type: str, field: str | None = 
     return {"model": Problem, "description": description, "content": {"application/json": {"example": example}}}
 
 
+_RETRY_AFTER = {"headers": {"retry-after": {"description": "Seconds.", "schema": {"type": "integer"}}}}
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {
     503: _problem(
         "The engine cannot answer now: `engine_unavailable`, `engine_overloaded`, `engine_broken`, `engine_mismatch`",
         "the engine is not reachable at 127.0.0.1:8001",
         "engine_unavailable",
     )
-    | {"headers": {"retry-after": {"description": "Seconds.", "schema": {"type": "integer"}}}},
-    504: _problem("The deadline passed", "the engine did not answer within 10 s", "engine_timeout"),
+    | _RETRY_AFTER,
+    504: _problem("The deadline passed", "the engine did not answer within 10 s", "engine_timeout") | _RETRY_AFTER,
 }
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: _problem("The body is not JSON", "body: not JSON, Expecting value at character 12", "malformed_json"),

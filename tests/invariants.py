@@ -52,7 +52,7 @@ def check_tokens_are_where_they_say(windows: Windows, tokenizer: Tokenizer) -> N
     for window in windows.windows:
         ids = window.input_ids[0, window.offset : window.offset + window.tokens].tolist()
         for number, token in enumerate(ids, window.first_token):
-            piece = tokenizer.id_to_token(token)
+            piece = str(tokenizer.id_to_token(token))
             if piece == "[UNK]":
                 continue
             characters = windows.context[windows.starts[number] : windows.ends[number]]

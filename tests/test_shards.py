@@ -308,7 +308,10 @@ def test_a_manifest_or_tokenizer_that_does_not_fit_is_named(shard_set: ShardSet,
     values = json.loads(manifest.read_bytes())
     for broken, problem in (
         ("{", "not readable"),
-        ("[]", "format None, this release reads 1"),
+        ("[]", "must be a JSON object"),
+        ("{}", "format None, this release reads 1"),
+        (json.dumps(values | {"seed": "1"}), "seed must be int, not '1'"),
+        (json.dumps(values | {"shards": [values["shards"][0] | {"rows": 1.5}]}), r"shards\[0\]: rows must be int"),
         (json.dumps(values | {"format": 99}), "format 99, this release reads 1"),
         (json.dumps(values | {"colour": "red"}), "colour"),
         (json.dumps({name: value for name, value in values.items() if name != "seed"}), "seed"),

@@ -119,7 +119,7 @@ def _read(path: Path, run: Mapping[str, object], remedy: str) -> State:
         record = json.loads(metadata["record"])
         written, step, scaler = record["run"], record["step"], record["scaler"]
         expected = metadata["sha256"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: corrupt or truncated ({error}); {remedy}") from error
     if _digest(tensors, metadata["record"]) != expected:
         raise CheckpointError(f"{path}: corrupt, its contents have another SHA-256 than its header says; {remedy}")

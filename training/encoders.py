@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertPreTrainedModel
 
@@ -45,15 +46,28 @@ def load_model(kind: type[_Model], source: str, *, dropout: float, attention: st
         dropout: of embeddings, layers and attention.
         attention: ``sdpa``, ``eager``, or ``auto``, which takes the faster one.
         config: other fields of the model's config, such as ``num_labels``.
+
+    Raises:
+        SystemExit: there is no such encoder, or its files are corrupt, are not safetensors, or do not fit together.
     """
-    model = kind.from_pretrained(
-        source,
-        use_safetensors=True,
-        attn_implementation=attention_implementation(attention),
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        **config,
-    )
+    load: Any = kind.from_pretrained
+    try:
+        model, loaded = load(
+            source,
+            use_safetensors=True,
+            output_loading_info=True,
+            attn_implementation=attention_implementation(attention),
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            **config,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, ZeroDivisionError) as error:
+        raise SystemExit(f"--init {source}: config.json or {WEIGHTS_FILE} cannot be used ({error})") from error
+    encoder = f"{kind.base_model_prefix}."  # the head and the pooler may be new
+    if missing := sorted(x for x in loaded["missing_keys"] if x.startswith(encoder) and ".pooler." not in x):
+        raise SystemExit(f"--init {source}: {WEIGHTS_FILE} has no tensor {missing[0]}, which config.json asks for")
+    if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise SystemExit(f"--init {source}: {WEIGHTS_FILE}: tensor {broken[0]} holds NaN or infinite values")
     assert isinstance(model, kind)
     torch.nn.Module.float(model)  # fp32 master weights, whatever the file holds
     return model
@@ -68,9 +82,16 @@ def attention_implementation(attention: str) -> str:
 
 
 def load_tokenizer(source: str) -> Tokenizer:
-    """Load the fast tokenizer of a directory or a hub id."""
+    """Load the fast tokenizer of a directory or a hub id.
+
+    Raises:
+        SystemExit: there is none, or it is corrupt.
+    """
     path = Path(source) / TOKENIZER_FILE
-    return Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(source)
+    try:
+        return Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(source)
+    except Exception as error:  # the binding raises bare Exception for every cause
+        raise SystemExit(f"--init {source}: {TOKENIZER_FILE} cannot be used ({error})") from error
 
 
 def half(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ sets.
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bertqa.manifest import TOKENIZER_FILE, sha256_of
+from bertqa.manifest import TOKENIZER_FILE, BundleMismatch, from_json, read_object, sha256_of
 from training.tfrecords import CorruptRecord, read_examples, write_examples
 
 Storage = Literal["parquet", "tfrecord"]
@@ -100,24 +101,31 @@ class ShardManifest:
         Raises:
             ShardError: it is missing, not JSON, of another format, or a field is missing or unknown.
         """
-        try:
-            values = json.loads(path.read_bytes())
-        except FileNotFoundError:
+        if not path.exists():
             raise ShardError(
                 f"{path.parent}: no complete shard set, {path.name} is missing; `python -m training.data shard` "
                 "makes one, and goes on with one that it was making"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise ShardError(f"{path}: not readable ({error})") from error
-        found = values.get("format") if isinstance(values, dict) else None
-        if found != FORMAT:
-            raise ShardError(f"{path}: format {found!r}, this release reads {FORMAT}; make the set again")
+            )
         try:
-            values["sources"] = tuple(Source(**source) for source in values["sources"])
-            values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
-            return cls(**values)
-        except (KeyError, TypeError) as error:
-            raise ShardError(f"{path}: {error}") from error
+            values = read_object(path)
+        except BundleMismatch as error:
+            raise ShardError(str(error)) from error
+        found = values.get("format")
+        if found != FORMAT:
+            raise ShardError(f"{path}: format {reprlib.repr(found)}, this release reads {FORMAT}; make the set again")
+        try:
+            for name, kind in (("sources", Source), ("shards", Shard)):
+                listed = [
+                    from_json(kind, each, f"{path}: {name}[{n}]") if isinstance(each, dict) else each
+                    for n, each in enumerate(values[name])
+                ]
+                values[name] = listed
+            made = from_json(cls, values, str(path))
+        except (KeyError, TypeError, BundleMismatch) as error:
+            raise ShardError(f"{path}: {error}".replace(f"{path}: {path}: ", f"{path}: ")) from error
+        if any(min(shard.rows, shard.tokens, shard.bytes) < 1 for shard in made.shards):
+            raise ShardError(f"{path}: shards: rows, tokens and bytes must be at least 1")
+        return made
 
     def write(self, path: Path) -> None:
         """Write the file in one step."""
@@ -231,7 +239,7 @@ class ShardSet:
         tokenizer = directory / TOKENIZER_FILE
         try:
             digest = tokenizer_sha256(tokenizer.read_text())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ShardError(f"{tokenizer}: not a readable tokenizer ({error!r})") from error
         if digest != manifest.tokenizer_sha256:
             raise ShardError(f"{tokenizer}: not the tokenizer that the shards were made with")

@@ -7,13 +7,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from chaos import bad_input, faults, overload, replicas
+from chaos import bad_input, corrupt_files, faults, overload, replicas
 from chaos.faults import Scenario
 from chaos.product import Layout, Product
 from chaos.report import Row, Size, table
 
 SCENARIOS: tuple[tuple[Layout, Scenario], ...] = (*faults.SCENARIOS, *replicas.SCENARIOS, *overload.SCENARIOS)
-OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = (bad_input.bad_input,)
+OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = (bad_input.bad_input, corrupt_files.corrupt_files)
 """What needs no product of ours to be there: a function of a module of this package, which gives its rows."""
 
 
