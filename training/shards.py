@@ -115,6 +115,8 @@ class ShardManifest:
             raise ShardError(f"{path}: format {reprlib.repr(found)}, this release reads {FORMAT}; make the set again")
         try:
             for name, kind in (("sources", Source), ("shards", Shard)):
+                if not isinstance(values[name], list):
+                    raise ShardError(f"{path}: {name} must be a list")
                 listed = [
                     from_json(kind, each, f"{path}: {name}[{n}]") if isinstance(each, dict) else each
                     for n, each in enumerate(values[name])
