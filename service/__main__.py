@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -37,6 +38,8 @@ log = logging.getLogger(logs.LAUNCHER)
 PROJECT = Path(__file__).resolve().parent.parent
 DRAIN_S = 15
 """Seconds that requests in progress get when the service is told to end."""
+OPEN_FILES = 16_384
+"""That a process of the service may have, where the system lets us say so."""
 _READY_TIMEOUT_S = 60.0
 
 
@@ -225,7 +228,7 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
         f"--port={port}",
         f"--workers={args.workers}",
         "--loop=uvloop",
-        "--http=service.protocol:WholeReplies",
+        "--http=service.protocol:BoundedProtocol",
     ]
     command += [
         f"--timeout-graceful-shutdown={DRAIN_S}",
@@ -233,6 +236,10 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
         "--no-server-header",
         "--log-level=warning",
     ]
+    # A shell's usual limit of 1024 open files is fewer than a process may have connections.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < OPEN_FILES <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
     environment = os.environ | {
         "BERTQA_TRITON_URL": triton_url,
         "BERTQA_REPOSITORY": str(args.repository.resolve()),

@@ -69,7 +69,7 @@ def create_app(
     shutdown = Shutdown(settings.shutdown_delay_s)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         if settings.otlp_endpoint:
             try:
                 tracing.start(settings, own_version())
@@ -98,7 +98,7 @@ def create_app(
                 following.append(asyncio.create_task(follower.follow(models, answerer.check_ready)))
             if keyring:
                 following.append(asyncio.create_task(keyring.follow()))
-            yield
+            yield {"settings": settings, "metrics": metrics}  # for service.protocol
         finally:
             for task in following:
                 task.cancel()

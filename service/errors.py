@@ -3,6 +3,7 @@
 The tree, beside `service.triton.ModelError` for the engine's side::
 
     RequestError               what the client can mend
+    ├── MalformedHttp          400, not HTTP
     ├── MalformedBody          400, not JSON
     ├── Unauthorized           401, without a key that is known
     ├── NoSuchModel            404, of the address
@@ -10,7 +11,9 @@ The tree, beside `service.triton.ModelError` for the engine's side::
     ├── BodyTooLarge           413
     ├── NotJson                415, content type or encoding say so
     ├── InvalidField           422, a field is missing, unknown, of the wrong type or out of range
-    └── RateLimited            429, a key is used more often than it may be
+    ├── RateLimited            429, a key is used more often than it may be
+    ├── HeadTooLarge           431
+    └── TooManyConnections     503
 """
 
 import json
@@ -43,6 +46,24 @@ class RequestError(Exception):
     """That the response has besides."""
 
 
+class MalformedHttp(RequestError):
+    """What came is not an HTTP request, or not one that can be answered."""
+
+
+class HeadTooLarge(RequestError):
+    """The request's line and headers have more bytes than allowed."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"headers: must be at most {limit:,} bytes, the address included")
+
+
+class TooManyConnections(RequestError):
+    """More connections are open than may be, and none of them is idle."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit:,} connections are open, which is the limit")
+
+
 class MalformedBody(RequestError):
     """The body is not one JSON value in UTF-8."""
 
@@ -72,7 +93,7 @@ class SlowRequest(RequestError):
     headers: Mapping[str, str] = {"connection": "close"}
 
     def __init__(self, limit_s: float) -> None:
-        super().__init__(f"body: must arrive within {limit_s:g} s")
+        super().__init__(f"request: must arrive within {limit_s:g} s")
 
 
 class BodyTooLarge(RequestError):
@@ -115,6 +136,7 @@ class InvalidField(RequestError):
 
 
 STATUS: Mapping[type[Exception], tuple[int, str]] = {
+    MalformedHttp: (400, "malformed_http"),
     MalformedBody: (400, "malformed_json"),
     Unauthorized: (401, "unauthorized"),
     NoSuchModel: (404, "not_found"),
@@ -123,6 +145,7 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
     NotJson: (415, "not_json"),
     InvalidField: (422, "validation"),
     RateLimited: (429, "rate_limited"),
+    HeadTooLarge: (431, "head_too_large"),
     ClientDisconnect: (499, "client_disconnected"),  # nobody reads it, but the metrics count it
     ModelOverloaded: (503, "engine_overloaded"),
     ModelUnavailable: (503, "engine_unavailable"),
@@ -131,6 +154,7 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
     InvalidLogits: (503, "engine_broken"),
     BundleMismatch: (503, "engine_mismatch"),
     Stopping: (503, "stopping"),
+    TooManyConnections: (503, "too_many_connections"),
     ModelTimeout: (504, "engine_timeout"),
 }
 """Status and ``error_type`` of every exception that a route lets out; any other one is 500 ``internal``."""

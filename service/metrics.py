@@ -50,6 +50,7 @@ class Metrics:
             buckets=LAG_SECONDS,
             registry=self.registry,
         )
+        self.connections = Gauge("bertqa_connections", "Open connections of clients", registry=self.registry)
         self._requests = Counter(
             "bertqa_requests", "HTTP requests by route and status", ["route", "status"], registry=self.registry
         )

@@ -61,6 +61,12 @@ class Settings:
     max_in_progress: int = 1_024
     """Questions in progress at one time, however soon they would be answered; what comes beyond is refused."""
 
+    arrival_s: float = 20.0
+    """Seconds that a request may take to arrive, a new connection to send one, and a client to take its reply."""
+
+    max_connections: int = 1_000
+    """Connections of this process at one time; what comes beyond closes the one that has been idle longest."""
+
     max_body_bytes: int = 2 * 1024 * 1024
     """Bytes of a request body, counted before anything is parsed."""
 
@@ -104,6 +110,8 @@ class Settings:
             raise ValueError(f"{PREFIX}TRITON_URL: must be host:port, or several with commas; got {self.triton_url!r}")
         if not 0 < self.deadline_s <= 3600:
             raise ValueError(f"{PREFIX}DEADLINE_S: must be above 0 and at most 3600 seconds; got {self.deadline_s}")
+        if not 0 < self.arrival_s <= 3600:
+            raise ValueError(f"{PREFIX}ARRIVAL_S: must be above 0 and at most 3600 seconds; got {self.arrival_s}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 given = getattr(self, name)
