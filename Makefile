@@ -52,7 +52,7 @@ lint: $(VENV)/test.stamp  ## Check style and types
 
 bench: $(VENV)/test.stamp  ## Compare CPU runtimes and measure the service's own cost; prints tables
 	$(BIN)/python -m engine_builder.compare_runtimes --checkpoint $(CHECKPOINT) --data $(CHECKPOINT)/gate.json
-	$(BIN)/python -m loadtest.measure_frontend
+	$(BIN)/python -m loadtest.measure_service --long
 
 loadtest: $(VENV)/loadtest.stamp  ## Throughput against clients, replicas and engines: tables, figures, a page (ARGS=--quick)
 	$(BIN)/python -m loadtest.sweep --checkpoint $(CHECKPOINT) $(ARGS)

@@ -1,5 +1,7 @@
 """What the machine's processor can do, as far as an engine's speed or exactness hangs on it."""
 
+import platform
+import re
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -17,3 +19,12 @@ def cpu_features(cpuinfo: Path = CPUINFO) -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(name for name in (*_OTHERS, *BF16, *INT8) if name in words)
+
+
+def cpu_name(cpuinfo: Path = CPUINFO) -> str:
+    """The processor's name as Linux gives it, for reports."""
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return str(names[0]) if names else platform.processor()

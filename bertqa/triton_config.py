@@ -97,7 +97,10 @@ dynamic_batching {{
     parameters = {"threads": str(serving.threads)}
     parameters |= {f"identity_{version}": manifest.identity for version, manifest in sorted(manifests.items())}
     graphs = _CUDA_GRAPHS if target == "tensorrt" else ""
-    return "".join([head, graphs, *(_parameter(*pair) for pair in parameters.items()), *map(_warmup, lengths)])
+    # A CPU engine compiles for a number of windows when it first sees it.
+    batches = sorted({1, max_batch_size}) if target == "cpu" else [1]
+    warmups = [_warmup(length, windows) for length in lengths for windows in batches]
+    return "".join([head, graphs, *(_parameter(*pair) for pair in parameters.items()), *warmups])
 
 
 def _group(target: Target, serving: Serving, profiles: int) -> str:
@@ -117,10 +120,11 @@ def _parameter(key: str, value: str) -> str:
     return f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value, ensure_ascii=False)} }} }}\n'
 
 
-def _warmup(length: int) -> str:
-    """One request of zeros: token id 0 exists in every vocabulary, where random ids would not."""
+def _warmup(length: int, windows: int) -> str:
+    """A request of zeros: token id 0 exists in every vocabulary, where random ids would not."""
     inputs = "\n".join(
         f'  inputs {{ key: "{name}" value {{ data_type: TYPE_INT32 dims: [ {length} ] zero_data: true }} }}'
         for name in INPUT_NAMES
     )
-    return f'model_warmup {{\n  name: "length_{length}"\n  batch_size: 1\n{inputs}\n}}\n'
+    name = f"length_{length}" + (f"_windows_{windows}" if windows > 1 else "")
+    return f'model_warmup {{\n  name: "{name}"\n  batch_size: {windows}\n{inputs}\n}}\n'

@@ -64,7 +64,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="distance from the float32 checkpoint's logits, as a share of their standard deviation; default: "
         + ", ".join(f"{limit} for {name}" for name, limit in MAX_LOGIT_ERRORS.items()),
     )
-    # TensorRT's builder
     parser.add_argument(
         "--max-batch-size",
         type=int,
@@ -72,6 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="windows that Triton may put into one call; default: 1, for the least latency",
     )
+    # TensorRT's builder
     parser.add_argument(
         "--optimization-level",
         type=int,

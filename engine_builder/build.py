@@ -84,8 +84,8 @@ class BuildOptions:
     instances: int | None = None  # None: as the model has it, or the defaults of `Serving`
     threads: int | None = None  # of each instance; 0 is all cores
     gpus: tuple[int, ...] | None = None
-    max_batch_size: int = 1  # this and the rest: for TensorRT alone
-    optimization_level: int | None = None
+    max_batch_size: int = 1  # windows in one call
+    optimization_level: int | None = None  # this and the rest: for TensorRT alone
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
@@ -239,7 +239,8 @@ def _precision(options: BuildOptions) -> str:
         tensorrt_build.check_machine(cast(tensorrt_build.Precision, precision))
         return precision
     unused = ["gpus"] if options.gpus is not None else []
-    unused += [each.name for each in fields(TensorRTOptions) if getattr(options, each.name) != each.default]
+    own = (each for each in fields(TensorRTOptions) if each.name != "max_batch_size")
+    unused += [each.name for each in own if getattr(options, each.name) != each.default]
     if unused:
         raise BuildRefused(f"--{unused[0].replace('_', '-')}: only for --target tensorrt")
     supported = openvino_build.supported_precision(cast(openvino_build.Precision, precision))
@@ -255,7 +256,8 @@ def _build_engine(source: Source, directory: Path, precision: str, options: Buil
     if options.target == "tensorrt":
         kind = cast(tensorrt_build.Precision, precision)
         return tensorrt_build.build(source, directory, kind, options.tensorrt, stack)
-    return openvino_build.build(source, directory, cast(openvino_build.Precision, precision), options.threads or 0)
+    cpu_precision = cast(openvino_build.Precision, precision)
+    return openvino_build.build(source, directory, cpu_precision, options.threads or 0, options.max_batch_size)
 
 
 def _data_file(given: Path | None, default: Path, flag: str) -> Path:

@@ -31,7 +31,7 @@ docs/benchmarks.md has the comparison."""
 ENGINE_FILE = "engine.xml"
 
 
-def build(source: Source, directory: Path, precision: Precision, threads: int) -> Engine:
+def build(source: Source, directory: Path, precision: Precision, threads: int, max_batch_size: int = 1) -> Engine:
     """Build the engine of a bundle, and load it.
 
     Args:
@@ -39,6 +39,7 @@ def build(source: Source, directory: Path, precision: Precision, threads: int) -
         directory: of the bundle; gets the engine's files and the code that Triton's Python backend runs.
         precision: one that this CPU supports.
         threads: cores that the engine may use; 0 is all.
+        max_batch_size: windows that Triton may put into one call.
     """
     path = directory / ENGINE_FILE
     convert(source.reference, path, precision, source.calibration)
@@ -52,6 +53,7 @@ def build(source: Source, directory: Path, precision: Precision, threads: int) -
         | {name: version_of(name) for name in ("openvino", "onnxruntime", "onnx", "nncf")},
         predict=predict,
         latency=partial(wall_clock, predict),
+        max_batch_size=max_batch_size,
         cpu_features=cpu_features(),
     )
 

@@ -27,14 +27,17 @@ class Engine:
     A graph of fixed length needs no shape inference per call, which takes up to a third of the time of a short window.
     """
 
-    def __init__(self, path: Path, *, precision: str, buckets: Sequence[int], threads: int) -> None:
+    def __init__(
+        self, path: Path, *, precision: str, buckets: Sequence[int], threads: int, max_batch_size: int = 1
+    ) -> None:
         """Compile the engine.
 
         Args:
             path: of the OpenVINO ``.xml`` file; its ``.bin`` lies beside it.
             precision: "fp32", "bf16" or "int8"; what int8 leaves in floating point computes in bf16.
             buckets: lengths to compile for, in tokens.
-            threads: cores that one request may use.
+            threads: cores that one call may use.
+            max_batch_size: windows of one length in a call.
         """
         core = ov.Core()
         self.float_type = "f32" if precision == "fp32" else "bf16"
@@ -49,27 +52,32 @@ class Engine:
         }
         model = core.read_model(path)
         self.output_names = [output.any_name for output in model.outputs]
-        self._requests: dict[int, ov.InferRequest] = {}
+        self._requests: dict[tuple[int, bool], ov.InferRequest] = {}  # by length, and whether for several windows
         for length in buckets:
-            model.reshape({tensor.any_name: [1, length] for tensor in model.inputs})
-            self._requests[length] = core.compile_model(model, "CPU", options).create_infer_request()
+            for several in (False, True)[: 1 + (max_batch_size > 1)]:
+                windows = ov.Dimension(2, max_batch_size) if several else 1
+                model.reshape({tensor.any_name: [windows, length] for tensor in model.inputs})
+                request = core.compile_model(model, "CPU", options).create_infer_request()
+                self._requests[length, several] = request
 
     def infer(self, tensors: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
-        """Run one window.
+        """Run one window, or several of one length.
 
         Args:
-            tensors: the inputs by name, each int32 of shape (1, length); length is one of the buckets.
+            tensors: the inputs by name, each int32 of shape (windows, length); length is one of the buckets.
 
         Returns:
-            Every output in the order of ``output_names``, float32 of shape (1, length).
+            Every output in the order of ``output_names``, float32 of shape (windows, length).
 
         Raises:
             ValueError: the length is no bucket.
         """
-        length = next(iter(tensors.values())).shape[-1]
-        request = self._requests.get(length)
+        windows, length = next(iter(tensors.values())).shape
+        request = self._requests.get((length, windows > 1))
         if request is None:
-            raise ValueError(f"length {length} is none of the engine's buckets {sorted(self._requests)}")
+            raise ValueError(
+                f"length {length} is none of the engine's buckets {sorted({n for n, _ in self._requests})}"
+            )
         request.infer(tensors, share_inputs=True, share_outputs=True)
         # copied, because the next call of this length writes into the same memory
         return [np.array(request.get_output_tensor(n).data) for n in range(len(self.output_names))]
@@ -105,24 +113,44 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self._inputs = [tensor["name"] for tensor in config["input"]]
         threads = int(config["parameters"]["threads"]["string_value"]) or len(os.sched_getaffinity(0))
-        self._engine = Engine(path, precision=manifest["precision"], buckets=manifest["buckets"], threads=threads)
+        self._engine = Engine(
+            path,
+            precision=manifest["precision"],
+            buckets=manifest["buckets"],
+            threads=threads,
+            max_batch_size=manifest["max_batch_size"],
+        )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer each request on its own, so that a bad one fails alone."""
+        """Answer requests, which Triton's batcher chose to be of one length; if together they fail, each on its own."""
+        if len(requests) > 1:
+            try:
+                inputs = [self._read(request) for request in requests]
+                joined = {name: np.concatenate([each[name] for each in inputs]) for name in self._inputs}
+                return [self._write(rows) for rows in zip(*self._infer_rows(joined), strict=True)]
+            except Exception as error:  # a bad one among them must fail alone
+                _log.warning("%d requests together failed: %s", len(requests), error)
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:
-        triton = self._triton
         try:
-            # In and out through DLPack: Triton's own conversions were compiled for NumPy 1, and with NumPy 2 they read
-            # zeros and send empty tensors.
-            inputs = {name: np.from_dlpack(triton.get_input_tensor_by_name(request, name)) for name in self._inputs}
-            outputs = self._engine.infer(inputs)
-            return triton.InferenceResponse(
-                [self._tensor(name, array) for name, array in zip(self._engine.output_names, outputs, strict=True)]
-            )
+            return self._write(self._engine.infer(self._read(request)))
         except Exception as error:  # whatever it is, the next request must find a living instance
-            return triton.InferenceResponse(error=triton.TritonError(f"{type(error).__name__}: {error}"))
+            return self._triton.InferenceResponse(error=self._triton.TritonError(f"{type(error).__name__}: {error}"))
+
+    def _infer_rows(self, tensors: Mapping[str, NDArray[Any]]) -> list[list[NDArray[np.float32]]]:
+        """For each output its rows, each with memory of its own, for Triton takes it over."""
+        return [[row.copy() for row in np.split(array, len(array))] for array in self._engine.infer(tensors)]
+
+    def _read(self, request: Any) -> dict[str, NDArray[Any]]:
+        # In and out through DLPack: Triton's own conversions were compiled for NumPy 1, and with NumPy 2 they read
+        # zeros and send empty tensors.
+        return {name: np.from_dlpack(self._triton.get_input_tensor_by_name(request, name)) for name in self._inputs}
+
+    def _write(self, outputs: Sequence[NDArray[np.float32]]) -> Any:
+        return self._triton.InferenceResponse(
+            [self._tensor(name, array) for name, array in zip(self._engine.output_names, outputs, strict=True)]
+        )
 
     def _tensor(self, name: str, array: NDArray[np.float32]) -> Any:
         capsule = array.__dlpack__()

@@ -32,9 +32,9 @@ from typing import IO
 
 import psutil
 
+from bertqa.hardware import cpu_name
 from bertqa.squad import Example, read_squad, score
 from loadtest.closed_loop import Load, Reply, closed_loop, http_post
-from loadtest.measure_frontend import cpu_name
 from loadtest.peers.servers import BASELINE, HOST, OURS, PROJECT, Server, prepare, servers
 
 START_S = 120.0  # longest start of a server

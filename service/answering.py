@@ -7,18 +7,22 @@ Knows no HTTP: a `Question` goes in, a `Result` comes out, and errors are those 
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from sys import getsizeof
 from typing import Any, TypeVar
+
+from numpy.typing import NDArray
 
 from bertqa.spans import MAX_ANSWER_TOKENS, Decoded, Logits, decode
 from bertqa.windows import SPECIAL_TOKENS, Windows
 from service import tracing
+from service.cache import Cache, Source
 from service.errors import InvalidField
 from service.metrics import Metrics
 from service.models import Models, Served
 from service.record import current_record
 from service.settings import Settings
-from service.triton import ModelOverloaded, ModelUnavailable
+from service.triton import ModelOverloaded, ModelTimeout, ModelUnavailable
 
 T = TypeVar("T")
 
@@ -75,6 +79,19 @@ class Result:
     tokenize_s: float
     infer_s: float
     decode_s: float
+    source: Source | None = None  # None without a cache
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes up, within a tenth or so: texts, arrays, and a kilobyte of objects for each window."""
+        asked = self.question
+        arrays: list[NDArray[Any]] = [array for pairs in self.logits for pair in pairs for array in pair]
+        for each in self.documents:
+            arrays += [each.starts, each.ends, each.words]
+            arrays += [array for window in each.windows for array in window.tensors().values()]
+        texts = (asked.question, *asked.contexts)
+        windows = sum(len(each.windows) for each in self.documents)
+        return sum(map(getsizeof, texts)) + sum(array.nbytes for array in arrays) + 2048 + 1024 * windows
 
 
 class Answerer:
@@ -106,6 +123,8 @@ class Answerer:
         Raises:
             ModelOverloaded: it would be refused, whichever model it asks.
         """
+        if self.settings.cache_mb:
+            return  # it may ask what is known
         for model in self.models:
             try:
                 return model.check_room(self._longest_wait_s)
@@ -134,6 +153,29 @@ class Answerer:
             ModelError: the engine did not answer.
             InvalidLogits: it answered nonsense.
         """
+        if self.settings.cache_mb and len(questions) == 1:
+            return [await self._known_or_new(questions[0], deadline)]
+        return await self._admit(questions, deadline)
+
+    async def _known_or_new(self, question: Question, deadline: float) -> Result:
+        cache = question.model.cache
+        if cache is None:
+            cache = question.model.cache = Cache(self.settings.cache_mb << 20, lambda result: result.bytes)
+
+        async def compute() -> Result:
+            return (await self._admit([question], deadline))[0]
+
+        try:
+            found: Result
+            found, source = await cache.get(question, compute, deadline=deadline)
+        except TimeoutError:
+            raise ModelTimeout("The deadline passed before somebody else's same question was answered.") from None
+        self.metrics.looked_up(source, [each.cache for each in self.models if each.cache])
+        if source == "kept":
+            found = replace(found, tokenize_s=0.0, infer_s=0.0, decode_s=0.0)
+        return replace(found, source=source)
+
+    async def _admit(self, questions: Sequence[Question], deadline: float) -> list[Result]:
         if self._in_progress and self._in_progress + len(questions) > self.settings.max_in_progress:
             limit = self.settings.max_in_progress
             raise ModelOverloaded(f"{self._in_progress} questions are in progress, and {limit} may be.")

@@ -168,7 +168,17 @@ def answerer_of(request: Request) -> Answerer:
     return answerer
 
 
-def server_timing(results: Sequence[Result]) -> dict[str, str]:
-    """Header with the stages, each of the slowest question."""
+_CACHE_STATUS = {
+    "kept": "bertqa; hit",
+    "shared": "bertqa; fwd=miss; collapsed",
+    "computed": "bertqa; fwd=miss; stored",
+}
+
+
+def reply_headers(results: Sequence[Result]) -> dict[str, str]:
+    """``server-timing`` with the stages, each of the slowest question; ``cache-status`` (RFC 9211) with a cache."""
     stages = ((name, max(getattr(each, f"{name}_s") for each in results)) for name in ("tokenize", "infer", "decode"))
-    return {"server-timing": ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages)}
+    headers = {"server-timing": ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages)}
+    if source := results[0].source:
+        headers["cache-status"] = _CACHE_STATUS[source]
+    return headers

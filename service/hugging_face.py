@@ -17,7 +17,7 @@ from starlette.responses import Response
 from bertqa.windows import SPECIAL_TOKENS
 from service.answering import Question, Result
 from service.errors import InvalidField, NoSuchModel, first_problem
-from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
+from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, reply_headers, unless_gone
 from service.models import Served
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, NO_SUCH_MODEL, PROBLEMS
 
@@ -175,7 +175,7 @@ async def _answer(body: HuggingFaceRequest, request: Request, model: Served) -> 
     answers = [to_answer(result, parameters) for result in results]
     content = answers[0] if body.inputs is not None else {"predictions": answers}
     text = json.dumps(content, ensure_ascii=False, allow_nan=False)
-    return Response(text, headers=server_timing(results), media_type="application/json")
+    return Response(text, headers=reply_headers(results), media_type="application/json")
 
 
 def to_question(inputs: Inputs, parameters: Parameters, model: Served) -> Question:

@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -16,6 +17,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from bertqa.manifest import Bundle
+from service.cache import Cache, Source
 from service.circuit import State
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -105,6 +107,18 @@ class Metrics:
             "bertqa_log_records_lost", "Log records that could not be written", registry=self.registry
         )
         self.lost_records = lost_records.inc
+        self._lookups = Counter(
+            "bertqa_cache_lookups",
+            "Questions by where their answers came from: computed, kept from before, or shared with one in progress",
+            ["source"],
+            registry=self.registry,
+        )
+        self._cache_entries = Gauge(
+            "bertqa_cache_entries", "Answers kept", registry=self.registry, multiprocess_mode="livesum"
+        )
+        self._cache_bytes = Gauge(
+            "bertqa_cache_bytes", "Bytes of the answers kept", registry=self.registry, multiprocess_mode="livesum"
+        )
         self._build = Gauge(
             "bertqa_build_info",
             "What runs here",
@@ -146,6 +160,12 @@ class Metrics:
     def questions(self, model: str, version: int) -> Callable[[], None]:
         """What counts a question that this version answered."""
         return self._questions.labels(model, str(version)).inc
+
+    def looked_up(self, source: Source, caches: Iterable[Cache[Any]]) -> None:
+        """Count a question that was looked up, and tell what the caches hold now."""
+        self._lookups.labels(source).inc()
+        self._cache_entries.set(sum(map(len, caches := list(caches))))
+        self._cache_bytes.set(sum(cache.bytes for cache in caches))
 
     def tokenized(self, seconds: float, windows: int, truncated: bool) -> None:
         """Count a question that became windows."""

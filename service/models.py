@@ -9,9 +9,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch
 from bertqa.repository import SERVING_FILE, Repository
+from service.cache import Cache
 from service.errors import InvalidField
 from service.metrics import Metrics
 from service.triton import Engine, ModelOverloaded
@@ -33,6 +35,7 @@ class Served:
         self.count = metrics.questions(bundle.model, bundle.version)
         self.verified = False
         self.in_progress = 0  # questions
+        self.cache: Cache[Any] | None = None  # of results, for whoever answers
 
     def check_room(self, longest_s: float) -> None:
         """Return if one more question need not wait too long for the engine.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "BERTQA_"
-_MAY_BE_ZERO = ("max_in_flight",)
+_MAY_BE_ZERO = ("max_in_flight", "cache_mb")
 _ACCESS = ("open", "key", "off")
 _CHOICES = {
     "log_format": ("json", "text"),
@@ -55,8 +55,11 @@ class Settings:
     max_in_flight: int = 0
     """Engine calls of this process and a model at one time; 0: two for each instance of the engine at each address."""
 
-    max_queue_ms: int = 200
+    max_queue_ms: int = 100
     """Milliseconds that a question may be expected to wait for the engine; one that would wait longer is refused."""
+
+    cache_mb: int = 0
+    """Megabytes of answers that are kept for the same question again, of each model; 0: none."""
 
     max_in_progress: int = 1_024
     """Questions in progress at one time, however soon they would be answered; what comes beyond is refused."""

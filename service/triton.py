@@ -40,8 +40,8 @@ from service import tracing
 from service.circuit import TRIAL_S, Circuit, State
 from service.turns import Turns
 
-CALLS_PER_INSTANCE = 2
-"""Engine calls at one time for each instance of the engine: one that it computes, and one that lies ready."""
+CALLS_PER_WINDOW = 2
+"""Engine calls at one time for each window that the engine computes at one time: that one, and one that lies ready."""
 _CALLS_AT_FIRST = 4  # before the server has said how many instances it has
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -183,8 +183,8 @@ class TritonModel:
                 (Triton's ``--grpc-max-connection-age``).
             model: name of the model.
             version: of the model; by default the highest that is loaded.
-            max_in_flight: windows of a model's version that are with Triton at one time; by default
-                `CALLS_PER_INSTANCE` for each of its instances at each address, known from `model_parameters` on.
+            max_in_flight: windows of a model's version that are with Triton at one time; by default twice those that
+                its instances at all addresses compute at one time, known from `model_parameters` on.
             watch_circuit: called with address, model and version when a circuit begins; gives what is told its states.
 
         Raises:
@@ -245,7 +245,8 @@ class TritonModel:
         if self._max_in_flight is None:
             instances = sum(group.count * max(len(group.gpus), 1) for group in reply.config.instance_group)
             addresses = await asyncio.gather(*(_addresses(replica.url) for replica in self._replicas))
-            self._turns.resize(CALLS_PER_INSTANCE * max(instances, 1) * sum(addresses))
+            windows = max(instances, 1) * max(reply.config.max_batch_size, 1)
+            self._turns.resize(CALLS_PER_WINDOW * windows * sum(addresses))
         return {name: value.string_value for name, value in reply.config.parameters.items()}
 
     def expected_wait(self, ahead: int) -> float:

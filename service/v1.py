@@ -13,7 +13,7 @@ from bertqa.manifest import Bundle, Manifest
 from bertqa.spans import best_of_each_window
 from service.answering import Question, Result, off_loop
 from service.errors import InvalidField
-from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, server_timing, unless_gone
+from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, reply_headers, unless_gone
 from service.models import Served
 from service.schemas import (
     PROBLEMS,
@@ -173,4 +173,4 @@ def _ms(seconds: float) -> float:
 def _json(response: AnswerResponse | AnswersResponse, results: Sequence[Result]) -> Response:
     # A finished Response: FastAPI would validate the model a second time and serialize it through a dict.
     text = response.model_dump_json(exclude={"explain"} if getattr(response, "explain", 0) is None else None)
-    return Response(text, headers=server_timing(results), media_type="application/json")
+    return Response(text, headers=reply_headers(results), media_type="application/json")

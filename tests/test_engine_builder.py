@@ -1,21 +1,26 @@
 """The whole build of a tiny checkpoint: measured, gated, published, and described as the service expects."""
 
+import asyncio
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grpc.aio
 import numpy as np
 import openvino as ov
 import pytest
 from conftest import write_checkpoint
 from google.protobuf import text_format
 from safetensors.numpy import load_file, save_file
-from tritonclient.grpc import model_config_pb2
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from bertqa.manifest import Bundle, Manifest, sha256_of
 from bertqa.repository import Repository
+from bertqa.spans import Logits
 from bertqa.squad import Score
 from bertqa.triton_config import Serving, triton_config
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
@@ -26,6 +31,8 @@ from engine_builder.checkpoint import InvalidCheckpoint
 from engine_builder.gate import GateFailed, Measured, check_f1, check_logits
 from engine_builder.openvino_model import Engine, engine_sha256
 from engine_builder.publish import BuildRefused, Publication, publish
+from service.embedded_triton import EmbeddedTriton, TritonPorts
+from service.triton import TritonModel
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = "Ada Lovelace wrote the first program in London."
@@ -276,6 +283,37 @@ def test_config_says_what_windows_send(options: BuildOptions) -> None:
     assert config.parameters["threads"].string_value == "1"
     warmed = [[list(warmup.inputs[name].dims) for name in INPUT_NAMES] for warmup in config.model_warmup]
     assert warmed == [[[length]] * 3 for length in manifest.buckets]
+
+
+def test_windows_of_one_length_are_computed_together(options: BuildOptions, tmp_path: Path) -> None:
+    build(replace(options, max_batch_size=4, instances=2))
+    bundle = Repository(options.repository).open()
+    texts = [" ".join([CONTEXT] * repeats) for repeats in range(1, 9)]
+    windows = [bundle.maker("Who wrote it?", text, max_seq_len=n).windows[0] for text in texts for n in (64, 128)] * 6
+    assert {window.length for window in windows} == {64, 128}
+    alone = openvino_build.load(options.repository / "bert_qa" / "1" / "engine.xml", "fp32", (64, 128), 1)
+
+    async def ask(url: str) -> tuple[list[Logits], Any]:
+        engine = TritonModel([url])
+        channel = grpc.aio.insecure_channel(url)
+        try:
+            await engine.model_parameters(deadline=time.monotonic() + 30)
+            logits = await engine.predict(windows, deadline=time.monotonic() + 30)
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            statistics = await stub.ModelStatistics(service_pb2.ModelStatisticsRequest(name="bert_qa"))
+            return logits, statistics.model_stats[0]
+        finally:
+            await engine.close()
+            await channel.close()
+
+    with EmbeddedTriton(options.repository, ports=TritonPorts(0, 0, 0), log_dir=tmp_path / "logs") as triton:
+        logits, statistics = asyncio.run(ask(triton.url))
+    for window, found in zip(windows, logits, strict=True):
+        for own, together in zip(alone(window), found, strict=True):
+            np.testing.assert_allclose(together, own, atol=1e-4)
+    warm_ups = 2 * 2 * 2  # instances, lengths, of one window and of four
+    assert statistics.inference_count == len(windows) + warm_ups // 2 * (1 + 4)
+    assert statistics.execution_count < len(windows) + warm_ups
 
 
 def test_a_single_instance_has_no_queue_policy(options: BuildOptions) -> None:
