@@ -52,7 +52,15 @@ class Metrics:
             buckets=LAG_SECONDS,
             registry=self.registry,
         )
-        self.connections = Gauge("bertqa_connections", "Open connections of clients", registry=self.registry)
+        self.connections = Gauge(
+            "bertqa_connections", "Open connections of clients", registry=self.registry, multiprocess_mode="livesum"
+        )
+        self.queue_wait = Gauge(
+            "bertqa_queue_wait_seconds",
+            "How long a question that came now would wait for its first engine call, looked at twice a second",
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
         self._requests = Counter(
             "bertqa_requests", "HTTP requests by route and status", ["route", "status"], registry=self.registry
         )
