@@ -214,20 +214,39 @@ class Repository:
                 config = self.config(model, serving)
             except ValueError as error:
                 raise ChangeRefused(f"{model}: {error}; publish the new one under another name (--model)") from error
-            self._replace(self.root / model / CONFIG_FILE, config)
             stated = {name: asdict(each) for name, each in {**self._stated(), model: serving}.items()}
-            self._replace(self.root / SERVING_FILE, json.dumps(stated, indent=2) + "\n")
+            self._replace(
+                {
+                    self.root / model / CONFIG_FILE: config,
+                    self.root / SERVING_FILE: json.dumps(stated, indent=2) + "\n",
+                }
+            )
 
-    def _replace(self, path: Path, text: str) -> None:
-        """Write a file in one step, unless it holds just this already: its time of change is a signal to others."""
-        if path.is_file() and path.read_text() == text:
-            return
-        partial = self.root / f".{path.name}"
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+    def _replace(self, texts: Mapping[Path, str]) -> None:
+        """Write files, each in one step, when all of them have found room on the disk.
+
+        What holds just that already is left alone: its time of change is a signal to others.
+
+        Raises:
+            ChangeRefused: a file cannot be written; all are as they were.
+        """
+        written: dict[Path, Path] = {}
+        for path, text in texts.items():
+            if path.is_file() and path.read_text() == text:
+                continue
+            partial = self.root / f".{path.name}"
+            written[partial] = path
+            try:
+                with partial.open("w") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                for each in written:
+                    each.unlink(missing_ok=True)
+                raise ChangeRefused(f"{path}: cannot be written ({error.strerror}); nothing was changed") from error
+        for partial, path in written.items():
+            partial.replace(path)
 
     def _stated(self) -> Mapping[str, Serving]:
         path = self.root / SERVING_FILE

@@ -15,15 +15,15 @@ from pathlib import Path
 from bertqa.manifest import MODEL_NAME
 from chaos.bundles import break_engine, expect_another_answer, flip, publish
 from chaos.clients import DEADLINE_S, load
-from chaos.product import ROOT, Layout, Product, until
+from chaos.product import PATIENT, ROOT, Layout, Product, until
 from chaos.relay import nonsense
 from chaos.report import Row, Size
 from service import rollout
 
 Scenario = Callable[[Product, Size], Row]
-PLAIN = Layout()
-RELAYED = Layout(relayed=True)
-JUMPING = Layout(clock=True)
+PLAIN = Layout(settings=PATIENT)
+RELAYED = Layout(settings=PATIENT, relayed=True)
+JUMPING = Layout(settings=PATIENT, clock=True)
 
 FULL_DISK = Path("/dev/full")
 """Every byte written to it is refused for want of space."""

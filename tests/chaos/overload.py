@@ -143,4 +143,4 @@ def idle_and_aborted(product: Product, size: Size) -> Row:
     return row
 
 
-SCENARIOS: tuple[tuple[Layout, Scenario], ...] = ((PLAIN, idle_and_aborted), (PLAIN, overload))
+SCENARIOS: tuple[tuple[Layout, Scenario], ...] = ((PLAIN, idle_and_aborted), (Layout(), overload))

@@ -155,6 +155,11 @@ class Layout:
     settings: tuple[tuple[str, object], ...] = ()  # of the services; names in capitals are variables as they are
 
 
+PATIENT = (("max_queue_ms", int(DEADLINE_S * 1000)),)
+"""Clients that ask without pause are more than an engine can answer within the 200 ms that a question may wait; let all
+of them wait, so that what is refused is refused for the fault."""
+
+
 class Product:
     """A layout that runs."""
 
@@ -235,6 +240,12 @@ class Product:
             return True
         text = ask(HOST, self._balancer_metrics, "/metrics?scope=backend")[2] or ""
         return f'haproxy_backend_active_servers{{proxy="service"}} {len(self.services)}\n' in text
+
+    def circuits_are_closed(self) -> bool:
+        """Whether no service leaves a Triton alone any more."""
+        texts = [ask(HOST, service.port, "/metrics")[2] or "" for service in self.services]
+        found = [re.findall(r"^bertqa_circuit_state{.*} (\S+)$", text, re.MULTILINE) for text in texts]
+        return all(states and not any(map(float, states)) for states in found)
 
     def engine_answers(self) -> bool:
         """Whether every Triton itself has the model ready."""

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 from chaos.clients import load
 from chaos.faults import Scenario
-from chaos.product import Layout, Product, Service, ask, until
+from chaos.product import PATIENT, Layout, Product, Service, ask, until
 from chaos.report import Row, Size
 from service.embedded_triton import living_children
 
 SHUTDOWN_DELAY_S = 3
 """HAProxy's checks take at most 2.5 s to notice."""
-BALANCED = Layout(tritons=2, balanced=True, settings=(("shutdown_delay_s", SHUTDOWN_DELAY_S),))
+BALANCED = Layout(tritons=2, balanced=True, settings=(("shutdown_delay_s", SHUTDOWN_DELAY_S), *PATIENT))
 
 
 def _none_refused(row: Row) -> Row:
@@ -101,6 +101,7 @@ def rolling_restart(product: Product, size: Size) -> Row:
             product.restart_triton(number)
             row.injected += 1
             product.ready_after(row, product.engine_answers)
+            until(product.circuits_are_closed, "a Triton that is back is not asked again")
         clients.until(requests=size.requests, right=row.right + size.clients)
     return _none_refused(row)
 
