@@ -36,7 +36,7 @@ from service.models import Follower, Models, Served
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, PROBLEMS, UNAVAILABLE, Health, Info
 from service.settings import Settings
 from service.shutdown import Shutdown
-from service.triton import Engine, ModelError, TritonModel
+from service.triton import Engine, ModelError, TritonModel, tls_credentials
 
 log = logging.getLogger("bertqa.service")
 
@@ -76,7 +76,10 @@ def create_app(
             except ImportError as error:
                 log.warning("no traces: %s; %s", error, tracing.INSTALL)
         triton = engine or TritonModel(
-            settings.triton_urls, max_in_flight=settings.max_in_flight or None, watch_circuit=metrics.circuit
+            settings.triton_urls,
+            max_in_flight=settings.max_in_flight or None,
+            watch_circuit=metrics.circuit,
+            tls=tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key),
         )
         follower = Follower(Repository(settings.repository), triton, metrics)
         if bundle:

@@ -29,7 +29,7 @@ from service.metrics import Metrics
 from service.models import Models, Served
 from service.schemas import AnswerRequest, AnswerResponse
 from service.settings import Settings
-from service.triton import Engine, ModelError, ModelOverloaded, TritonModel
+from service.triton import Engine, ModelError, ModelOverloaded, TritonModel, tls_credentials
 from service.v1 import to_question, to_response
 
 ANSWER_COLUMNS = pa.schema(
@@ -141,7 +141,11 @@ class PartAnswerer:
         bundle, metrics = self._bundle, Metrics()
         if engine is None:
             engine = TritonModel(
-                settings.triton_urls, model=bundle.model, version=bundle.version, max_in_flight=self._at_a_time
+                settings.triton_urls,
+                model=bundle.model,
+                version=bundle.version,
+                max_in_flight=self._at_a_time,
+                tls=tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key),
             )
         self._engine = SteadyEngine(engine, self._at_a_time, self._patience_s)
         self._served = Served(bundle, self._engine, metrics)

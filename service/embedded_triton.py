@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -58,7 +59,10 @@ FLAGS = (
     "--grpc-max-connection-age-grace=30000",
 )
 """What every Triton is started with, wherever it runs, beside addresses and paths."""
+CLOSED = "shared-memory,trace,logging"
+"""APIs that nobody may use, over gRPC or HTTP; polling already refuses to load or unload a model by any."""
 
+_RESTRICT = ("grpc-restricted-protocol", "http-restricted-api")
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _PORT_ATTEMPTS = 5
 _MAX_PAUSE_S = 30.0  # between restarts
@@ -421,6 +425,8 @@ class EmbeddedTriton:
             f"--http-port={self.ports.http}",
             f"--grpc-port={self.ports.grpc}",
             f"--metrics-port={self.ports.metrics}",
+            # With a key that is drawn here and told nobody.
+            *(f"--{flag}={CLOSED}:bertqa-key={secrets.token_urlsafe(32)}" for flag in _RESTRICT),
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory}",
         ]
         if installation.backends:

@@ -28,6 +28,15 @@ class Settings:
     triton_url: str = "127.0.0.1:8001"
     """Triton's gRPC address host:port; several, separated by commas, are replicas of one model."""
 
+    triton_tls_ca: str = ""
+    """File with the certificates (PEM) that Triton's is checked against; empty: no TLS."""
+
+    triton_tls_cert: str = ""
+    """File with our own certificate, for a Triton that wants one (mutual TLS)."""
+
+    triton_tls_key: str = ""
+    """File with its key."""
+
     repository: Path = Path("model_repository")
     """Triton's model repository, or a copy of it: manifests and tokenizers are read from there."""
 
@@ -111,6 +120,10 @@ class Settings:
         """
         if not all(part.strip() for part in self.triton_url.split(",")):
             raise ValueError(f"{PREFIX}TRITON_URL: must be host:port, or several with commas; got {self.triton_url!r}")
+        if bool(self.triton_tls_cert) != bool(self.triton_tls_key):
+            raise ValueError(f"{PREFIX}TRITON_TLS_CERT, {PREFIX}TRITON_TLS_KEY: one needs the other")
+        if self.triton_tls_cert and not self.triton_tls_ca:
+            raise ValueError(f"{PREFIX}TRITON_TLS_CERT: needs {PREFIX}TRITON_TLS_CA")
         if not 0 < self.deadline_s <= 3600:
             raise ValueError(f"{PREFIX}DEADLINE_S: must be above 0 and at most 3600 seconds; got {self.deadline_s}")
         if not 0 < self.arrival_s <= 3600:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -105,6 +106,23 @@ class ModelBroken(ModelError):
     """The engine answered with an error, or with something that no window's logits can be."""
 
 
+def tls_credentials(ca: str, cert: str = "", key: str = "") -> grpc.ChannelCredentials | None:
+    """Read PEM files: the authority's certificates, and for mutual TLS our own with its key; None without the first.
+
+    Raises:
+        ValueError: a file cannot be read; the message names its setting.
+    """
+    if not ca:
+        return None
+    found: dict[str, bytes | None] = {}
+    for name, path in (("CA", ca), ("CERT", cert), ("KEY", key)):
+        try:
+            found[name] = Path(path).read_bytes() if path else None
+        except OSError as error:
+            raise ValueError(f"BERTQA_TRITON_TLS_{name}: {path} cannot be read ({error.strerror})") from None
+    return grpc.ssl_channel_credentials(found["CA"], found["KEY"], found["CERT"])
+
+
 class Engine(Protocol):
     """What the service needs of a model; `TritonModel` is the real one."""
 
@@ -174,6 +192,7 @@ class TritonModel:
         version: int | None = None,
         max_in_flight: int | None = None,
         watch_circuit: WatchCircuit | None = None,
+        tls: grpc.ChannelCredentials | None = None,
     ) -> None:
         """Open the channels; connections are made when first needed.
 
@@ -185,6 +204,7 @@ class TritonModel:
             version: of the model; by default the highest that is loaded.
             max_in_flight: windows of a model's version that are with Triton at one time; by default twice those that
                 its instances at all addresses compute at one time, known from `model_parameters` on.
+            tls: as `tls_credentials` gives it; without it, connections are in the clear.
             watch_circuit: called with address, model and version when a circuit begins; gives what is told its states.
 
         Raises:
@@ -198,7 +218,7 @@ class TritonModel:
         self._version = str(version or "")
         self._max_in_flight = max_in_flight
         self._turns = Turns(max_in_flight or _CALLS_AT_FIRST)
-        self._replicas = [_Replica(url) for url in urls]
+        self._replicas = [_Replica(url, tls) for url in urls]
         self._watch_circuit = watch_circuit
         self._links: dict[tuple[str, str], list[_Link]] = {}  # of every model and version that `at` has made
         self._calls = count()
@@ -391,9 +411,14 @@ class TritonModel:
 class _Replica:
     """One address and the three methods asked of it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tls: grpc.ChannelCredentials | None) -> None:
         self.url = url
-        self.channel = grpc.aio.insecure_channel(url if "://" in url else f"dns:///{url}", options=_CHANNEL_OPTIONS)
+        target = url if "://" in url else f"dns:///{url}"
+        self.channel = (
+            grpc.aio.secure_channel(target, tls, options=_CHANNEL_OPTIONS)
+            if tls
+            else grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        )
         self.model_infer = self._method("ModelInfer", None, service_pb2.ModelInferResponse)
         self.model_ready = self._method("ModelReady", service_pb2.ModelReadyRequest, service_pb2.ModelReadyResponse)
         self.model_config = self._method("ModelConfig", service_pb2.ModelConfigRequest, service_pb2.ModelConfigResponse)

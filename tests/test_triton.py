@@ -27,7 +27,16 @@ from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service import embedded_triton, triton
 from service.circuit import FAILURES, Circuit, State
 from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
-from service.triton import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable, TritonModel
+from service.settings import Settings
+from service.triton import (
+    ModelBroken,
+    ModelError,
+    ModelOverloaded,
+    ModelTimeout,
+    ModelUnavailable,
+    TritonModel,
+    tls_credentials,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 ANY_PORTS = TritonPorts(0, 0, 0)
@@ -896,3 +905,144 @@ def test_launcher_serves_and_ends_in_order(bundle: Bundle, tmp_path: Path) -> No
         finally:
             launcher.kill()
     until(lambda: not processes_with(str(tmp_path)))
+
+
+# Who may ask Triton: APIs that are closed, and TLS
+
+
+def test_apis_that_nobody_needs_are_closed(server: EmbeddedTriton) -> None:
+    async def refused(method: str, request: Any) -> None:
+        async with grpc.aio.insecure_channel(server.url) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await getattr(service_pb2_grpc.GRPCInferenceServiceStub(channel), method)(request)
+            assert "restricted" in str(error.value.details()) or "polling is enabled" in str(error.value.details())
+
+    requests = {
+        "SystemSharedMemoryRegister": service_pb2.SystemSharedMemoryRegisterRequest(name="a", key="/a", byte_size=4),
+        "SystemSharedMemoryStatus": service_pb2.SystemSharedMemoryStatusRequest(),
+        "CudaSharedMemoryStatus": service_pb2.CudaSharedMemoryStatusRequest(),
+        "TraceSetting": service_pb2.TraceSettingRequest(),
+        "LogSettings": service_pb2.LogSettingsRequest(),
+        "RepositoryModelLoad": service_pb2.RepositoryModelLoadRequest(model_name="bert_qa"),
+        "RepositoryModelUnload": service_pb2.RepositoryModelUnloadRequest(model_name="bert_qa"),
+    }
+    for method, request in requests.items():
+        asyncio.run(refused(method, request))
+    for path, method in {
+        "systemsharedmemory/status": "GET",
+        "systemsharedmemory/region/a/register": "POST",
+        "cudasharedmemory/status": "GET",
+        "trace/setting": "GET",
+        "logging": "POST",
+        "repository/models/bert_qa/load": "POST",
+        "repository/models/bert_qa/unload": "POST",
+    }.items():
+        connection = http.client.HTTPConnection("127.0.0.1", server.ports.http, timeout=30)
+        with closing(connection):
+            connection.request(method, f"/v2/{path}", body=b"{}" if method == "POST" else None)
+            response = connection.getresponse()
+            said = response.read().decode()
+            assert response.status >= 400, path
+            assert "restricted" in said or "polling is enabled" in said, (path, said)
+    assert_right([window()], run(server.url, lambda model: model.predict([window()], deadline=soon())))
+
+
+def test_an_embedded_triton_listens_on_the_loopback_interface_alone(server: EmbeddedTriton) -> None:
+    ports, listening = {server.ports.grpc, server.ports.http, server.ports.metrics}, set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{server.pid}/net/{table}").read_text().splitlines()[1:]:
+            address, port = line.split()[1].split(":")
+            if line.split()[3] == "0A" and int(port, 16) in (
+                server.ports.grpc,
+                server.ports.http,
+                server.ports.metrics,
+            ):
+                listening.add((address, int(port, 16)))
+    mapped = "0000000000000000FFFF00000100007F"  # ::ffff:127.0.0.1, as gRPC writes it
+    assert {(address.replace(mapped, "0100007F"), port) for address, port in listening} == {
+        ("0100007F", port) for port in ports
+    }
+
+
+def certificates(directory: Path) -> Path:
+    """An authority, and of it a server's and a client's certificate; and a second authority that knows neither."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
+
+    for name in ("ca", "other"):
+        openssl(
+            *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"),
+            *("-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem"),
+        )
+    (directory / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    for name, authority in (("server", "ca"), ("client", "ca"), ("stranger", "other")):
+        openssl(
+            *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}"),
+            *("-keyout", f"{name}.key", "-out", f"{name}.csr"),
+        )
+        openssl(
+            *("x509", "-req", "-days", "2", "-in", f"{name}.csr", "-CA", f"{authority}.pem", "-CAkey"),
+            *(f"{authority}.key", "-CAcreateserial", "-extfile", "san", "-out", f"{name}.pem"),
+        )
+    return directory
+
+
+@contextlib.contextmanager
+def triton_with(tmp_path: Path, repository: Path, *flags: str) -> Iterator[str]:
+    """The real server with flags of its own; gives its gRPC address."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    installation = find_triton(cache)
+    ports = TritonPorts(0, 0, 0).free()
+    command = [str(installation.binary), f"--model-repository={repository}", f"--grpc-port={ports.grpc}"]
+    command += ["--grpc-address=127.0.0.1", "--allow-http=false", "--allow-metrics=false", *flags]
+    if installation.backends:
+        command.append(f"--backend-directory={installation.backends}")
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, **installation.environment}, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        until(lambda: b"Started GRPCInferenceService" in (tmp_path / "log").read_bytes() or process.poll() is not None)
+        yield f"localhost:{ports.grpc}"
+    finally:
+        embedded_triton.end_session(process, 10)
+
+
+@pytest.mark.parametrize("mutual", [False, True], ids=["tls", "mutual"])
+def test_tls_to_triton(tmp_path: Path, repository: Path, mutual: bool) -> None:
+    files = certificates(tmp_path)
+    flags = [f"--grpc-use-ssl{'-mutual' if mutual else ''}=true", f"--grpc-server-cert={files / 'server.pem'}"]
+    flags += [f"--grpc-server-key={files / 'server.key'}", f"--grpc-root-cert={files / 'ca.pem'}"]
+
+    def credentials(ca: str, own: str = "") -> Any:
+        pair = (str(files / f"{own}.pem"), str(files / f"{own}.key")) if own else ()
+        return tls_credentials(str(files / f"{ca}.pem"), *pair)
+
+    async def answered(model: TritonModel) -> None:
+        assert_right([window()] * 3, await model.predict([window()] * 3, deadline=soon()))
+
+    async def refused(model: TritonModel) -> None:
+        with pytest.raises(ModelUnavailable):
+            await model.predict([window()], deadline=soon(10))
+
+    with triton_with(tmp_path, repository, *flags) as url:
+        run(url, answered, tls=credentials("ca", "client" if mutual else ""))
+        strangers = [None, credentials("other")]
+        if mutual:
+            strangers += [credentials("ca"), credentials("ca", "stranger")]
+        for tls in strangers:
+            run(url, refused, tls=tls)
+
+
+def test_tls_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    assert tls_credentials("") is None
+    with pytest.raises(ValueError, match=r"BERTQA_TRITON_TLS_CA: .*none cannot be read"):
+        tls_credentials(str(tmp_path / "none"))
+    for settings, name in (
+        ({"triton_tls_cert": "a"}, "CERT"),
+        ({"triton_tls_cert": "a", "triton_tls_key": "b"}, "CA"),
+    ):
+        with pytest.raises(ValueError, match=f"BERTQA_TRITON_TLS_{name}"):
+            Settings(**settings)  # type: ignore[arg-type]
