@@ -30,7 +30,7 @@ endef
 export CHECK_PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test chaos lint bench bench-peers loadtest train-env finetune constraints clean
+.PHONY: help serve test chaos lint audit bench bench-peers loadtest train-env finetune constraints clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ lint: $(VENV)/test.stamp  ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+audit: $(VENV)/test.stamp  ## Look for secrets in tracked files and for known vulnerabilities of what is pinned
+	$(BIN)/python .ci/audit.py
 
 bench: $(VENV)/test.stamp  ## Compare CPU runtimes and measure the service's own cost; prints tables
 	$(BIN)/python -m engine_builder.compare_runtimes --checkpoint $(CHECKPOINT) --data $(CHECKPOINT)/gate.json

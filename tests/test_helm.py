@@ -17,6 +17,7 @@ from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "deploy" / "helm" / "bertqa"
+# pragma: allowlist nextline secret
 STORAGE = {"claim": "", "objectStorage": {"source": ":s3,env_auth:bucket/models", "secret": "keys"}}
 VALUES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -38,6 +39,7 @@ VALUES: dict[str, dict[str, Any]] = {
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         },
         "console": {"enabled": True},
+        # pragma: allowlist nextline secret
         "ingress": {"enabled": True, "className": "nginx", "host": "qa.example", "tlsSecret": "tls"},
         "networkPolicy": {"clients": [{"podSelector": {}}], "monitoring": [{"namespaceSelector": {}}]},
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},

@@ -26,7 +26,7 @@ from service.settings import Settings
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CALLER = "00f067aa0ba902b7"
-SECRET = "Kanarienvogel"
+SECRET = "Kanarienvogel"  # pragma: allowlist secret
 ASKED = {"question": f"Who is {SECRET}?", "context": f"It was made at {SECRET}. " * 40}
 
 
