@@ -13,7 +13,7 @@ from typing import get_args
 from bertqa.manifest import MODEL_NAME, BundleMismatch, Target
 from bertqa.repository import ChangeRefused
 from bertqa.squad import MalformedSquad
-from engine_builder.build import DEFAULT_PRECISIONS, MAX_LOGIT_ERRORS, PRECISIONS, BuildOptions, build
+from engine_builder.build import MAX_LOGIT_ERRORS, PRECISIONS, BuildOptions, build, default_precision
 from engine_builder.checkpoint import CALIBRATION_FILE, GATE_FILE, InvalidCheckpoint
 from engine_builder.gate import GateFailed
 from engine_builder.publish import BuildRefused
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--precision",
         choices=list(dict.fromkeys(name for names in PRECISIONS.values() for name in names)),
         help="; ".join(
-            f"{target}: {', '.join(names)} (default: {DEFAULT_PRECISIONS[target]})"
+            f"{target}: {', '.join(names)} (default on this machine: {default_precision(target)})"
             for target, names in PRECISIONS.items()
         ),
     )

@@ -53,10 +53,6 @@ from engine_builder.publish import (
 from engine_builder.tensorrt_build import TensorRTOptions
 
 PRECISIONS: dict[Target, tuple[str, ...]] = {"cpu": openvino_build.PRECISIONS, "tensorrt": tensorrt_build.PRECISIONS}
-DEFAULT_PRECISIONS: dict[Target, str] = {
-    "cpu": openvino_build.DEFAULT_PRECISION,
-    "tensorrt": tensorrt_build.DEFAULT_PRECISION,
-}
 MAX_LOGIT_ERRORS = {"fp32": 0.001, "fp16": 0.01, "bf16": 0.1, "int8": 0.25, "fp8": 0.25}
 """Of an engine that computes the right thing, as a share of the logits' standard deviation; a few times what was
 measured (docs/benchmarks.md)."""
@@ -72,7 +68,7 @@ class BuildOptions:
 
     checkpoint: str  # directory or hub id
     target: Target
-    precision: str | None = None  # the target's default
+    precision: str | None = None  # `default_precision`
     repository: Path = Path("model_repository")
     model: str = MODEL_NAME
     version: int | None = None  # one above the latest
@@ -122,6 +118,10 @@ def build(options: BuildOptions) -> Manifest:
         raise BuildRefused(f"--gate-data: {gate_file} holds no question over a text")
     check_tokenizer(maker, gate)
     calibration: list[Window] = []
+    calibrated = options.calibration_data or (checkpoint / CALIBRATION_FILE).is_file()
+    if options.precision is None and precision == "int8" and not calibrated:
+        _say(f"the checkpoint has no {CALIBRATION_FILE}; building fp32 (int8 with --calibration-data is faster)")
+        precision = "fp32"
     if precision in tensorrt_build.CALIBRATED:
         file = _data_file(options.calibration_data, checkpoint / CALIBRATION_FILE, "--calibration-data")
         calibration = calibration_windows(read_squad(file), maker)
@@ -183,6 +183,11 @@ def build(options: BuildOptions) -> Manifest:
     return published.manifest
 
 
+def default_precision(target: Target) -> str:
+    """What is built on this machine where no precision is asked for."""
+    return openvino_build.default_precision() if target == "cpu" else tensorrt_build.DEFAULT_PRECISION
+
+
 def window_maker(checkpoint: Path, settings: Settings, config: BertConfig) -> WindowMaker:
     """The checkpoint's tokenizer with its limits, checked against the weights.
 
@@ -229,7 +234,7 @@ def _precision(options: BuildOptions) -> str:
     Raises:
         BuildRefused: a flag does not go with the target, or the machine lacks what the target needs.
     """
-    target, precision = options.target, options.precision or DEFAULT_PRECISIONS[options.target]
+    target, precision = options.target, options.precision or default_precision(options.target)
     if precision not in PRECISIONS[target]:
         raise BuildRefused(f"--precision {precision}: --target {target} has {', '.join(PRECISIONS[target])}")
     if target == "tensorrt":
@@ -249,6 +254,8 @@ def _precision(options: BuildOptions) -> str:
         _say(f"this CPU has no {precision}; building {supported} instead{faster}")
     elif precision == "int8" and not openvino_build.adds_int8_fast():
         _say("this CPU has no int8 instructions; --precision fp32 is faster")
+    elif precision == "bf16" and "amx_bf16" not in openvino_build.cpu_features():
+        _say(f"this CPU multiplies bf16 without AMX; --precision {openvino_build.default_precision()} is faster")
     return supported
 
 

@@ -155,5 +155,5 @@ def check_f1(measured: Measured, max_f1_loss: float) -> None:
         raise GateFailed(
             f"F1 {measured.engine.f1:.2f} of the engine is {loss:.2f} below the {measured.reference.f1:.2f} of the "
             f"float32 checkpoint on the same {measured.reference.total} questions; at most {max_f1_loss} is allowed "
-            "(--max-f1-loss); try --precision bf16"
+            "(--max-f1-loss); try --precision bf16 or fp32"
         )

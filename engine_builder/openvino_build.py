@@ -24,10 +24,6 @@ from engine_builder.engine import Engine, Source, wall_clock
 
 Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-DEFAULT_PRECISION: Precision = "bf16"
-"""On a CPU with bf16 instructions as fast as int8, much closer to float32, and built without calibration;
-docs/benchmarks.md has the comparison."""
-
 ENGINE_FILE = "engine.xml"
 
 
@@ -69,6 +65,17 @@ def load(path: Path, precision: Precision, buckets: Sequence[int], threads: int)
         return start, end
 
     return predict
+
+
+def default_precision() -> Precision:
+    """The fastest on this CPU among those that keep F1; docs/benchmarks.md has the comparison.
+
+    With AMX bf16 is as fast as int8, closer to float32, and built without calibration. With AVX-512 alone it is slower
+    than fp32, and int8 is fastest wherever its products are added up in 32 bits.
+    """
+    if "amx_bf16" in cpu_features():
+        return "bf16"
+    return "int8" if adds_int8_fast() else "fp32"
 
 
 def supported_precision(wanted: Precision) -> Precision:

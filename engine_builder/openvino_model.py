@@ -34,13 +34,14 @@ class Engine:
 
         Args:
             path: of the OpenVINO ``.xml`` file; its ``.bin`` lies beside it.
-            precision: "fp32", "bf16" or "int8"; what int8 leaves in floating point computes in bf16.
+            precision: "fp32", "bf16" or "int8"; what int8 leaves in floating point computes in bf16 where there is
+                AMX for it, and else in float32, which is faster then.
             buckets: lengths to compile for, in tokens.
             threads: cores that one call may use.
             max_batch_size: windows of one length in a call.
         """
         core = ov.Core()
-        self.float_type = "f32" if precision == "fp32" else "bf16"
+        self.float_type = "bf16" if precision == "bf16" or (precision == "int8" and _has_amx()) else "f32"
         if self.float_type == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             _log.warning("this CPU has no bf16: %s computes in f32, slower and no less exact", path.name)
             self.float_type = "f32"
@@ -81,6 +82,13 @@ class Engine:
         request.infer(tensors, share_inputs=True, share_outputs=True)
         # copied, because the next call of this length writes into the same memory
         return [np.array(request.get_output_tensor(n).data) for n in range(len(self.output_names))]
+
+
+def _has_amx() -> bool:
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def engine_sha256(path: Path) -> str:

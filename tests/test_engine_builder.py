@@ -153,6 +153,42 @@ def test_what_is_faster_depends_on_the_int8_instructions(
         assert ("faster" in told) == bool(said)
 
 
+@pytest.mark.parametrize(
+    ("features", "precision"),
+    [
+        (("avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "amx_int8"), "bf16"),
+        (("avx512f", "avx512_bf16", "avx512_vnni"), "int8"),
+        (("avx2",), "fp32"),
+    ],
+)
+def test_default_precision_follows_the_instructions(
+    options: BuildOptions, monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], precision: str
+) -> None:
+    monkeypatch.setattr(openvino_build, "cpu_features", lambda: features)
+    monkeypatch.setattr(openvino_build, "supported_precision", lambda wanted: wanted)
+    assert build(replace(options, precision=None, max_f1_loss=100)).precision == precision
+
+
+def test_default_without_calibration_data_is_fp32(
+    options: BuildOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(openvino_build, "cpu_features", lambda: ("avx512_vnni",))
+    (Path(options.checkpoint) / "calibration.json").unlink()
+    assert build(replace(options, precision=None)).precision == "fp32"
+    assert "no calibration.json; building fp32 (int8 with --calibration-data is faster)" in capsys.readouterr().err
+
+
+def test_bf16_without_amx_is_built_and_told(
+    options: BuildOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(openvino_build, "supported_precision", lambda wanted: wanted)
+    for features, told in ((("avx512_bf16", "avx512_vnni"), True), (("avx512_bf16", "amx_bf16"), False)):
+        monkeypatch.setattr(openvino_build, "cpu_features", lambda features=features: features)
+        with pytest.raises(BuildRefused, match="--gate-data"):  # comes after what is said
+            build(replace(options, precision="bf16", gate_data=Path("nowhere")))
+        assert ("without AMX; --precision int8 is faster" in capsys.readouterr().err) == told
+
+
 def test_versions_count_up_and_the_previous_one_stays(options: BuildOptions) -> None:
     for _ in range(3):
         build(options)

@@ -37,7 +37,7 @@ def servers(python: Path, checkpoint: Path, directory: Path) -> dict[str, Server
     uvicorn = [str(python), "-m", "uvicorn", "--host", HOST, "--port", "{port}", "--no-access-log"]
     bentoml = [str(python.parent / "bentoml"), "serve", "--host", HOST, "--port", "{port}"]
     triton = [str(python), "-m", "service.embedded_triton", "--repository", str(directory / "repository")]
-    bertqa = [str(Path(sys.executable).parent / "bertqa"), "serve", "--checkpoint", str(checkpoint)]
+    bertqa = [str(Path(sys.executable).parent / "bertqa"), "serve", "--repository", str(directory / "bertqa")]
     shared = {"CHECKPOINT": str(checkpoint), "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
     return {
         BASELINE: Server(
@@ -87,13 +87,24 @@ def servers(python: Path, checkpoint: Path, directory: Path) -> dict[str, Server
 
 
 def prepare(python: Path, checkpoint: Path, directory: Path) -> None:
-    """Export the checkpoint for the servers that do not read it themselves; arguments as for `servers`.
+    """Build our engine, and export the checkpoint for the servers that do not read it; arguments as for `servers`.
 
     Raises:
         subprocess.CalledProcessError: an export failed; its own message is on standard error.
     """
     graph = str(directory / "model.onnx")
     for command in (
+        [
+            sys.executable,
+            "-m",
+            "engine_builder",
+            "--checkpoint",
+            str(checkpoint),
+            "--target",
+            "cpu",
+            "--repository",
+            str(directory / "bertqa"),
+        ],
         [sys.executable, "-m", "engine_builder.bert_onnx", str(checkpoint), graph],
         [str(python), "-m", "loadtest.peers.quantize", str(checkpoint), graph, str(directory / "model.int8.onnx")],
         [str(python), "-m", "loadtest.peers.triton_model", str(directory / "repository"), graph],
