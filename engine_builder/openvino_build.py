@@ -96,7 +96,8 @@ def convert(onnx_file: Path, destination: Path, precision: Precision, calibratio
     Args:
         onnx_file: of `engine_builder.bert_onnx`, float32.
         destination: the ``.xml`` file to write.
-        precision: weights are stored as float32, float16 (for bf16) or int8.
+        precision: weights are stored as float32, float16 (for bf16) or int8 with float32 embeddings, which all
+            buckets and processes then share as they lie in the file.
         calibration: real windows; needed for int8 only.
     """
     model = ov.Core().read_model(onnx_file)
@@ -104,7 +105,7 @@ def convert(onnx_file: Path, destination: Path, precision: Precision, calibratio
     if precision == "int8":
         model = _quantize(model, calibration)
     # float16 holds every weight of a checkpoint stored as such, and more bits than bf16 keeps
-    ov.save_model(model, destination, compress_to_fp16=precision != "fp32")
+    ov.save_model(model, destination, compress_to_fp16=precision == "bf16")
 
 
 def _quantize(model: ov.Model, calibration: Sequence[Window]) -> ov.Model:
@@ -118,8 +119,14 @@ def _quantize(model: ov.Model, calibration: Sequence[Window]) -> ov.Model:
             nncf.Dataset([window.tensors() for window in calibration]),
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=max(1, len(calibration)),
-            # scores and context of attention: in floating point they fuse into one operator, which is as fast
-            ignored_scope=nncf.IgnoredScope(patterns=[r".*\.attention\.self\.(products|context)"]),
+            ignored_scope=nncf.IgnoredScope(
+                patterns=[
+                    # scores and context of attention: in floating point they fuse into one operator, which is as fast
+                    r".*\.attention\.self\.(products|context)",
+                    # quantized, the table would be unpacked once for every bucket, 47 MB each time
+                    r"embeddings\.words",
+                ]
+            ),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 # weights of 7 bits where products would saturate
                 overflow_fix=nncf.OverflowFix.DISABLE if adds_int8_fast() else nncf.OverflowFix.ENABLE

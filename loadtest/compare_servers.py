@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers-python", type=Path, default=python, help="of their environment (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="servers to measure (default: all)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each load (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each load (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=500, help="for EM and F1 (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -82,6 +82,8 @@ def servers(python: Path, checkpoint: Path, directory: Path) -> dict[str, Server
             "/v1/answer",
             span=lambda reply: reply["answers"][0],
             text="text",
+            # The others queue without a limit, so ours does too: by default it would turn some of 64 clients away.
+            environment={"BERTQA_MAX_QUEUE_MS": "10000"},
         ),
     }
 

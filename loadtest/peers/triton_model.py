@@ -16,7 +16,7 @@ from loadtest.peers.onnxruntime_reader import onnxruntime_reader
 CONFIG = """\
 name: "question_answering"
 backend: "python"
-max_batch_size: 8
+max_batch_size: 1
 input [
   { name: "question" data_type: TYPE_STRING dims: [ 1 ] },
   { name: "context" data_type: TYPE_STRING dims: [ 1 ] }
@@ -27,7 +27,6 @@ output [
   { name: "end" data_type: TYPE_INT32 dims: [ 1 ] }
 ]
 instance_group [ { count: 1 kind: KIND_CPU } ]
-dynamic_batching { }
 """
 
 
