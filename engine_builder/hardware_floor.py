@@ -1,0 +1,150 @@
+"""How fast the encoder could be on this CPU: its operations over the measured peak, its bytes over the bandwidth.
+
+The operations of a window follow from the encoder's shape; the peak is the best rate of a large matrix product in
+OpenVINO, the engine's own runtime, at each precision; the bandwidth that of copying arrays larger than any cache.
+Softmax, LayerNorm and GELU are in neither, so no engine reaches this floor.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as op
+
+from bertqa.hardware import cpu_features
+from bertqa.manifest import BundleMismatch
+from bertqa.repository import Repository
+from bertqa.squad import MalformedSquad, read_squad
+from engine_builder.checkpoint import CONFIG_FILE, GATE_FILE, BertConfig, InvalidCheckpoint
+from engine_builder.openvino_build import PRECISIONS, Precision, supported_precision
+
+SIDE = 2048
+"""Rows and columns of the matrices."""
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engine_builder.hardware_floor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="directory with the encoder's config.json")
+    parser.add_argument(
+        "--repository", type=Path, default=Path("model_repository"), help="with an engine of it (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure and print the tables."""
+    config = BertConfig.read(args.checkpoint / CONFIG_FILE)
+    bundle = Repository(args.repository).open()
+    latency, own = bundle.manifest.latency_ms, bundle.manifest.precision
+    precisions = [each for each in PRECISIONS if supported_precision(each) == each]
+    peaks = {each: peak_rate(each, args.seconds) for each in precisions}
+    bandwidth = copy_rate(args.seconds)
+    weights = encoder_weights(config)
+    print(f"{', '.join(cpu_features())}\n")
+    print("| precision | matrix product, 10⁹ operations/s | encoder's weights, MB | read once, ms |")
+    print("|---|---:|---:|---:|")
+    for each, peak in peaks.items():
+        size = _BYTES[each] * weights
+        print(f"| {each} | {peak / 1e9:.0f} | {size / 1e6:.1f} | {1e3 * size / bandwidth:.2f} |")
+    print(f"\nCopying: {bandwidth / 1e9:.1f} GB/s, read and written bytes counted.\n")
+    print(
+        f"| tokens | 10⁹ operations | {' | '.join(f'floor {each}, ms' for each in peaks)} | engine, {own}, ms | floor / engine |"
+    )
+    print("|---:|---:|" + "---:|" * (len(peaks) + 2))
+    for bucket in bundle.manifest.buckets:
+        floors = {each: 1e3 * operations(config, bucket) / peak for each, peak in peaks.items()}
+        engine = latency.get(str(bucket), {}).get("p50", float("nan"))
+        share = floors.get(own, float("nan")) / engine  # type: ignore[call-overload]
+        cells = " | ".join(f"{floor:.2f}" for floor in floors.values())
+        print(f"| {bucket} | {operations(config, bucket) / 1e9:.2f} | {cells} | {engine:.2f} | {share:.0%} |")
+    found = Counter(
+        window.length
+        for example in read_squad(args.checkpoint / GATE_FILE)
+        for windows in [bundle.maker(example.question, example.context)]
+        for window in windows.windows
+    )
+    mean = sum(operations(config, length) * count for length, count in found.items()) / found.total()
+    told = ", ".join(f"{length}: {count / found.total():.0%}" for length, count in sorted(found.items()))
+    print(
+        f"\nA window of {GATE_FILE} takes {mean / 1e9:.2f} · 10⁹ operations on average (tokens {told}), so no more than"
+    )
+    print(", ".join(f"{peak / mean:.0f} windows/s in {each}" for each, peak in peaks.items()) + ".")
+
+
+def operations(config: BertConfig, length: int) -> int:
+    """Multiplications and additions in the matrix products of a window, of so many tokens with its padding.
+
+    Of each layer: queries, keys, values and their output, 4 h²; the feed-forward part, 2 h f; scores and their mix, 2 n
+    h for each of n tokens. And two columns for the start and end logits.
+    """
+    h, f = config.hidden_size, config.intermediate_size
+    layer = 2 * length * (4 * h * h + 2 * h * f) + 2 * length * (2 * length * h)
+    return config.num_hidden_layers * layer + 2 * length * h * 2
+
+
+def encoder_weights(config: BertConfig) -> int:
+    """Weights that every window reads, which those of the embeddings are not."""
+    h, f = config.hidden_size, config.intermediate_size
+    return config.num_hidden_layers * (4 * h * h + 2 * h * f)
+
+
+def peak_rate(precision: Precision, seconds: float) -> float:
+    """Operations/s of the fastest product of two square matrices, on all cores."""
+    random = np.random.default_rng(0)
+    weights = op.constant(random.uniform(-1, 1, (SIDE, SIDE)).astype(np.float32))
+    rows = op.parameter([SIDE, SIDE], np.float32)
+    if precision == "int8":
+        left = op.fake_quantize(rows, *_range(-1.0, 127 / 128), 256)
+        right = op.fake_quantize(weights, *_range(-1.0, 1.0), 255)
+        product = op.matmul(left, right, False, True)
+    else:
+        product = op.matmul(rows, weights, False, True)
+    kind = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "int8": ov.Type.f32}[precision]
+    compiled = ov.Core().compile_model(
+        ov.Model([product], [rows]), "CPU", {"INFERENCE_PRECISION_HINT": kind, "PERFORMANCE_HINT": "LATENCY"}
+    )
+    request = compiled.create_infer_request()
+    inputs = random.uniform(-1, 1, (SIDE, SIDE)).astype(np.float32)
+    return 2 * SIDE**3 / _shortest(lambda: request.infer([inputs], share_inputs=True), seconds)
+
+
+def _range(low: float, high: float) -> list[np.ndarray]:
+    return [np.float32(each) for each in (low, high, low, high)]
+
+
+def copy_rate(seconds: float, mib: int = 256) -> float:
+    """Bytes/s, read and written, of copying arrays that no cache holds, one on each of two threads."""
+    arrays = [(np.ones(mib << 17), np.ones(mib << 17)) for _ in range(2)]
+    with ThreadPoolExecutor(len(arrays)) as pool:
+        shortest = _shortest(lambda: list(pool.map(lambda pair: np.copyto(*pair), arrays)), seconds)
+    return sum(2 * pair[0].nbytes for pair in arrays) / shortest
+
+
+def _shortest(work: Callable[[], object], seconds: float) -> float:
+    work()
+    found, until = [], time.perf_counter() + seconds
+    while not found or time.perf_counter() < until:
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (InvalidCheckpoint, BundleMismatch, MalformedSquad, OSError) as error:
+        sys.exit(f"hardware_floor: {error}")
