@@ -60,9 +60,8 @@ def main(args: argparse.Namespace) -> None:
         size = _BYTES[each] * weights
         print(f"| {each} | {peak / 1e9:.0f} | {size / 1e6:.1f} | {1e3 * size / bandwidth:.2f} |")
     print(f"\nCopying: {bandwidth / 1e9:.1f} GB/s, read and written bytes counted.\n")
-    print(
-        f"| tokens | 10⁹ operations | {' | '.join(f'floor {each}, ms' for each in peaks)} | engine, {own}, ms | floor / engine |"
-    )
+    floors_of = " | ".join(f"floor {each}, ms" for each in peaks)
+    print(f"| tokens | 10⁹ operations | {floors_of} | engine, {own}, ms | floor / engine |")
     print("|---:|---:|" + "---:|" * (len(peaks) + 2))
     for bucket in bundle.manifest.buckets:
         floors = {each: 1e3 * operations(config, bucket) / peak for each, peak in peaks.items()}
@@ -78,9 +77,7 @@ def main(args: argparse.Namespace) -> None:
     )
     mean = sum(operations(config, length) * count for length, count in found.items()) / found.total()
     told = ", ".join(f"{length}: {count / found.total():.0%}" for length, count in sorted(found.items()))
-    print(
-        f"\nA window of {GATE_FILE} takes {mean / 1e9:.2f} · 10⁹ operations on average (tokens {told}), so no more than"
-    )
+    print(f"\nA window of {GATE_FILE}: {mean / 1e9:.2f} · 10⁹ operations on average (tokens {told}), so at most")
     print(", ".join(f"{peak / mean:.0f} windows/s in {each}" for each, peak in peaks.items()) + ".")
 
 

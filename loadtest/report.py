@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot there is no window to open
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from loadtest.replies import ERROR, RIGHT, SHED, WRONG, Sample
 
@@ -106,7 +106,7 @@ def summarize(
     """Make a point of a run.
 
     Throughput counts right answers that came within the measured seconds; latencies are of the right answers to what
-    was due in them, however late they came; outcomes are counted over the whole run.
+    was due in them, however late they came. Outcomes, stages and costs are of the whole run, as Triton's account is.
 
     Args:
         load: what was measured.
@@ -133,7 +133,7 @@ def summarize(
     }
     calls = engine.get("calls") or float("nan")
     queue, compute = (1e3 * engine.get(f"{part}_s", float("nan")) / calls for part in ("queue", "compute"))
-    windows = mean([each.windows for each in due])
+    windows = mean([each.windows for each in right])
     costs: dict[str, Any] = {
         f"cpu_{role}_ms": 1e3 * cpu_s.get(role, 0.0) / len(right) if right else float("nan")
         for role in ("service", "triton", "haproxy", "clients")
@@ -155,7 +155,7 @@ def summarize(
         wrong=groups[WRONG],
         error=groups[ERROR],
         windows=windows,
-        http_ms=mean([1e3 * (each.ended - each.due) for each in due]) - stages["total"],
+        http_ms=mean([1e3 * (each.ended - each.due) for each in right]) - stages["total"],
         tokenize_ms=stages["tokenize"],
         # Several windows are with Triton side by side, so that its times of one do not add up to the request's.
         line_ms=stages["infer"] - queue - compute if windows < 1.1 else float("nan"),
@@ -280,7 +280,7 @@ _PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def draw_throughput(points: Sequence[Point], title: str) -> Figure:
-    """Throughput against clients, and p50, p95 and p99 below; a line for each number of replicas.
+    """Throughput against clients; p50, p95, p99 and the refused share below; a line for each number of replicas.
 
     One column for each number of engine instances; bands reach from the slowest to the fastest part of a measurement;
     rings are knees.
@@ -288,10 +288,10 @@ def draw_throughput(points: Sequence[Point], title: str) -> Figure:
     closed = [each for each in points if each.phase == "closed"]
     columns = sorted({each.instances for each in closed})
     figure = Figure(figsize=(1.5 + 4.6 * len(columns), 10), layout="constrained")
-    axes = figure.subplots(4, len(columns), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1, 1, 1))
+    axes = figure.subplots(5, len(columns), sharex=True, sharey="row", squeeze=False, height_ratios=(6, 3, 3, 3, 2))
     figure.suptitle(title, fontsize=11)
     for column, instances in enumerate(columns):
-        upper, *lower = axes[:, column]
+        upper, *lower, refused = axes[:, column]
         peak = max(each.throughput for each in closed if each.instances == instances)
         for n, replicas in enumerate(sorted({each.replicas for each in closed if each.instances == instances})):
             curve = curve_of(closed, instances=instances, replicas=replicas)
@@ -306,6 +306,7 @@ def draw_throughput(points: Sequence[Point], title: str) -> Figure:
             upper.plot([at], [curve[at].throughput], **ring)
             for panel, percent in zip(lower, (50, 95, 99), strict=True):
                 panel.plot(clients, [getattr(each, f"p{percent}_ms") for each in curve.values()], **style)
+            refused.plot(clients, [100 * _refused_share(each) for each in curve.values()], **style)
         every = sorted({each.clients for each in closed})
         upper.set_title(f"{instances} engine instance{'s' if instances > 1 else ''}", fontsize=10)
         upper.set_ylim(bottom=0)
@@ -316,12 +317,14 @@ def draw_throughput(points: Sequence[Point], title: str) -> Figure:
             _milliseconds(panel)
             if not column:
                 panel.set_ylabel(f"p{percent}, ms")
-        lower[-1].set_xlabel("clients, each waiting for its answer (dotted: clients / peak throughput)", fontsize=8)
-        _count_in_twos(lower[-1], every)
+        refused.set_ylim(-5, 105)
+        refused.set_xlabel("clients, each waiting for its answer (dotted: clients / peak throughput)", fontsize=8)
+        _count_in_twos(refused, every)
         for panel in axes[:, column]:
             panel.grid(alpha=0.3, linewidth=0.5)
             panel.tick_params(labelsize=8)
     axes[0, 0].set_ylabel("right answers/s")
+    axes[-1, 0].set_ylabel("refused, %")
     return figure
 
 
@@ -347,7 +350,7 @@ def draw_latency(points: Sequence[Point], title: str) -> Figure:
     left.set_xlabel("clients, each waiting for its answer")
     left.set_ylabel("share of the mean latency, %")
     left.set_ylim(0, 108)
-    left.legend(fontsize=8, loc="lower left")
+    left.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     left.set_title(f"{_numbered(replicas, 'replica')}, {_numbered(instances, 'engine instance')}: stages", fontsize=10)
     for n, percent in enumerate((50, 95, 99)):
         values = [getattr(each, f"p{percent}_ms") for each in opened]
@@ -366,6 +369,10 @@ def draw_latency(points: Sequence[Point], title: str) -> Figure:
     return figure
 
 
+def _refused_share(point: Point) -> float:
+    return point.shed / max(sum(point.outcomes.values()), 1)
+
+
 def _reference(closed: Sequence[Point]) -> tuple[int, int]:
     """Replicas and instances of the curve that is looked at closely: one replica, as many instances as there were."""
     return min(each.replicas for each in closed), max(each.instances for each in closed)
@@ -381,7 +388,9 @@ def _numbered(count: int, noun: str) -> str:
 
 def _milliseconds(axes: Axes) -> None:
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(_PLAIN_NUMBERS)
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _count_in_twos(axes: Axes, ticks: Sequence[int]) -> None:

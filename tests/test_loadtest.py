@@ -253,9 +253,13 @@ def point(load: Load, samples: list[Sample], **engine: float) -> Point:
 
 
 def test_a_run_is_summed_up() -> None:
-    stages = (1, 1.0, 80.0, 1.0, 90.0)  # windows, tokenize, infer, decode, total
+    # windows, tokenize, infer, decode, total
+    stages = (1, 1.0, 80.0, 1.0, 90.0)
     steady = [Sample(1_000 + n / 50, 1_000 + n / 50, 1_000.11 + n / 50, "short", RIGHT, *stages) for n in range(200)]
-    warmup = [Sample(999.0, 999.0, 999.2, "short", RIGHT), Sample(999.5, 999.5, 999.6, "short", "error 504 late")]
+    warmup = [
+        Sample(999.0, 999.0, 999.2, "short", RIGHT, *stages),
+        Sample(999.5, 999.5, 999.6, "short", "error 504 late"),
+    ]
     late = [Sample(1_003.9, 1_003.95, 1_009.9, "short", RIGHT, *stages)]  # due in time, answered after the end
     others = [
         Sample(1_001, 1_001, 1_001, "short", "shed 503 engine_overloaded"),
@@ -274,7 +278,7 @@ def test_a_run_is_summed_up() -> None:
     assert found.cpu_service_ms == pytest.approx(2_000 / 202)
     assert (found.queue_ms, found.compute_ms) == pytest.approx((5, 70))
     assert found.line_ms == pytest.approx(80 - 75)
-    mean_ms = (200 * 110 + 6_000) / 201
+    mean_ms = (200 * 110 + 6_000 + 200) / 202
     assert sum(getattr(found, stage) for stage in report.STAGES) == pytest.approx(mean_ms - 90 + 82)
     assert found.http_ms == pytest.approx(mean_ms - 90)
 
