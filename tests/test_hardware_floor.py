@@ -6,7 +6,8 @@ from conftest import write_checkpoint
 
 from engine_builder.bert_onnx import build_graph
 from engine_builder.checkpoint import CONFIG_FILE, BertConfig, read_weights
-from engine_builder.hardware_floor import copy_rate, encoder_weights, operations, peak_rate
+from engine_builder.hardware_floor import copy_rate, encoder_weights, floor, operations, peak_rate
+from engine_builder.openvino_build import Precision
 
 
 @pytest.mark.parametrize("length", [32, 64])
@@ -31,7 +32,11 @@ def test_operations_are_those_of_the_graph(length: int, tmp_path_factory: pytest
                 product *= size
             counted += product
             weights += right[0] * right[1] if len(right) == 2 and right[-1] != 2 else 0
-    assert counted == operations(config, length)
+    assert counted == sum(operations(config, length))
+    rates: dict[Precision, float] = {"fp32": 10.0, "bf16": 20.0, "int8": 40.0}
+    dense, attention = operations(config, length)
+    assert floor(config, length, "fp32", rates) == pytest.approx(counted / 10)
+    assert floor(config, length, "int8", rates) == pytest.approx(dense / 40 + attention / 20)
     assert weights == encoder_weights(config)
 
 
