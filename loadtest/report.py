@@ -128,7 +128,7 @@ def summarize(
     groups = Counter(each.outcome.split()[0] for each in samples)
     latencies: dict[str, Any] = percentiles(due)
     stages = {
-        stage: mean([getattr(each, f"{stage}_ms") for each in due])
+        stage: mean([getattr(each, f"{stage}_ms") for each in right])
         for stage in ("tokenize", "infer", "decode", "total")
     }
     calls = engine.get("calls") or float("nan")
@@ -309,7 +309,7 @@ def draw_throughput(points: Sequence[Point], title: str) -> Figure:
             refused.plot(clients, [100 * _refused_share(each) for each in curve.values()], **style)
         every = sorted({each.clients for each in closed})
         upper.set_title(f"{instances} engine instance{'s' if instances > 1 else ''}", fontsize=10)
-        upper.set_ylim(bottom=0)
+        upper.set_ylim(0, 1.08 * max(each.throughput_high for each in closed))
         upper.plot([], [], color="gray", marker="o", markersize=11, fillstyle="none", linestyle="none", label="knee")
         upper.legend(fontsize=8, loc="lower right")
         for panel, percent in zip(lower, (50, 95, 99), strict=True):
@@ -360,8 +360,8 @@ def draw_latency(points: Sequence[Point], title: str) -> Figure:
         right.text(0.99, 0.02, "dotted: peak of the closed loop", transform=right.transAxes, ha="right", fontsize=8)
     if opened:
         _milliseconds(right)
-    right.set_xlabel("arrivals/s, answered or not (Poisson)")
-    right.set_ylabel("latency from the moment a request was due, ms")
+    right.set_xlabel("arrivals/s wanted, answered or not (Poisson)")
+    right.set_ylabel("latency since due, ms")
     right.set_title("the same servers at a fixed rate", fontsize=10)
     right.grid(alpha=0.3, linewidth=0.5)
     if opened:
