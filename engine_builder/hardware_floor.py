@@ -126,7 +126,7 @@ def peak_rate(precision: Precision, seconds: float) -> float:
     return 2 * SIDE**3 / _shortest(lambda: request.infer([inputs], share_inputs=True), seconds)
 
 
-def _range(low: float, high: float) -> list[np.ndarray]:
+def _range(low: float, high: float) -> list[np.float32]:
     return [np.float32(each) for each in (low, high, low, high)]
 
 
@@ -140,7 +140,8 @@ def copy_rate(seconds: float, mib: int = 256) -> float:
 
 def _shortest(work: Callable[[], object], seconds: float) -> float:
     work()
-    found, until = [], time.perf_counter() + seconds
+    found: list[float] = []
+    until = time.perf_counter() + seconds
     while not found or time.perf_counter() < until:
         began = time.perf_counter()
         work()
