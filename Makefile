@@ -60,7 +60,7 @@ bench: $(VENV)/test.stamp  ## Compare CPU runtimes and measure the service's own
 loadtest: $(VENV)/loadtest.stamp  ## Throughput against clients, replicas and engines: tables, figures, a page (ARGS=--quick)
 	$(BIN)/python -m loadtest.sweep --checkpoint $(CHECKPOINT) $(ARGS)
 
-bench-peers: $(PEERS)/peers.stamp  ## Compare with the servers that people would pick instead, in 9 minutes; prints a table
+bench-peers: $(PEERS)/peers.stamp  ## Compare with the servers that people would pick instead, in 7 minutes; prints a table
 	$(BIN)/python -m loadtest.compare_servers --checkpoint $(CHECKPOINT) --peers-python $(PEERS)/bin/python $(ARGS)
 
 train-env: $(VENV)/train.stamp  ## Install torch and build Horovod (Gloo, no Docker)
