@@ -509,7 +509,8 @@ def test_replicas_with_engines_of_their_own_before_a_real_balancer(bundle: Bundl
     arguments += ["--output", str(tmp_path / "output")]
     sweep.main(sweep.parse_args(arguments))
     (found,) = sweep.read_points(tmp_path / "output")
-    assert found.outcomes.keys() == {RIGHT}
+    # At eight clients for each replica, its queue is near the bound: one that finds it longer is refused.
+    assert found.outcomes.keys() <= {RIGHT, "shed 503 engine_overloaded"}
     assert found.throughput > 0
     assert found.compute_ms >= 1e3 * sweep.SLEEP_S
     assert min(found.cpu_service_ms, found.cpu_triton_ms, found.memory_triton_mib) > 0
