@@ -254,7 +254,7 @@ def _precision(options: BuildOptions) -> str:
         _say(f"this CPU has no {precision}; building {supported} instead{faster}")
     elif precision == "int8" and not openvino_build.adds_int8_fast():
         _say("this CPU has no int8 instructions; --precision fp32 is faster")
-    elif precision == "bf16" and "amx_bf16" not in openvino_build.cpu_features():
+    elif precision == "bf16" and not openvino_build.multiplies_bf16_fast():
         _say(f"this CPU multiplies bf16 without AMX; --precision {openvino_build.default_precision()} is faster")
     return supported
 
