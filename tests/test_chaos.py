@@ -8,7 +8,7 @@ from chaos.faults import Scenario
 from chaos.product import Product
 from chaos.report import Size, table
 
-SMALL = Size(requests=200, clients=8, inputs=500, soak_minutes=0.1, patience=10.0)
+SMALL = Size(requests=200, clients=8, rounds=1, inputs=500, soak_minutes=0.1, patience=10.0)
 """A busy machine may take longer than promised, but not for ever."""
 
 

@@ -36,8 +36,8 @@ def triton_killed(product: Product, size: Size) -> Row:
     row = Row(fault="Triton killed (-9)")
     (triton,) = product.tritons
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number in range(1, 4):
-            clients.until(requests=size.requests * number // 4)
+        for number in range(1, size.rounds + 1):
+            clients.until(requests=size.requests * number // (size.rounds + 1))
             pid = triton.pid
             assert pid
             os.kill(pid, signal.SIGKILL)
@@ -52,8 +52,8 @@ def engine_process_dies(product: Product, size: Size) -> Row:
     row = Row(fault="engine's process dies in a call")
     (triton,) = product.tritons
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number in range(1, 3):
-            clients.until(requests=size.requests * number // 3)
+        for number in range(1, size.rounds + 1):
+            clients.until(requests=size.requests * number // (size.rounds + 1))
             pid, before = triton.pid, product.faults.injected
             with product.faults.on("crash"):
                 until(lambda: product.faults.injected > before, "no fault was injected")  # noqa: B023
@@ -68,8 +68,8 @@ def triton_stopped(product: Product, size: Size) -> Row:
     row = Row(fault="Triton stopped (SIGSTOP) for longer than the deadline")
     (triton,) = product.tritons
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number in range(1, 3):
-            clients.until(requests=size.requests * number // 3)
+        for number in range(1, size.rounds + 1):
+            clients.until(requests=size.requests * number // (size.rounds + 1))
             pid = triton.pid
             assert pid
             os.kill(pid, signal.SIGSTOP)
@@ -84,8 +84,8 @@ def triton_stopped(product: Product, size: Size) -> Row:
 def triton_restarted(product: Product, size: Size) -> Row:
     row = Row(fault="Triton ended (SIGTERM), another one started")
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number in range(1, 3):
-            clients.until(requests=size.requests * number // 3)
+        for number in range(1, size.rounds + 1):
+            clients.until(requests=size.requests * number // (size.rounds + 1))
             product.restart_triton(0)
             row.injected += 1
             product.ready_after(row, product.engine_answers)
@@ -150,8 +150,8 @@ def _way_fails(product: Product, size: Size, *, fault: str, begin: Callable[[], 
     row = Row(fault=fault)
     relay = product.relay
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number in range(1, 4):
-            clients.until(requests=size.requests * number // 4)
+        for number in range(1, size.rounds + 1):
+            clients.until(requests=size.requests * number // (size.rounds + 1))
             begin()
             row.injected += 1
             time.sleep(seconds)
@@ -204,13 +204,13 @@ def bundle_loaded(product: Product, size: Size) -> Row:
     product.learn()
     switched("rollback", MODEL_NAME, version=1)
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number in range(1, 4):
+        for number in range(1, size.rounds + 1):
             assert _models(product, "unload", MODEL_NAME, "2") == 0
             assert _models(product, "load", MODEL_NAME, "2") == 0
             switched("switch", MODEL_NAME, "2", version=2)
-            clients.until(requests=size.requests * (2 * number - 1) // 6)
+            clients.until(requests=size.requests * (2 * number - 1) // (2 * size.rounds))
             switched("rollback", MODEL_NAME, version=1)
-            clients.until(requests=size.requests * number // 3)
+            clients.until(requests=size.requests * number // size.rounds)
             row.injected += 3
     assert _models(product, "unload", MODEL_NAME, "2") == 0
     if row.refused:

@@ -16,6 +16,7 @@ class Size:
 
     requests: int = 2_000  # at least
     clients: int = 32
+    rounds: int = 3  # of a fault of a process or connection
     inputs: int = 100_000  # generated ones, of bad input
     soak_minutes: float = 2.0
     patience: float = 1.0  # factor on every time promised; the tests leave a busy machine more
