@@ -270,6 +270,7 @@ async def _info(request: Request) -> Info:
             "log_texts": settings.log_texts,
             "tracing": tracing.is_on(),
             "auth": bool(settings.api_keys_file),
+            "cache": settings.cache_mb > 0,
             "metrics": settings.metrics,
             "docs": settings.docs,
         },

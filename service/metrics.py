@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -121,6 +121,8 @@ class Metrics:
             ["source"],
             registry=self.registry,
         )
+        for source in get_args(Source):
+            self._lookups.labels(source)  # there from the start, so that its first increase is seen
         self._cache_entries = Gauge(
             "bertqa_cache_entries", "Answers kept", registry=self.registry, multiprocess_mode="livesum"
         )

@@ -434,7 +434,13 @@ def test_info_metrics_and_documentation(client: httpx.Client, bundle: Bundle, en
     assert info["limits"].keys() > {"max_in_flight", "max_in_progress", "max_top_k", "max_answer_tokens"}
     assert info["versions"]["triton"] == "2.51.0"
     assert all(info["versions"][name] for name in ("bertqa", "python", "fastapi", "uvicorn", "tokenizers", "numpy"))
-    assert info["switches"].items() >= {("access_log", True), ("log_texts", False), ("tracing", False), ("auth", False)}
+    assert info["switches"].items() >= {
+        ("access_log", True),
+        ("log_texts", False),
+        ("tracing", False),
+        ("auth", False),
+        ("cache", False),
+    }
     engine.failure = ModelUnavailable("gone")
     assert client.get("/info").json()["versions"]["triton"] is None
     engine.failure = None
