@@ -290,7 +290,7 @@ def test_a_row_that_cannot_be_answered_says_which_field_is_wrong_and_the_others_
         (b"who\xff?", good, "question: not valid UTF-8 at byte 3"),
         ("who?", b"\xed\xa0\x80 lone surrogate", "text: not valid UTF-8 at byte 0"),
         ("who?", f"This {RAISE} is too much for it", "engine: The engine failed with INTERNAL: "),
-        ("who?", f"This {NAN} makes nonsense of it", "engine: start_logits: NaN"),
+        ("who?", f"This {NAN} makes nonsense of it", "engine: The engine's output 'start_logits' holds NaN"),
         ("who?", good, None),
     ]
     table = rows(*(case[:2] for case in cases)).rename_columns(["id", "question", "text"])
