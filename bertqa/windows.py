@@ -193,7 +193,7 @@ class WindowMaker:
         if not 0 <= overlap < room:
             raise ValueError(
                 f"overlap: must be from 0 to {room - 1}, the context tokens that a window of {max_seq_len} holds "
-                f"beside this question, less one; got {overlap}"
+                f"beside this question, less one; got {overlap!r:.40}"
             )
 
         encoding = self._encode(context)
@@ -234,12 +234,13 @@ class WindowMaker:
         shortest = SPECIAL_TOKENS + 2  # one token of the question and one of the context
         if not shortest <= max_seq_len <= self.buckets[-1]:
             raise ValueError(
-                f"max_seq_len: must be from {shortest} to {self.buckets[-1]}, the longest bucket; got {max_seq_len}"
+                f"max_seq_len: must be from {shortest} to {self.buckets[-1]}, the longest bucket; "
+                f"got {max_seq_len!r:.40}"
             )
         if not 1 <= max_question_tokens <= max_seq_len - SPECIAL_TOKENS - 1:
             raise ValueError(
                 f"max_question_tokens: must be from 1 to max_seq_len - {SPECIAL_TOKENS + 1} = "
-                f"{max_seq_len - SPECIAL_TOKENS - 1}; got {max_question_tokens}"
+                f"{max_seq_len - SPECIAL_TOKENS - 1}; got {max_question_tokens!r:.40}"
             )
 
     def _special(self, token: str) -> int:
