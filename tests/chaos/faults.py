@@ -32,65 +32,59 @@ FULL_DISK = Path("/dev/full")
 # The engine's process
 
 
-def triton_killed(product: Product, size: Size) -> Row:
-    row = Row(fault="Triton killed (-9)")
-    (triton,) = product.tritons
+def _in_rounds(product: Product, size: Size, fault: str, strike: Callable[[], None]) -> Row:
+    """Strike so many times, at even distances under load; each time the engine must come back."""
+    row = Row(fault=fault)
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
         for number in range(1, size.rounds + 1):
             clients.until(requests=size.requests * number // (size.rounds + 1))
-            pid = triton.pid
-            assert pid
-            os.kill(pid, signal.SIGKILL)
+            strike()
             row.injected += 1
-            until(lambda: triton.pid not in (None, pid), "Triton is not started again")  # noqa: B023
             product.ready_after(row, product.engine_answers)
         clients.until(requests=size.requests, right=row.right + size.clients)
     return row
+
+
+def triton_killed(product: Product, size: Size) -> Row:
+    (triton,) = product.tritons
+
+    def strike() -> None:
+        pid = triton.pid
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: triton.pid not in (None, pid), "Triton is not started again")
+
+    return _in_rounds(product, size, "Triton killed (-9)", strike)
 
 
 def engine_process_dies(product: Product, size: Size) -> Row:
-    row = Row(fault="engine's process dies in a call")
     (triton,) = product.tritons
-    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number in range(1, size.rounds + 1):
-            clients.until(requests=size.requests * number // (size.rounds + 1))
-            pid, before = triton.pid, product.faults.injected
-            with product.faults.on("crash"):
-                until(lambda: product.faults.injected > before, "no fault was injected")  # noqa: B023
-            row.injected += 1
-            until(lambda: triton.pid not in (None, pid), "Triton is not started again")  # noqa: B023
-            product.ready_after(row, product.engine_answers)
-        clients.until(requests=size.requests, right=row.right + size.clients)
-    return row
+
+    def strike() -> None:
+        pid, before = triton.pid, product.faults.injected
+        with product.faults.on("crash"):
+            until(lambda: product.faults.injected > before, "no fault was injected")
+        until(lambda: triton.pid not in (None, pid), "Triton is not started again")
+
+    return _in_rounds(product, size, "engine's process dies in a call", strike)
 
 
 def triton_stopped(product: Product, size: Size) -> Row:
-    row = Row(fault="Triton stopped (SIGSTOP) for longer than the deadline")
     (triton,) = product.tritons
-    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number in range(1, size.rounds + 1):
-            clients.until(requests=size.requests * number // (size.rounds + 1))
-            pid = triton.pid
-            assert pid
-            os.kill(pid, signal.SIGSTOP)
-            row.injected += 1
-            time.sleep(DEADLINE_S + 1)
-            os.kill(pid, signal.SIGCONT)
-            product.ready_after(row, product.engine_answers)
-        clients.until(requests=size.requests, right=row.right + size.clients)
-    return row
+
+    def strike() -> None:
+        pid = triton.pid
+        assert pid
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(DEADLINE_S + 1)
+        os.kill(pid, signal.SIGCONT)
+
+    return _in_rounds(product, size, "Triton stopped (SIGSTOP) for longer than the deadline", strike)
 
 
 def triton_restarted(product: Product, size: Size) -> Row:
-    row = Row(fault="Triton ended (SIGTERM), another one started")
-    with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number in range(1, size.rounds + 1):
-            clients.until(requests=size.requests * number // (size.rounds + 1))
-            product.restart_triton(0)
-            row.injected += 1
-            product.ready_after(row, product.engine_answers)
-        clients.until(requests=size.requests, right=row.right + size.clients)
-    return row
+    fault = "Triton ended (SIGTERM), another one started"
+    return _in_rounds(product, size, fault, lambda: product.restart_triton(0))
 
 
 # What the engine says
