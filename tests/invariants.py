@@ -1,17 +1,25 @@
 """What must hold of windows, spans and replies, whatever the input: shared by the property tests and the fuzzers."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+import regex
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from bertqa.spans import Decoded, Logits, best_of_each_window, decode
 from bertqa.windows import Windows
 
 _CODECS = {"codepoint": None, "utf16": "utf-16-le", "byte": "utf-8"}
 _UNIT_BYTES = {"codepoint": 1, "utf16": 2, "byte": 1}
+_ONIGURUMA = pre_tokenizers.Split(Regex(r"\X"), "isolated")
+_NEIGHBOURS = (
+    ("a", "b"),
+    ("\u0915", "\u0915"),
+    ("\U0001f468\u200d", "b"),
+)  # letters, an Indic conjunct, an emoji to join
 
 
 def check_windows(windows: Windows, *, max_seq_len: int, overlap: int | None, buckets: Sequence[int]) -> None:
@@ -121,3 +129,20 @@ def wrong_scores(asked: Mapping[str, Any], reply: Mapping[str, Any]) -> list[str
         "more than were asked for": len(scores) > asked.get("top_k", 1),
     }
     return [name for name, holds in problems.items() if holds]
+
+
+def cluster_bounds(text: str) -> list[int]:
+    """Where the grapheme clusters of a text begin and end; not by the library that `bertqa.graphemes` uses."""
+    return [0, *(match.end() for match in regex.finditer(r"\X", text))]
+
+
+@functools.cache
+def of_either_unicode(character: str) -> bool:
+    """Whether the Unicode versions of Oniguruma and of `cluster_bounds` know a character as the same.
+
+    The later one has new marks and pictographs, and rule GB9c, by which a virama joins two consonants.
+    """
+    texts = [before + character + after for before, after in _NEIGHBOURS]
+    return all(
+        [0, *(end for _, (_, end) in _ONIGURUMA.pre_tokenize_str(text))] == cluster_bounds(text) for text in texts
+    )

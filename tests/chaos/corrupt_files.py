@@ -248,7 +248,6 @@ def read_spoiled(row: Row, reader: Reader, data: bytes) -> None:
 
 def damage(name: str, count: int, seed: int) -> Row:
     """Read so many damaged files of a kind."""
-    logging.getLogger("bertqa").setLevel(logging.ERROR)
     row = Row(fault=f"corrupt {name}")
     with tempfile.TemporaryDirectory() as directory:
         reader = readers(Path(directory))[name]
@@ -266,6 +265,7 @@ NAMES = (
 
 def corrupt_files(size: Size) -> Iterator[Row]:
     """A row for each kind of file."""
+    logging.getLogger("bertqa").setLevel(logging.ERROR)  # a warning for each damaged file is thousands
     seed = secrets.randbelow(1 << 31)
     print(f"corrupt files: seed {seed}", file=sys.stderr)
     for name in NAMES:
