@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -30,10 +30,10 @@ from service import errors, hugging_face, logs, tracing, v1
 from service.answering import Answerer
 from service.edge import Edge
 from service.exchange import DEADLINE_HEADER, answerer_of
-from service.keys import Guard, Keyring
+from service.keys import Guard, Keyring, needs_key
 from service.metrics import Metrics
 from service.models import Follower, Models, Served
-from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, PROBLEMS, UNAVAILABLE, Health, Info
+from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.settings import Settings
 from service.shutdown import Shutdown
 from service.triton import Engine, ModelError, TritonModel, tls_credentials
@@ -49,7 +49,7 @@ _WATCH_S = 0.5
 _DESCRIPTION = """Extractive question answering: answers are spans of the texts given, with exact offsets.
 
 Errors have one shape on every route: `{"error": sentence, "error_type": name, "field": name or null}`. Every response
-has an `x-request-id`, the client's own if it sent one."""
+to a request that arrived whole has an `x-request-id`, the client's own if it sent one."""
 
 
 def create_app(
@@ -137,23 +137,22 @@ def create_app(
         app.add_middleware(tracing.Traced)
     app.add_middleware(Edge, metrics=metrics, settings=settings, shutdown=shutdown)
     errors.register(app)
-    if keyring:
-        _require_key(app)
-    app.include_router(v1.router)
-    app.include_router(hugging_face.router)
-    app.add_api_route("/", _page, response_class=HTMLResponse, tags=["Operation"])
+    guarded = errors.described(*errors.GUARD) if keyring else {}
+    app.include_router(v1.router, responses=guarded)
+    app.include_router(hugging_face.router, responses=guarded)
     app.add_api_route("/", _page, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/health/live", _live, response_model=Health, tags=["Operation"])
-    app.add_api_route(
-        "/health/ready",
-        _ready,
-        response_model=Health,
-        responses={422: PROBLEMS[422], **UNAVAILABLE},
-        tags=["Operation"],
-    )
-    app.add_api_route("/info", _info, response_model=Info, tags=["Operation"])
+
+    def operate(path: str, endpoint: Callable[..., Any], *raised: type[Exception], **options: Any) -> None:
+        guard = errors.GUARD if keyring and needs_key("GET", path, settings) else ()
+        responses = errors.described(*raised, *guard)
+        app.add_api_route(path, endpoint, responses=responses, tags=["Operation"], **options)
+
+    operate("/", _page, response_class=HTMLResponse)
+    operate("/health/live", _live, response_model=Health)
+    operate("/health/ready", _ready, errors.InvalidField, errors.Stopping, *errors.ENGINE, response_model=Health)
+    operate("/info", _info, response_model=Info)
     if settings.metrics != "off":
-        app.add_api_route("/metrics", _metrics, response_class=PlainTextResponse, tags=["Operation"])
+        operate("/metrics", _metrics, response_class=PlainTextResponse)
     if settings.docs != "off":
         app.add_api_route("/docs", _docs, methods=["GET", "HEAD"], include_in_schema=False)
         app.mount("/static/swagger", _WholeFiles(packages=[("fastapi_offline", "static")]))
@@ -161,28 +160,19 @@ def create_app(
     return app
 
 
-def _require_key(app: FastAPI) -> None:
-    """Let OpenAPI say that a key is needed."""
-    without = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = without()
-        document["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"api_key": []}]
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
-
-
 class _Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """The description of the API, with the header that every response has."""
+        """The description of the API, with the header that every response has, and where a key is needed."""
         if not self.openapi_schema:
+            document = super().openapi()
             request_id = {"description": "The client's own, or a new one.", "schema": {"type": "string"}}
-            for operations in super().openapi()["paths"].values():
+            for operations in document["paths"].values():
                 for operation in operations.values():
                     for response in operation["responses"].values():
                         response.setdefault("headers", {})["x-request-id"] = request_id
+                    if "401" in operation["responses"]:
+                        operation["security"] = [{"api_key": []}]
+                        document["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
         return super().openapi()
 
 

@@ -34,6 +34,7 @@ from starlette.types import Scope
 from bertqa.manifest import BundleMismatch
 from bertqa.spans import InvalidLogits
 from service.record import route_of
+from service.schemas import Problem
 from service.triton import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
 
 log = logging.getLogger("bertqa.service")
@@ -108,7 +109,7 @@ class NotJson(RequestError):
 
 
 class Stopping(Exception):
-    """The process has been told to end; raised by the readiness probe alone."""
+    """The process has been told to end; said by the readiness probe alone."""
 
 
 class InvalidField(RequestError):
@@ -159,6 +160,18 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
 }
 """Status and ``error_type`` of every exception that a route lets out; any other one is 500 ``internal``."""
 
+ENGINE: tuple[type[Exception], ...] = (ModelOverloaded, ModelUnavailable, ModelBroken, BundleMismatch, ModelTimeout)
+"""What a route raises that asks the engine."""
+QUESTIONS: tuple[type[Exception], ...] = (MalformedBody, SlowRequest, BodyTooLarge, NotJson, InvalidField, *ENGINE)
+"""What a route raises that takes questions."""
+GUARD: tuple[type[Exception], ...] = (Unauthorized, RateLimited)
+"""What a request gets for its key, where one is needed."""
+_ANYWHERE = (MalformedHttp, SlowRequest, HeadTooLarge, TooManyConnections)  # by service.protocol, before any route
+_HEADERS = {
+    "www-authenticate": ({401}, {"description": "How to ask.", "schema": {"type": "string"}}),
+    "retry-after": ({429, 503, 504}, {"description": "Seconds.", "schema": {"type": "integer"}}),
+}
+
 _ROUTING = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -170,6 +183,42 @@ def error_response(
     if status in (503, 504):
         headers = {"retry-after": "1", **(headers or {})}
     return Response(body, status, headers, "application/json")
+
+
+def described(*raised: type[Exception]) -> dict[int | str, dict[str, Any]]:
+    """The errors of an operation as OpenAPI's responses, by status: those of these exceptions, and of every operation.
+
+    Their words are the exceptions' own docstrings.
+    """
+    found: dict[int, dict[str, str]] = {}
+    for exception in (*raised, *_ANYWHERE):
+        status, error_type = STATUS[exception]
+        found.setdefault(status, {}).setdefault(error_type, (exception.__doc__ or "").partition("\n")[0])
+    return {
+        status: {
+            "model": Problem,
+            "description": "\n\n".join(f"`{error_type}`: {text}" for error_type, text in sorted(kinds.items())),
+            "headers": {name: header for name, (statuses, header) in _HEADERS.items() if status in statuses},
+            "content": {
+                "application/json": {
+                    "schema": {"properties": {"error_type": {"enum": sorted(kinds)}}},
+                    "examples": {
+                        error_type: {"value": _example(error_type, text)} for error_type, text in kinds.items()
+                    },
+                }
+            },
+        }
+        for status, kinds in sorted(found.items())
+    }
+
+
+def _example(error_type: str, text: str) -> dict[str, str | None]:
+    field = "top_k" if error_type == STATUS[InvalidField][1] else None
+    return {
+        "error": f"{field}: must be at most 100; got 500" if field else text,
+        "error_type": error_type,
+        "field": field,
+    }
 
 
 def register(app: FastAPI) -> None:

@@ -16,10 +16,10 @@ from starlette.responses import Response
 
 from bertqa.windows import SPECIAL_TOKENS
 from service.answering import Question, Result
-from service.errors import InvalidField, NoSuchModel, first_problem
+from service.errors import QUESTIONS, InvalidField, NoSuchModel, described, first_problem
 from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, reply_headers, unless_gone
 from service.models import Served
-from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, NO_SUCH_MODEL, PROBLEMS
+from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K
 
 MAX_ANSWER_LEN = 15
 """Default answer limit of the ``transformers`` pipeline, in tokens."""
@@ -134,7 +134,7 @@ router = APIRouter(route_class=JsonRoute, tags=["Hugging Face compatible"])
 @router.post(
     "/models/{model_id:path}",
     response_model=Reply,
-    responses=PROBLEMS | NO_SUCH_MODEL,
+    responses=described(*QUESTIONS, NoSuchModel),
     openapi_extra=DEADLINE_PARAMETER,
 )
 @router.post("/models/{model_id:path}/pipeline/question-answering", include_in_schema=False)  # the first to match
@@ -148,7 +148,7 @@ async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, r
     return await _answer(body, request, models[None])
 
 
-@router.post("/", response_model=Reply, responses=PROBLEMS, openapi_extra=DEADLINE_PARAMETER)
+@router.post("/", response_model=Reply, responses=described(*QUESTIONS), openapi_extra=DEADLINE_PARAMETER)
 @router.post("/predict", include_in_schema=False)
 @router.post("/predict/", include_in_schema=False)
 async def question_answering(body: HuggingFaceRequest, request: Request) -> Response:

@@ -167,6 +167,17 @@ class Keyring:
         return found.st_mtime_ns, found.st_ino, found.st_size
 
 
+def needs_key(method: str, path: str, settings: Settings) -> bool:
+    """Whether a guarded service answers there only those who have a key."""
+    if method not in ("GET", "HEAD"):
+        return True
+    access = {"/metrics": settings.metrics, "/openapi.json": settings.docs}.get(path)
+    if access:
+        return access != "open"
+    # The pages themselves are open; what they ask for needs the key.
+    return path not in ("/", "/docs") and not path.startswith(("/health/", "/static/"))
+
+
 class Guard:
     """ASGI middleware: lets pass what is open to all or comes with a key, within the key's rate."""
 
@@ -174,16 +185,11 @@ class Guard:
         self.app = app
         self.keyring = keyring
         self.metrics = metrics
-        self._open = {"/", "/docs"}  # the pages themselves; what they ask for needs the key
-        self._open |= {
-            path
-            for path, access in (("/metrics", settings.metrics), ("/openapi.json", settings.docs))
-            if access == "open"
-        }
+        self.settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] != "http" or self._is_open(scope["method"], scope["path"]):
+        if scope["type"] != "http" or not needs_key(scope["method"], scope["path"], self.settings):
             await self.app(scope, receive, send)
             return
         try:
@@ -192,9 +198,6 @@ class Guard:
             await respond(scope, error)(scope, receive, send)
             return
         await self.app(scope, receive, send)
-
-    def _is_open(self, method: str, path: str) -> bool:
-        return method in ("GET", "HEAD") and (path in self._open or path.startswith(("/health/", "/static/")))
 
     def _admit(self, headers: Headers) -> str:
         """The name of the key that came along.

@@ -229,35 +229,3 @@ class Info(BaseModel):
     limits: dict[str, int | float] = Field(description="All that are in force, by the names of the settings.")
     versions: dict[str, str | None] = Field(description="Of `triton`: null while it does not answer.")
     switches: dict[str, bool | str] = Field(description="What is on, and for whom.")
-
-
-def _problem(description: str, error: str, error_type: str, field: str | None = None) -> dict[str, Any]:
-    example = {"error": error, "error_type": error_type, "field": field}
-    return {"model": Problem, "description": description, "content": {"application/json": {"example": example}}}
-
-
-_RETRY_AFTER = {"headers": {"retry-after": {"description": "Seconds.", "schema": {"type": "integer"}}}}
-UNAVAILABLE: dict[int | str, dict[str, Any]] = {
-    503: _problem(
-        "The engine cannot answer now: `engine_unavailable`, `engine_overloaded`, `engine_broken`, `engine_mismatch`",
-        "the engine is not reachable at 127.0.0.1:8001",
-        "engine_unavailable",
-    )
-    | _RETRY_AFTER,
-    504: _problem("The deadline passed", "the engine did not answer within 10 s", "engine_timeout") | _RETRY_AFTER,
-}
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: _problem("The body is not JSON", "body: not JSON, Expecting value at character 12", "malformed_json"),
-    413: _problem("The body is too large", "body: must be at most 2,097,152 bytes", "body_too_large"),
-    415: _problem(
-        "The body is not JSON in UTF-8, as its content type or encoding say",
-        "content-type: must be application/json; got text/plain",
-        "not_json",
-    ),
-    422: _problem("A field is not valid", "top_k: must be at most 100; got 500", "validation", "top_k"),
-    **UNAVAILABLE,
-}
-"""The errors of a route that is asked a question."""
-NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {
-    404: _problem("There is no such model", "roberta: no such model; there are bert_qa, korean", "not_found")
-}

@@ -94,7 +94,7 @@ class ModelTimeout(ModelError):
 
 
 class ModelOverloaded(ModelError):
-    """More waits than may; worth another try a little later."""
+    """More waits for the engine than may; worth another try a little later."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         """Say what is full, and in how many seconds it may be less so."""

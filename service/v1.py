@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -12,11 +13,10 @@ from bertqa.graphemes import offset_in
 from bertqa.manifest import Bundle, Manifest
 from bertqa.spans import best_of_each_window
 from service.answering import Question, Result, off_loop
-from service.errors import InvalidField
+from service.errors import QUESTIONS, InvalidField, described
 from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, reply_headers, unless_gone
 from service.models import Served
 from service.schemas import (
-    PROBLEMS,
     AnswerItem,
     AnswerRequest,
     AnswerResponse,
@@ -29,10 +29,11 @@ from service.schemas import (
     Timings,
 )
 
+_ASKED: dict[str, Any] = {"responses": described(*QUESTIONS), "openapi_extra": DEADLINE_PARAMETER}
 router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["Questions"])
 
 
-@router.post("/answer", response_model=AnswerResponse, responses=PROBLEMS, openapi_extra=DEADLINE_PARAMETER)
+@router.post("/answer", response_model=AnswerResponse, **_ASKED)
 async def answer(query: AnswerRequest, request: Request) -> Response:
     """Find the answer to a question in a text, or the best over several texts."""
     started = time.perf_counter()
@@ -48,7 +49,7 @@ async def answer(query: AnswerRequest, request: Request) -> Response:
     return _json(response, [result])
 
 
-@router.post("/answers", response_model=AnswersResponse, responses=PROBLEMS, openapi_extra=DEADLINE_PARAMETER)
+@router.post("/answers", response_model=AnswersResponse, **_ASKED)
 async def answers(query: AnswersRequest, request: Request) -> Response:
     """Answer several questions side by side; all must be valid, and one that fails fails the call."""
     started = time.perf_counter()
@@ -78,7 +79,7 @@ async def answers(query: AnswersRequest, request: Request) -> Response:
     return _json(AnswersResponse(results=responses, timings=timings), results)
 
 
-@router.get("/models", response_model=ModelsResponse)
+@router.get("/models", response_model=ModelsResponse, responses=described())
 async def models(request: Request) -> ModelsResponse:
     """What the ``model`` field may name, and what each was measured at."""
     found = answerer_of(request).models
