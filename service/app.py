@@ -18,6 +18,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
@@ -126,7 +127,7 @@ def create_app(
         app.add_middleware(Guard, keyring=keyring, metrics=metrics, settings=settings)
     if settings.allowed_origins:
         app.add_middleware(
-            CORSMiddleware,
+            _CrossOrigin,
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-api-key", "x-request-id", DEADLINE_HEADER],
@@ -174,6 +175,22 @@ class _Application(FastAPI):
                         operation["security"] = [{"api_key": []}]
                         document["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
         return super().openapi()
+
+
+class _CrossOrigin(CORSMiddleware):
+    """Whose refusals are in the API's one shape, and counted."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except errors.CrossOriginRefused as error:
+            await errors.respond(scope, error)(scope, receive, send)
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code != 200:
+            raise errors.CrossOriginRefused(bytes(response.body).decode())
+        return response
 
 
 class _WholeFiles(StaticFiles):

@@ -5,6 +5,7 @@ The tree, beside `service.triton.ModelError` for the engine's side::
     RequestError               what the client can mend
     ├── MalformedHttp          400, not HTTP
     ├── MalformedBody          400, not JSON
+    ├── CrossOriginRefused     400, a browser asks whether a page may ask, and it may not
     ├── Unauthorized           401, without a key that is known
     ├── NoSuchModel            404, of the address
     ├── SlowRequest            408, did not arrive in time
@@ -67,6 +68,12 @@ class TooManyConnections(RequestError):
 
 class MalformedBody(RequestError):
     """The body is not one JSON value in UTF-8."""
+
+
+class CrossOriginRefused(RequestError):
+    """A browser asked whether a page of that origin may ask in that way, and it may not."""
+
+    headers: Mapping[str, str] = {"vary": "Origin"}
 
 
 class Unauthorized(RequestError):
@@ -139,6 +146,7 @@ class InvalidField(RequestError):
 STATUS: Mapping[type[Exception], tuple[int, str]] = {
     MalformedHttp: (400, "malformed_http"),
     MalformedBody: (400, "malformed_json"),
+    CrossOriginRefused: (400, "cross_origin"),
     Unauthorized: (401, "unauthorized"),
     NoSuchModel: (404, "not_found"),
     SlowRequest: (408, "slow_request"),

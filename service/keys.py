@@ -203,9 +203,13 @@ class Guard:
         """The name of the key that came along.
 
         Raises:
-            Unauthorized: there is none, or nobody knows it.
+            Unauthorized: there is none, nobody knows it, or a header that has one stands there twice, of which a proxy
+                may have looked at the other.
             RateLimited: it has been used too often.
         """
+        for name in ("authorization", "x-api-key"):
+            if len(headers.getlist(name)) > 1:
+                raise Unauthorized(f"{name}: stands twice among the headers")
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         presented = headers.get("x-api-key") or (credentials.strip() if scheme.lower() == "bearer" else "")
         if not presented:

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 
 import httpx
 import pytest
-from chaos.bad_input import TARGETS, Reply, Service, application, check_refusal
+from chaos import bad_input, who_may_ask
+from chaos.bad_input import Reply, Service, application, check_refusal
 from chaos.report import table
 from conftest import FakeEngine, serving, toy_bundle
 
@@ -18,6 +19,9 @@ from service.triton import ModelBroken, ModelTimeout
 JSON = ((b"content-type", b"application/json"),)
 ASKED = {"question": "Who made it?", "context": "It was made at Uber."}
 MB = 1 << 20
+
+
+TARGETS = {**bad_input.TARGETS, **who_may_ask.TARGETS}
 
 
 @pytest.mark.parametrize("name", TARGETS)

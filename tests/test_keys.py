@@ -292,7 +292,7 @@ def test_other_origins_may_not_ask_unless_they_are_named(make_app: MakeApp, keys
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
         assert "authorization" in allowed.headers["access-control-allow-headers"]
         refused = stranger.options("/v1/answer", headers={**PREFLIGHT, "origin": "https://a.example.evil"})
-        assert refused.status_code == 400
+        assert "Disallowed CORS origin" in problem(refused, 400, "cross_origin")
         assert "access-control-allow-origin" not in refused.headers
         answered = client.post("/v1/answer", json=ASKED, headers=ORIGIN)
         assert answered.headers["access-control-allow-origin"] == "https://a.example"

@@ -7,13 +7,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from chaos import bad_input, corrupt_files, faults, overload, replicas
+from chaos import bad_input, corrupt_files, faults, overload, replicas, who_may_ask
 from chaos.faults import Scenario
 from chaos.product import Layout, Product
 from chaos.report import Row, Size, table
 
 SCENARIOS: tuple[tuple[Layout, Scenario], ...] = (*faults.SCENARIOS, *replicas.SCENARIOS, *overload.SCENARIOS)
-OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = (bad_input.bad_input, corrupt_files.corrupt_files)
+OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = (
+    bad_input.bad_input,
+    who_may_ask.who_may_ask,
+    corrupt_files.corrupt_files,
+)
 """What needs no product of ours to be there: a function of a module of this package, which gives its rows."""
 
 

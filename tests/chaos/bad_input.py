@@ -473,18 +473,18 @@ def raw_headers(draw: st.DrawFn) -> Raw:
 # ---- what comes back -----------------------------------------------------------------------------------------------
 
 
-def check_refusal(reply: Reply) -> str | None:
-    """The API's one shape of an error; gives the field that is named.
+def check_refusal(reply: Reply, refusals: Mapping[int, str] = REFUSALS) -> str | None:
+    """The API's one shape of an error, of one of these; gives the field that is named.
 
     Raises:
         AssertionError: it is another.
     """
     said = reply.json()
-    assert reply.status in REFUSALS, (reply.status, said)
+    assert reply.status in refusals, (reply.status, said)
     assert reply.headers["content-type"] == "application/json"
     assert reply.headers["x-request-id"]
     assert said.keys() == {"error", "error_type", "field"}
-    assert said["error_type"] == REFUSALS[reply.status]
+    assert said["error_type"] == refusals[reply.status]
     assert len(reply.body) < 4_000
     field: str | None = said["field"]
     assert (field is not None) == (reply.status == 422), said
@@ -513,12 +513,12 @@ def check_answers(target: str, questions: Sequence[Mapping[str, Json]], reply: R
     assert not problems, problems
 
 
-def check(row: Row, reply: Reply) -> None:
+def check(row: Row, reply: Reply, refusals: Mapping[int, str] = REFUSALS) -> None:
     """Count a reply; one that is neither an answer nor a refusal is lost."""
     row.requests += 1
     row.injected += 1
     if reply.status != 200:
-        row.refused[f"{reply.status} {REFUSALS.get(reply.status, '')}".strip()] += 1
+        row.refused[f"{reply.status} {refusals.get(reply.status, '')}".strip()] += 1
         row.lost += reply.status >= 500
         assert reply.status < 500, (reply.status, reply.body[:1_000])
 
@@ -619,23 +619,28 @@ def fuzzed(count: int, seed: int) -> Row:
     return row
 
 
-def described(count: int, seed: int) -> Row:
+def described(count: int, seed: int, *, key: str = "", **settings: object) -> Row:
     """What OpenAPI says, tried by schemathesis with all of its checks, so often for each operation.
 
     A schema cannot say everything, so right data may be refused with 422: a text of white space alone, both of
     ``context`` and ``contexts``, a name of no model.
     """
-    row = Row(fault="OpenAPI, by schemathesis")
+    row = Row(fault=f"OpenAPI{' of a guarded service' if key else ''}, by schemathesis")
     config = SchemathesisConfig.from_dict(
         {
             "seed": seed,
+            "auth": {"openapi": {"api_key": {"bearer": key}}} if key else {},
             "continue-on-failure": True,
             "generation": {"max-examples": count, "database": "none"},
             "phases": {"stateful": {"enabled": False}},
-            "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", 422]}},
+            "checks": {
+                "positive_data_acceptance": {"expected-statuses": ["2xx", 422]},
+                # What is open is open to GET alone: other methods are asked for a key before they hear 405.
+                "unsupported_method": {"enabled": not key},
+            },
         }
     )
-    with serving(application()) as url:
+    with serving(application(**settings)) as url:
         engine = from_schema(schemathesis.openapi.from_url(f"{url}/openapi.json", config=config))
         for event in engine.execute():
             if isinstance(event, events.NonFatalError):
@@ -661,7 +666,9 @@ def _count(row: Row, recorder: ScenarioRecorder) -> None:
             row.problems.append(f"{recorder.label}: {failed.failure.title}: {failed.code_sample}")
 
 
-TARGETS: Mapping[str, tuple[Callable[[int, int], Row], float]] = {
+Targets = Mapping[str, tuple[Callable[[int, int], Row], float]]
+"""What is run with how many inputs and which seed, and the share that it gets of all inputs."""
+TARGETS: Targets = {
     "v1": (_generated("fields of /v1", v1_requests(), ask_and_check), 0.08),
     "hugging_face": (_generated("fields of Hugging Face", pipeline_requests(), ask_and_check), 0.06),
     "bodies": (_generated("bodies", raw_requests(), ask_raw), 0.1),
@@ -669,14 +676,18 @@ TARGETS: Mapping[str, tuple[Callable[[int, int], Row], float]] = {
     "openapi": (described, 0.001),
     "decoding": (fuzzed, 0.6),
 }
-"""What is run with how many inputs and which seed, and the share that it gets of all inputs."""
 
 
 def bad_input(size: Size) -> Iterator[Row]:
+    """A row for each target."""
+    yield from generate(TARGETS, size)
+
+
+def generate(targets: Targets, size: Size) -> Iterator[Row]:
     """A row for each target; what was found is found again with the seed that is told."""
     seed = secrets.randbelow(1 << 31)
     print(f"bad input: seed {seed}", file=sys.stderr)
-    for name, (target, share) in TARGETS.items():
+    for name, (target, share) in targets.items():
         if name == "decoding" and find_spec("atheris") is None:
             print("bad input: atheris is not installed, decoding is not fuzzed", file=sys.stderr)
             continue
