@@ -6,7 +6,8 @@ Knows no HTTP: a `Question` goes in, a `Result` comes out, and errors are those 
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from sys import getsizeof
 from typing import Any, TypeVar
@@ -153,57 +154,106 @@ class Answerer:
             ModelError: the engine did not answer.
             InvalidLogits: it answered nonsense.
         """
-        if self.settings.cache_mb and len(questions) == 1:
-            return [await self._known_or_new(questions[0], deadline)]
+        if self.settings.cache_mb:
+            return await self._known_or_new(questions, deadline)
         return await self._admit(questions, deadline)
 
-    async def _known_or_new(self, question: Question, deadline: float) -> Result:
-        cache = question.model.cache
-        if cache is None:
-            cache = question.model.cache = Cache(self.settings.cache_mb << 20, lambda result: result.bytes)
+    async def _known_or_new(self, questions: Sequence[Question], deadline: float) -> list[Result]:
+        """Compute only what is neither kept nor being computed, and what stands twice among the questions once."""
+        places: dict[Question, int] = {}
+        for number, question in enumerate(questions):
+            places.setdefault(question, number)
+        ready: dict[Question, Tokenized] = {}
+        new = [question for question in places if not self._cache_of(question.model).has(question)]
+        if (
+            len(new) > 1
+        ):  # all or none are admitted and valid; then each is a computation of its own, for others to join
+            self._check_room(new, deadline)
+            with self._in_work(new):
+                for question, tokenized in zip(
+                    new, await self._prepare(new, [places[each] for each in new], deadline), strict=True
+                ):
+                    ready[question] = tokenized
+        work = [self._look_up(question, place, ready.get(question), deadline) for question, place in places.items()]
+        found = dict(zip(places, [await work[0]] if len(work) == 1 else await side_by_side(work), strict=True))
+        results = []
+        for number, question in enumerate(questions):
+            result = found[question]
+            again = number != places[question] and result.source == "computed"
+            results.append(replace(result, source="shared") if again else result)
+        kept = [each.cache for each in self.models if each.cache]
+        for result in results:
+            if result.source:
+                self.metrics.looked_up(result.source, kept)
+        return results
 
+    async def _look_up(self, question: Question, place: int, tokenized: Tokenized | None, deadline: float) -> Result:
         async def compute() -> Result:
-            return (await self._admit([question], deadline))[0]
+            if tokenized is None:
+                return (await self._admit([question], deadline))[0]
+            with self._in_work([question]):
+                return await self._infer(tokenized, deadline)
 
         try:
             found: Result
-            found, source = await cache.get(question, compute, deadline=deadline)
+            found, source = await self._cache_of(question.model).get(question, compute, deadline=deadline)
         except TimeoutError:
             raise ModelTimeout("The deadline passed before somebody else's same question was answered.") from None
-        self.metrics.looked_up(source, [each.cache for each in self.models if each.cache])
+        except InvalidField as error:  # perhaps of somebody who asked it in another place
+            field = error.field.removeprefix("questions[0].")
+            raise InvalidField(field, error.problem).inside(f"questions[{place}]") from None
         if source == "kept":
             found = replace(found, tokenize_s=0.0, infer_s=0.0, decode_s=0.0)
         return replace(found, source=source)
 
+    def _cache_of(self, model: Served) -> Cache[Result]:
+        if model.cache is None:
+            model.cache = Cache(self.settings.cache_mb << 20, lambda result: result.bytes)
+        return model.cache
+
     async def _admit(self, questions: Sequence[Question], deadline: float) -> list[Result]:
+        self._check_room(questions, deadline)
+        return await self._answer_all(questions, deadline)
+
+    def _check_room(self, questions: Sequence[Question], deadline: float) -> None:
         if self._in_progress and self._in_progress + len(questions) > self.settings.max_in_progress:
             limit = self.settings.max_in_progress
             raise ModelOverloaded(f"{self._in_progress} questions are in progress, and {limit} may be.")
         longest_s = max(min(self._longest_wait_s, deadline - time.monotonic()), 0)  # too late is not too full
         for model in {question.model for question in questions}:
             model.check_room(longest_s)
-        return await self._answer_all(questions, deadline)
 
     async def _answer_all(self, questions: Sequence[Question], deadline: float) -> list[Result]:
+        with self._in_work(questions):
+            tokenized = await self._prepare(questions, range(len(questions)), deadline)
+            if len(tokenized) == 1:
+                return [await self._infer(tokenized[0], deadline)]
+            return await side_by_side([self._infer(each, deadline) for each in tokenized])
+
+    @contextmanager
+    def _in_work(self, questions: Sequence[Question]) -> Iterator[None]:
+        """Count questions among those in progress."""
         self._in_progress += len(questions)
         for question in questions:
             question.model.in_progress += 1
         try:
-            for model in {question.model for question in questions}:
-                await model.verify(deadline=deadline)
-            tokenized = []
-            for number, question in enumerate(questions):
-                try:
-                    tokenized.append(await self._tokenize(question))
-                except InvalidField as error:
-                    raise error.inside(f"questions[{number}]") from None
-            if len(tokenized) == 1:
-                return [await self._infer(tokenized[0], deadline)]
-            return await side_by_side([self._infer(each, deadline) for each in tokenized])
+            yield
         finally:
             self._in_progress -= len(questions)
             for question in questions:
                 question.model.in_progress -= 1
+
+    async def _prepare(self, questions: Sequence[Question], places: Sequence[int], deadline: float) -> list[Tokenized]:
+        """Tokenize all before the engine hears of any; ``places`` are theirs among all that were asked."""
+        for model in {question.model for question in questions}:
+            await model.verify(deadline=deadline)
+        tokenized = []
+        for question, place in zip(questions, places, strict=True):
+            try:
+                tokenized.append(await self._tokenize(question))
+            except InvalidField as error:
+                raise error.inside(f"questions[{place}]") from None
+        return tokenized
 
     async def _tokenize(self, question: Question) -> Tokenized:
         current_record.get().asked(question.question, question.contexts)

@@ -36,6 +36,10 @@ class Cache(Generic[V]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def has(self, key: Hashable) -> bool:
+        """Whether the value of a key is kept, or being computed."""
+        return key in self._kept or key in self._flights
+
     async def get(
         self, key: Hashable, compute: Callable[[], Coroutine[Any, Any, V]], *, deadline: float
     ) -> tuple[V, Source]:

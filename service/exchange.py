@@ -168,10 +168,10 @@ def answerer_of(request: Request) -> Answerer:
     return answerer
 
 
-_CACHE_STATUS = {
-    "kept": "bertqa; hit",
-    "shared": "bertqa; fwd=miss; collapsed",
+_CACHE_STATUS = {  # of several questions, that of the one which took most
     "computed": "bertqa; fwd=miss; stored",
+    "shared": "bertqa; fwd=miss; collapsed",
+    "kept": "bertqa; hit",
 }
 
 
@@ -179,6 +179,8 @@ def reply_headers(results: Sequence[Result]) -> dict[str, str]:
     """``server-timing`` with the stages, each of the slowest question; ``cache-status`` (RFC 9211) with a cache."""
     stages = ((name, max(getattr(each, f"{name}_s") for each in results)) for name in ("tokenize", "infer", "decode"))
     headers = {"server-timing": ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages)}
-    if source := results[0].source:
-        headers["cache-status"] = _CACHE_STATUS[source]
+    sources = {each.source for each in results}
+    for source, status in _CACHE_STATUS.items():
+        if source in sources:
+            return headers | {"cache-status": status}
     return headers

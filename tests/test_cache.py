@@ -220,3 +220,59 @@ def test_without_a_cache_nothing_is_kept(client: httpx.Client, engine: FakeEngin
     for number in (1, 2):
         assert "cache-status" not in client.post("/v1/answer", json=ASKED).headers
         assert engine.windows == number
+
+
+def test_a_batch_computes_what_stands_in_it_twice_once_and_what_is_known_not_at_all(
+    make_app: MakeApp, engine: FakeEngine
+) -> None:
+    other = {**ASKED, "question": "Where?"}
+    with serving(make_app(cache_mb=1)) as url, httpx.Client(base_url=url, trust_env=False) as client:
+
+        def ask(*questions: dict[str, str]) -> tuple[str, list[Any]]:
+            reply = client.post("/v1/answers", json={"questions": questions})
+            assert reply.status_code == 200, reply.text
+            return reply.headers["cache-status"], [each["answers"] for each in reply.json()["results"]]
+
+        status, (first, second, third) = ask(ASKED, other, ASKED)
+        assert (status, engine.windows) == ("bertqa; fwd=miss; stored", 2)
+        assert first == third == client.post("/v1/answer", json=ASKED).json()["answers"]
+        assert second == client.post("/v1/answer", json=other).json()["answers"]
+        assert ask(other, ASKED) == ("bertqa; hit", [second, first])
+        assert ask(ASKED, {**ASKED, "question": "When?"})[0] == "bertqa; fwd=miss; stored"
+        assert engine.windows == 3
+        told = client.get("/metrics").text
+        for source, count in (("computed", 3), ("shared", 1), ("kept", 5)):
+            assert f'bertqa_cache_lookups_total{{source="{source}"}} {count}.0' in told
+
+
+def test_batches_join_what_is_being_computed_and_a_bad_question_is_named_by_its_place(
+    make_app: MakeApp, engine: FakeEngine
+) -> None:
+    engine.delay_s = 0.5
+    bad = {**ASKED, "question": "\x00"}  # found out by the tokenizer alone
+
+    async def scenario(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as client:
+
+            async def ask(*questions: dict[str, str]) -> httpx.Response:
+                return await client.post("/v1/answers", json={"questions": questions})
+
+            reply = await ask(ASKED, {**ASKED, "question": "Where?"}, bad)
+            assert (reply.status_code, engine.windows) == (422, 0)
+            assert reply.json()["error"] == "questions[2].question: holds no token that the model knows"
+            alone = asyncio.ensure_future(client.post("/v1/answer", json=ASKED))
+            while not engine.started.is_set():
+                await asyncio.sleep(0.01)
+            reply = await ask(bad, ASKED)
+            assert (reply.status_code, reply.json()["error"][:22]) == (422, "questions[0].question:")
+            assert not engine.cancelled.is_set(), "the one that waits alone still wants it"
+            batches = await asyncio.gather(ask(ASKED), ask(ASKED, ASKED), ask({**ASKED, "question": "Where?"}, ASKED))
+            statuses = [reply.headers["cache-status"].removeprefix("bertqa; fwd=miss; ") for reply in batches]
+            assert statuses == ["collapsed", "collapsed", "stored"]
+            assert (await alone).status_code == 200
+            assert engine.windows == 2
+
+    app = make_app(cache_mb=1)
+    with serving(app) as url:
+        asyncio.run(scenario(url))
+    assert app.state.answerer._in_progress == app.state.answerer.models[None].in_progress == 0
