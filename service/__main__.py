@@ -244,6 +244,8 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
         "BERTQA_TRITON_URL": triton_url,
         "BERTQA_REPOSITORY": str(args.repository.resolve()),
     }
+    if not args.triton_url:  # our own speaks no TLS, whatever another one would want
+        environment |= dict.fromkeys(("BERTQA_TRITON_TLS_CA", "BERTQA_TRITON_TLS_CERT", "BERTQA_TRITON_TLS_KEY"), "")
     for start, pause in enumerate(restart_pauses()):
         if stopping.wait(pause):
             return

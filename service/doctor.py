@@ -29,7 +29,7 @@ from bertqa.repository import CONFIG_FILE, Repository
 from bertqa.triton_config import Serving
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
 from service.embedded_triton import LOOPBACK, TritonError, TritonInstallation, TritonPorts, find_triton, free_port
-from service.rollout import PROJECT, RolloutFailed, Servers, ask
+from service.rollout import PROJECT, RolloutFailed, Servers, ask, tls_of
 from service.settings import Settings
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -71,6 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default=LOOPBACK, help="that the service would listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="of the service (default: %(default)s)")
     parser.add_argument("--triton-grpc-port", type=int, default=TritonPorts.grpc, help="default: %(default)s")
+    parser.set_defaults(settings=settings)
     return parser.parse_args(argv)
 
 
@@ -106,7 +107,8 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
     if args.triton_url is None:
         yield from installation(manifests)
     if urls is not None:
-        yield from servers(urls.split(","), repository, serving, bundles)
+        settings = args.settings if args.triton_url else Settings()  # one that `bertqa serve` starts has no TLS
+        yield from servers(urls.split(","), settings, repository, serving, bundles)
     here = args.triton_url is None
     yield from processor(manifests, cpu_features(), here=here)
     yield from graphics(manifests, serving, here=here)
@@ -293,12 +295,16 @@ def triton_version(found: TritonInstallation, directory: Path) -> str:
 
 
 def servers(
-    urls: Sequence[str], repository: Repository, serving: Mapping[str, Serving], bundles: Iterable[Bundle]
+    urls: Sequence[str],
+    settings: Settings,
+    repository: Repository,
+    serving: Mapping[str, Serving],
+    bundles: Iterable[Bundle],
 ) -> Iterator[Finding]:
     """Whether each running Triton is of a fitting version, has loaded what it should, and answers rightly."""
     manifests = {f"{each.model} {each.version}": each.manifest for each in bundles}
     try:
-        running = Servers([url.strip() for url in urls])
+        running = Servers([url.strip() for url in urls], tls_of(settings))
     except RolloutFailed as error:
         yield Finding("FAIL", "Triton", str(error))
         return
@@ -315,7 +321,7 @@ def servers(
                     told = f"is {state.name.lower()}, {state.reason or 'no reason given'}" if state else "is not known"
                     yield Finding("FAIL", subject, f"{told}; have it poll {repository.root}, see its log")
                     continue
-                seconds = asyncio.run(ask(url, bundle, questions))
+                seconds = asyncio.run(ask(running, url, bundle, questions))
                 yield Finding("ok", subject, f"answers {len(seconds)} questions as when it was built")
     except RolloutFailed as error:
         yield Finding("FAIL", "Triton", str(error))

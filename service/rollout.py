@@ -30,7 +30,7 @@ from service.answering import Answerer, Question
 from service.metrics import Metrics
 from service.models import Models, Served
 from service.settings import Settings
-from service.triton import ModelError, TritonModel
+from service.triton import ModelError, TritonModel, tls_credentials, tls_options
 
 PROJECT = Path(__file__).resolve().parent.parent
 QUIET_S = 3.0
@@ -58,18 +58,26 @@ UNKNOWN = State("UNAVAILABLE")
 class Servers:
     """Every Triton that serves the repository; a name with several addresses stands for as many."""
 
-    def __init__(self, urls: Sequence[str]) -> None:
+    def __init__(self, urls: Sequence[str], tls: grpc.ChannelCredentials | None = None) -> None:
         """Look up the addresses.
 
         Args:
             urls: gRPC addresses host:port.
+            tls: as `service.triton.tls_credentials` gives it; a certificate must have the name by which a server was
+                looked up, not its address.
 
         Raises:
             RolloutFailed: one cannot be looked up.
         """
-        self.urls = [address for url in urls for address in _addresses(url)]
-        options = [("grpc.enable_http_proxy", 0)]
-        self._clients = {url: InferenceServerClient(url, channel_args=options) for url in self.urls}
+        self._tls = tls
+        self._names = {address: _host(url) for url in urls for address in _addresses(url)}
+        self.urls = [*self._names]
+        self._clients = {
+            url: InferenceServerClient(
+                url, creds=tls, channel_args=[("grpc.enable_http_proxy", 0), *(tls_options(name) if tls else ())]
+            )
+            for url, name in self._names.items()
+        }
 
     def close(self) -> None:
         """End the connections."""
@@ -120,13 +128,34 @@ class Servers:
         """
         return {url: self._ask(url, "get_server_metadata").version for url in self.urls}
 
+    def model(self, url: str, model: str, version: int) -> TritonModel:
+        """A version of a model at one of the servers, for a running event loop."""
+        return TritonModel([url], model=model, version=version, tls=self._tls, tls_name=self._names[url])
+
     def _ask(self, url: str, method: str, *arguments: str) -> Any:
         try:
             return getattr(self._clients[url], method)(*arguments, client_timeout=_CALL_S)
         except (InferenceServerException, grpc.RpcError) as error:
+            over = " over TLS" if self._tls else ""
             raise RolloutFailed(
-                f"Triton at {url} does not answer: {error}; give its address with --triton-url"
+                f"Triton at {url} does not answer{over}: {error}; give its address with --triton-url"
             ) from None
+
+
+def tls_of(settings: Settings) -> grpc.ChannelCredentials | None:
+    """What the service would speak TLS to Triton with.
+
+    Raises:
+        RolloutFailed: a file cannot be read.
+    """
+    try:
+        return tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key)
+    except ValueError as error:
+        raise RolloutFailed(str(error)) from None
+
+
+def _host(url: str) -> str:
+    return url.removeprefix("dns:///").rpartition(":")[0].strip("[]")
 
 
 def _addresses(url: str) -> list[str]:
@@ -310,7 +339,7 @@ class Rollout:
         path = self._repository.directory(bundle.model, bundle.version) / QUESTIONS_FILE
         questions = json.loads(path.read_bytes())
         for url in self._servers.urls:
-            seconds = asyncio.run(ask(url, bundle, questions))
+            seconds = asyncio.run(ask(self._servers, url, bundle, questions))
             self._report(
                 f"{bundle.model} {bundle.version} at {url} answers {len(questions)} questions as when it was built, "
                 f"{1000 * median(seconds):.1f} ms each"
@@ -319,7 +348,7 @@ class Rollout:
             )
 
 
-async def ask(url: str, bundle: Bundle, questions: Sequence[Mapping[str, Any]]) -> list[float]:
+async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Mapping[str, Any]]) -> list[float]:
     """Put the bundle's questions to one server.
 
     Returns:
@@ -328,7 +357,7 @@ async def ask(url: str, bundle: Bundle, questions: Sequence[Mapping[str, Any]]) 
     Raises:
         RolloutFailed: it does not answer, has loaded another engine, or gives another answer.
     """
-    triton = TritonModel([url], model=bundle.model, version=bundle.version)
+    triton = servers.model(url, bundle.model, bundle.version)
     metrics, settings = Metrics(), Settings()
     served = Served(bundle, triton, metrics)
     answerer = Answerer(Models(bundle.model, {bundle.model: served}), settings, metrics)
@@ -386,6 +415,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "(default: %(default)s)",
         )
         step.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for Triton (default: 300)")
+        step.set_defaults(settings=settings)
     return parser.parse_args(argv)
 
 
@@ -393,7 +423,7 @@ def main(args: argparse.Namespace) -> int:
     """Take the step; returns the process's exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a load that is stopped is taken back
     try:
-        servers = Servers([url.strip() for url in args.triton_url.split(",")])
+        servers = Servers([url.strip() for url in args.triton_url.split(",")], tls_of(args.settings))
         try:
             _take(args, Rollout(Repository(args.repository), servers, timeout_s=args.timeout, report=_say))
         finally:

@@ -123,6 +123,11 @@ def tls_credentials(ca: str, cert: str = "", key: str = "") -> grpc.ChannelCrede
     return grpc.ssl_channel_credentials(found["CA"], found["KEY"], found["CERT"])
 
 
+def tls_options(name: str) -> tuple[tuple[str, str], ...]:
+    """Options of a channel whose server's certificate must have this name; without one, that of the address."""
+    return (("grpc.ssl_target_name_override", name),) if name else ()
+
+
 class Engine(Protocol):
     """What the service needs of a model; `TritonModel` is the real one."""
 
@@ -193,6 +198,7 @@ class TritonModel:
         max_in_flight: int | None = None,
         watch_circuit: WatchCircuit | None = None,
         tls: grpc.ChannelCredentials | None = None,
+        tls_name: str = "",
     ) -> None:
         """Open the channels; connections are made when first needed.
 
@@ -205,6 +211,7 @@ class TritonModel:
             max_in_flight: windows of a model's version that are with Triton at one time; by default twice those that
                 its instances at all addresses compute at one time, known from `model_parameters` on.
             tls: as `tls_credentials` gives it; without it, connections are in the clear.
+            tls_name: that Triton's certificate must have; by default that of the address.
             watch_circuit: called with address, model and version when a circuit begins; gives what is told its states.
 
         Raises:
@@ -218,7 +225,7 @@ class TritonModel:
         self._version = str(version or "")
         self._max_in_flight = max_in_flight
         self._turns = Turns(max_in_flight or _CALLS_AT_FIRST)
-        self._replicas = [_Replica(url, tls) for url in urls]
+        self._replicas = [_Replica(url, tls, tls_name) for url in urls]
         self._watch_circuit = watch_circuit
         self._links: dict[tuple[str, str], list[_Link]] = {}  # of every model and version that `at` has made
         self._calls = count()
@@ -411,11 +418,11 @@ class TritonModel:
 class _Replica:
     """One address and the three methods asked of it."""
 
-    def __init__(self, url: str, tls: grpc.ChannelCredentials | None) -> None:
+    def __init__(self, url: str, tls: grpc.ChannelCredentials | None, tls_name: str) -> None:
         self.url = url
         target = url if "://" in url else f"dns:///{url}"
         self.channel = (
-            grpc.aio.secure_channel(target, tls, options=_CHANNEL_OPTIONS)
+            grpc.aio.secure_channel(target, tls, options=_CHANNEL_OPTIONS + tls_options(tls_name))
             if tls
             else grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
         )

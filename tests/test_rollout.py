@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 from chaos.bundles import CONTEXT, break_engine, expect_another_answer, flip, publish
+from test_triton import certificates, tls_flags, triton_with
 
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
@@ -259,6 +261,56 @@ def test_the_doctor_asks_a_running_triton(product: Product, capsys: pytest.Captu
     assert re.search(
         rf"FAIL +bert_qa {3 - active} in Triton at .* is unavailable, unloaded; have it poll", capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("mutual", [False, True], ids=["tls", "mutual"])
+def test_models_and_doctor_speak_tls(
+    product: Product,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mutual: bool,
+) -> None:
+    """To the addresses of a name, which are not in the certificate."""
+    files = certificates(tmp_path)
+    lookup = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **options: lookup(host.replace("triton.test", "127.0.0.1"), *rest, **options),
+    )
+    active = product.repository.served(MODEL_NAME).active
+
+    def told(**settings: str) -> tuple[int, int, str]:
+        with monkeypatch.context() as patch:
+            for name, file in settings.items():
+                patch.setenv(f"BERTQA_TRITON_TLS_{name.upper()}", str(files / file))
+            checked = rollout.main(rollout.parse_args(["check", *flags, MODEL_NAME, str(active)]))
+            looked = doctor.main(doctor.parse_args([*flags, "--port", "0"]))
+        return checked, looked, "".join(capsys.readouterr())
+
+    with triton_with(tmp_path, product.repository.root, *tls_flags(files, mutual=mutual)) as url:
+        port = url.rpartition(":")[2]
+        flags = ["--repository", str(product.repository.root), "--triton-url", f"triton.test:{port}"]
+        own = {"cert": "client.pem", "key": "client.key"} if mutual else {}
+        checked, looked, said = told(ca="ca.pem", **own)
+        assert (checked, looked) == (0, 0), said
+        assert said.count(f"{MODEL_NAME} {active} at 127.0.0.1:{port} answers 2 questions as when it was built") == 1
+        assert f"{MODEL_NAME} {active} in Triton at 127.0.0.1:{port}: answers 2 questions" in said
+        strangers = [
+            ({}, "does not answer: "),
+            ({"ca": "other.pem"}, "over TLS"),
+            ({"ca": "none.pem"}, "TLS_CA: .* cannot be read"),
+        ]
+        if mutual:
+            strangers.append(({"ca": "ca.pem"}, "over TLS"))
+            strangers.append(({"ca": "ca.pem", "cert": "stranger.pem", "key": "stranger.key"}, "over TLS"))
+        for settings, reason in strangers:
+            checked, looked, said = told(**settings)
+            assert (checked, looked) == (1, 1), said
+            assert len(re.findall(reason, said)) == 2, said
+        monkeypatch.setattr(rollout, "_host", lambda url: "localhost.test")  # a name that is not in the certificate
+        assert told(ca="ca.pem", **own)[:2] == (1, 1)
 
 
 def test_the_command_line_names_what_is_missing(product: Product, capsys: pytest.CaptureFixture[str]) -> None:

@@ -886,7 +886,11 @@ def test_launcher_serves_and_ends_in_order(bundle: Bundle, tmp_path: Path) -> No
     manifest.write(version / "manifest.json")
     command = [sys.executable, "-m", "service", "--port=0", "--triton-grpc-port=0", f"--log-dir={tmp_path}"]
     with subprocess.Popen(
-        [*command, f"--repository={directory.parent.parent}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [*command, f"--repository={directory.parent.parent}"],
+        cwd=ROOT,
+        env={**os.environ, "BERTQA_TRITON_TLS_CA": "/meant/for/another/triton.pem"},
+        stderr=subprocess.PIPE,
+        text=True,
     ) as launcher:
         try:
             assert launcher.stderr
@@ -975,7 +979,7 @@ def certificates(directory: Path) -> Path:
             *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"),
             *("-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem"),
         )
-    (directory / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    (directory / "san").write_text("subjectAltName=DNS:localhost,DNS:triton.test")
     for name, authority in (("server", "ca"), ("client", "ca"), ("stranger", "other")):
         openssl(
             *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}"),
@@ -986,6 +990,16 @@ def certificates(directory: Path) -> Path:
             *(f"{authority}.key", "-CAcreateserial", "-extfile", "san", "-out", f"{name}.pem"),
         )
     return directory
+
+
+def tls_flags(files: Path, *, mutual: bool) -> list[str]:
+    """Triton's, of these certificates."""
+    return [
+        f"--grpc-use-ssl{'-mutual' if mutual else ''}=true",
+        f"--grpc-server-cert={files / 'server.pem'}",
+        f"--grpc-server-key={files / 'server.key'}",
+        f"--grpc-root-cert={files / 'ca.pem'}",
+    ]
 
 
 @contextlib.contextmanager
@@ -1013,8 +1027,6 @@ def triton_with(tmp_path: Path, repository: Path, *flags: str) -> Iterator[str]:
 @pytest.mark.parametrize("mutual", [False, True], ids=["tls", "mutual"])
 def test_tls_to_triton(tmp_path: Path, repository: Path, mutual: bool) -> None:
     files = certificates(tmp_path)
-    flags = [f"--grpc-use-ssl{'-mutual' if mutual else ''}=true", f"--grpc-server-cert={files / 'server.pem'}"]
-    flags += [f"--grpc-server-key={files / 'server.key'}", f"--grpc-root-cert={files / 'ca.pem'}"]
 
     def credentials(ca: str, own: str = "") -> Any:
         pair = (str(files / f"{own}.pem"), str(files / f"{own}.key")) if own else ()
@@ -1027,7 +1039,7 @@ def test_tls_to_triton(tmp_path: Path, repository: Path, mutual: bool) -> None:
         with pytest.raises(ModelUnavailable):
             await model.predict([window()], deadline=soon(10))
 
-    with triton_with(tmp_path, repository, *flags) as url:
+    with triton_with(tmp_path, repository, *tls_flags(files, mutual=mutual)) as url:
         run(url, answered, tls=credentials("ca", "client" if mutual else ""))
         strangers = [None, credentials("other")]
         if mutual:
