@@ -16,8 +16,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bertqa.manifest import MODEL_NAME, REBUILD, WEIGHTS_FILE, BundleMismatch, OtherFormat, changed_files, sha256_of
 from bertqa.repository import ChangeRefused, Repository
@@ -161,17 +162,9 @@ def ensure_engine(root: Path, checkpoint: Path | None, stopping: threading.Event
     log.info("%s: building one from %s, once", reason, checkpoint)
     command = [sys.executable, "-m", "engine_builder", "--checkpoint", str(checkpoint.resolve()), "--target", "cpu"]
     command += ["--repository", str(root.resolve())]
-    builder = subprocess.Popen(
-        command,
-        cwd=PROJECT,
-        start_new_session=True,  # Ctrl-C comes to us alone
-        preexec_fn=die_with_parent(signal.SIGTERM),  # noqa: PLW1509  calls nothing that takes a lock
-    )
-    try:
+    with _child(command, os.environ, logs.BUILDER, end_s=DRAIN_S, cwd=PROJECT) as builder:
         while builder.poll() is None and not stopping.wait(0.1):
             pass
-    finally:
-        end_session(builder, DRAIN_S)
     if builder.returncode and not stopping.is_set():
         raise LaunchError(f"the engine could not be built (exit code {builder.returncode}); its output is above")
     if not stopping.is_set():
@@ -252,27 +245,61 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
         if args.workers > 1:  # they count in files, which must be new with them
             environment["PROMETHEUS_MULTIPROC_DIR"] = str(scratch / str(start))
             (scratch / str(start)).mkdir()
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            start_new_session=True,  # Ctrl-C comes to us alone, and we end things in order
-            preexec_fn=die_with_parent(signal.SIGTERM),  # noqa: PLW1509  calls nothing that takes a lock
-        )
         began, ready = time.monotonic(), False
-        try:
+        with _child(command, environment, logs.OUTPUT, end_s=patience_s) as process:
             while process.poll() is None and not stopping.wait(0.5 if ready else 0.1):
                 if not ready and _is_ready(args.host, port):
                     ready = True
                     log.info("ready at http://%s:%d", _reachable(args.host), port)
                 elif not start and not ready and time.monotonic() - began > _READY_TIMEOUT_S:
                     raise LaunchError(f"the service was not ready after {_READY_TIMEOUT_S:.0f} s")
-        finally:
-            end_session(process, patience_s)
         if stopping.is_set():
             return
         if not start and not ready:
             raise LaunchError(f"the service ended with exit code {process.returncode}; its output is above")
         log.warning("the service ended with exit code %s; restarting", process.returncode)
+
+
+@contextlib.contextmanager
+def _child(
+    command: Sequence[str], environment: Mapping[str, str], logger: str, *, end_s: float, cwd: Path | None = None
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """A process that ends with us, and has so many seconds to do so.
+
+    Where the log is JSON, so is each line that it writes, whoever in it does: gRPC's core writes past every log. The
+    service's own log goes past us, to where ours goes, so that it waits for nobody and knows what is lost.
+    """
+    settings = Settings.from_environment(environment)
+    options: dict[str, Any] = {}
+    if settings.log_format == "json":
+        environment = {**environment, "BERTQA_LOG_TO": "stdout", "TQDM_DISABLE": "1"}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        if logger == logs.OUTPUT:
+            options = {"stdout": logs.DESCRIPTORS[settings.log_to], "stderr": subprocess.PIPE}
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        start_new_session=True,  # Ctrl-C comes to us alone, and we end things in order
+        preexec_fn=die_with_parent(signal.SIGTERM),  # noqa: PLW1509  calls nothing that takes a lock
+        **options,
+    )
+    reader = threading.Thread(target=_log_lines, args=(process, logger), name="lines", daemon=True)
+    reader.start()
+    try:
+        yield process
+    finally:
+        end_session(process, end_s)
+        reader.join(5)
+
+
+def _log_lines(process: "subprocess.Popen[bytes]", logger: str) -> None:
+    level = logging.WARNING if logger == logs.OUTPUT else logging.INFO
+    for output in filter(None, (process.stderr, process.stdout)):
+        with output:
+            for line in output:
+                if text := line.decode(errors="replace").strip():
+                    logging.getLogger(logger).log(level, "%s", text)
 
 
 def _is_ready(host: str, port: int) -> bool:

@@ -1,7 +1,7 @@
 """How service, launcher and Triton log: one line a record, as JSON or text, with the id of the request.
 
-Lines go to standard error by a thread of their own. A pipe that nobody reads, a full disk or a closed descriptor loses
-lines, which are counted, and never holds up or fails a request.
+Lines go to standard error or output by a thread of their own. A pipe that nobody reads, a full disk or a closed
+descriptor loses lines, which are counted, and never holds up or fails a request.
 
 Unless `Settings.log_texts` allows it, no line holds a question or a context: an exception is logged by its type and
 place without its message, which may quote its input, and of other libraries' records only what cannot quote.
@@ -23,8 +23,11 @@ from typing import Any
 from service.record import current_record
 from service.settings import Settings
 
-LAUNCHER, TRITON = "bertqa.launcher", "triton"
-"""Names of the loggers for lines that are shown as they are where the format is text."""
+LAUNCHER, TRITON, BUILDER, OUTPUT = "bertqa.launcher", "triton", "bertqa.builder", "bertqa.output"
+"""Loggers of what the launcher says, and of the lines of its children: Triton, the builder, and what the service's
+process writes past its log. They are shown as they are where the format is text."""
+DESCRIPTORS = {"stdout": 1, "stderr": 2}
+"""Of the places where a log may go."""
 
 _GATHER_S = 0.02  # a line may wait so long for others: under load, the writer wakes fifty times a second, not thousands
 _FLUSH_S = 2.0
@@ -173,7 +176,7 @@ class TextFormatter(LineFormatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line, and an exception's own lines below it."""
         message = self.message(record)
-        if record.name == TRITON:
+        if record.name in (TRITON, BUILDER, OUTPUT):
             return message
         if record.name == LAUNCHER:
             return f"bertqa: {message}"
@@ -196,7 +199,7 @@ def configure(settings: Settings, *, count_lost: Callable[[int], object] = lambd
 
     ``count_lost`` is told the number of records whenever some could not be written.
     """
-    writer = LineWriter(count_lost=count_lost)
+    writer = LineWriter(DESCRIPTORS[settings.log_to], count_lost=count_lost)
     formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
     writer.setFormatter(formatter(texts=settings.log_texts))
     root = logging.getLogger()

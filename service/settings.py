@@ -11,6 +11,7 @@ _MAY_BE_ZERO = ("max_in_flight", "cache_mb")
 _ACCESS = ("open", "key", "off")
 _CHOICES = {
     "log_format": ("json", "text"),
+    "log_to": ("stderr", "stdout"),
     "log_level": ("debug", "info", "warning", "error"),
     "metrics": _ACCESS,
     "docs": _ACCESS,
@@ -96,6 +97,9 @@ class Settings:
 
     log_format: str = "text"
     """``json``: one object a line; ``text``: for eyes."""
+
+    log_to: str = "stderr"
+    """Where the log goes: ``stderr`` or ``stdout``."""
 
     log_level: str = "info"
     """What is less is not logged: debug, info, warning, error."""

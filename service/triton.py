@@ -80,6 +80,12 @@ WatchCircuit = Callable[[str, str, str], Callable[[State], None]]
 class ModelError(Exception):
     """The engine gave no usable answer; the message is a plain sentence."""
 
+    def __init__(self, message: str, *, told: str = "") -> None:
+        """Say what went wrong, and besides what the engine told of it, which may be anything."""
+        super().__init__(f"{message}: {told}" if told else message)
+        self.plain = message
+        """The message in our own words alone, for logs."""
+
 
 class ModelUnavailable(ModelError):
     """No connection to Triton, or it is not asked because it failed a moment ago."""
@@ -456,7 +462,7 @@ class _Link:
             case ModelTimeout():
                 self.circuit.silent(sent, f"Triton at {self.replica.url} is silent.")
             case _:
-                self.circuit.failed(sent, str(failure))
+                self.circuit.failed(sent, failure.plain)
 
 
 def _parsed(message: Any, content: bytes) -> Any:
@@ -489,13 +495,13 @@ def _logits(reply: Any, length: int) -> Logits:
 
 def _tensor(found: Mapping[str, tuple[Any, bytes]], name: str, length: int) -> FloatArray:
     if name not in found:
-        raise ModelBroken(f"The engine's answer has no output {name!r}, only {sorted(found)}.")
+        raise ModelBroken(f"The engine's answer has no output {name!r} among its {len(found)}", told=str(sorted(found)))
     output, raw = found[name]
     shape = tuple(output.shape)
     if output.datatype != "FP32" or shape != (1, length) or len(raw) != 4 * length:
         raise ModelBroken(
-            f"The engine's output {name!r} is {output.datatype} {list(shape)} in {len(raw)} bytes; "
-            f"FP32 [1, {length}] was expected."
+            f"The engine's output {name!r} is not FP32 [1, {length}]",
+            told=f"{output.datatype} {list(shape)} in {len(raw)} bytes",
         )
     values = np.frombuffer(raw, np.float32).reshape(1, length)
     if not are_real(values):
@@ -517,4 +523,4 @@ def _translate(error: grpc.aio.AioRpcError, url: str, model: str) -> ModelError:
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
             return ModelUnavailable(f"No connection to Triton at {url}: {details}")
         case _:
-            return ModelBroken(f"The engine failed with {code.name}: {details}")
+            return ModelBroken(f"The engine failed with {code.name}", told=details)

@@ -35,7 +35,7 @@ from conftest import FakeEngine
 from service.app import create_app
 from service.triton import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
 
-known = {"unavailable": ModelUnavailable, "late": ModelTimeout, "broken": ModelBroken, "shed": ModelOverloaded}
+known = {"unavailable": ModelUnavailable, "late": ModelTimeout, "shed": ModelOverloaded}
 decode = answering.decode
 
 class Unraisable:
@@ -45,6 +45,8 @@ class Unraisable:
 def faulty(documents, logits, **options):
     text = documents[0].context
     fault = text.split()[0]
+    if fault == "broken":
+        raise ModelBroken("as asked", told=text)
     if fault in known:
         raise known[fault]("as asked")
     if fault == "bug":
@@ -192,6 +194,7 @@ def test_no_question_and_no_context_is_in_any_log(directory: Path, bundle: Bundl
         "Task exception was never retrieved",
         "Invalid HTTP request received",
         "engine_unavailable: as asked",
+        "engine_broken: as asked",
     ):
         assert sign in text, sign
     if form == "json":  # every line, from the application's start on
@@ -218,6 +221,7 @@ def test_texts_are_logged_where_that_is_asked_for(directory: Path, bundle: Bundl
     assert first["questions"] == [{"question": ASKED["question"], "contexts": [ASKED["context"]]}]
     (bug, *_) = (line for line in lines if "RuntimeError" in line.get("exception", ""))
     assert f"RuntimeError: bug «{CANARY}»" in bug["exception"]
+    assert f"POST /v1/answer: engine_broken: as asked: broken «{CANARY}»" in [line["message"] for line in lines]
 
 
 def test_a_line_for_a_request_says_how_it_went(directory: Path, bundle: Bundle) -> None:

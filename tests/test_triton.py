@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import http.client
+import json
 import os
+import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -17,12 +20,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
+import httpx
 import numpy as np
 import pytest
+from chaos.bundles import CONTEXT
+from conftest import write_checkpoint
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bertqa.manifest import Bundle, sha256_of
 from bertqa.spans import Logits
+from bertqa.squad import Example, Reference, as_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service import embedded_triton, triton
 from service.circuit import FAILURES, Circuit, State
@@ -267,7 +274,7 @@ def test_nan_is_broken(server: EmbeddedTriton) -> None:
 
 
 def test_wrong_shape_is_broken(server: EmbeddedTriton) -> None:
-    with pytest.raises(ModelBroken, match=r"'end_logits' is FP32 \[1, 63\] in 252 bytes; FP32 \[1, 64\]"):
+    with pytest.raises(ModelBroken, match=r"'end_logits' is not FP32 \[1, 64\]: FP32 \[1, 63\] in 252 bytes"):
         run(server.url, lambda model: model.predict([window(SHAPE)], deadline=soon()))
 
 
@@ -469,7 +476,7 @@ def test_broken_engine_is_left_alone_and_taken_up_again(mood: str) -> None:
             said = await fail(model, 20)
             assert all(line.startswith("ModelBroken: ") for line in said[:5])
             assert all(line.startswith("ModelUnavailable: Triton failed several times") for line in said[5:]), said
-            assert said[4].partition(": ")[2] in said[5]  # and why
+            assert said[4].split(": ")[1] in said[5]  # and why, in our own words
             assert len(fake.requests) == 5
             fake.mood = "well"
             await until_answered(model)
@@ -909,6 +916,38 @@ def test_launcher_serves_and_ends_in_order(bundle: Bundle, tmp_path: Path) -> No
         finally:
             launcher.kill()
     until(lambda: not processes_with(str(tmp_path)))
+
+
+def test_every_line_of_the_launcher_and_its_children_is_json(tmp_path: Path) -> None:
+    """The builder's, the service's, and those of gRPC's core, which knows no log."""
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    examples = [Example("a", "t", "Who wrote it?", CONTEXT, (Reference("Ada", CONTEXT.index("Ada")),))]
+    (checkpoint / "gate.json").write_text(json.dumps(as_squad(examples)))
+    command = [sys.executable, "-m", "service", "--port=0", "--triton-grpc-port=0", f"--log-dir={tmp_path}"]
+    command += [f"--repository={tmp_path / 'models'}", f"--checkpoint={checkpoint}"]
+    environment = {"BERTQA_LOG_FORMAT": "json", "GRPC_VERBOSITY": "debug", "BERTQA_LOG_TEXTS": ""}
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=log) as launcher,
+    ):
+        try:
+            until(lambda: launcher.poll() is not None or b"ready at http://" in (tmp_path / "log").read_bytes(), 120)
+            (url,) = re.findall(r"ready at (http://[\d.:]+)", (tmp_path / "log").read_text())
+            assert httpx.get(f"{url}/info", trust_env=False).status_code == 200
+            launcher.send_signal(signal.SIGTERM)
+            assert launcher.wait(60) == 0
+        finally:
+            launcher.kill()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    said: dict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        assert line.keys() >= {"time", "level", "logger", "message"}
+        said[line["logger"]].append(line["message"])
+    assert said["bertqa.launcher"][-1] == "ended"
+    assert any("built in" in message for message in said["bertqa.builder"])
+    assert not any("it/s" in message or "\r" in message for message in said["bertqa.builder"]), "no bars"
+    assert said["bertqa.access"] == ["GET /info 200"]
+    assert any(re.match(r"[IDEW]\d{4} ", message) for message in said["bertqa.output"]), said["bertqa.output"][:5]
 
 
 # Who may ask Triton: APIs that are closed, and TLS
