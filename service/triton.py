@@ -39,6 +39,7 @@ from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service import tracing
 from service.circuit import TRIAL_S, Circuit, State
+from service.hedging import Hedging
 from service.turns import Turns
 
 CALLS_PER_WINDOW = 2
@@ -205,6 +206,7 @@ class TritonModel:
         watch_circuit: WatchCircuit | None = None,
         tls: grpc.ChannelCredentials | None = None,
         tls_name: str = "",
+        hedging: Hedging | None = None,
     ) -> None:
         """Open the channels; connections are made when first needed.
 
@@ -218,6 +220,7 @@ class TritonModel:
                 its instances at all addresses compute at one time, known from `model_parameters` on.
             tls: as `tls_credentials` gives it; without it, connections are in the clear.
             tls_name: that Triton's certificate must have; by default that of the address.
+            hedging: when a call that gets no reply is made at another of the addresses too; by default never.
             watch_circuit: called with address, model and version when a circuit begins; gives what is told its states.
 
         Raises:
@@ -233,6 +236,7 @@ class TritonModel:
         self._turns = Turns(max_in_flight or _CALLS_AT_FIRST)
         self._replicas = [_Replica(url, tls, tls_name) for url in urls]
         self._watch_circuit = watch_circuit
+        self._hedging = hedging or Hedging()
         self._links: dict[tuple[str, str], list[_Link]] = {}  # of every model and version that `at` has made
         self._calls = count()
         self._heads: dict[int, bytes] = {}
@@ -351,6 +355,7 @@ class TritonModel:
         turn = next(self._calls)
         tried: list[_Link] = []
         failure: ModelError | None = None
+        may_hedge = bool(read and self._hedging.after_s and len(self._replicas) > 1)
         for attempt in range(_RETRIES + 1):
             link = await self._next_link(turn, tried, deadline)
             if link is None:
@@ -359,34 +364,16 @@ class TritonModel:
                     + " ".join(link.circuit.reason for link in self._linked())
                 )
             tried.append(link)
-            elsewhere = len(tried) < len(self._replicas)
-            sent = time.monotonic()
-            # A trial leaves time for a replica that is well.
-            patience = (deadline - sent) / (2 if elsewhere and link.circuit.state is not State.CLOSED else 1)
-            try:
-                if patience <= 0:
-                    raise failure or ModelTimeout(_PASSED)
-                reply = await getattr(link.replica, method)(request, timeout=patience, metadata=tracing.metadata())
-                if reply is None:
-                    raise ModelBroken("The engine's answer is no message of Triton's protocol.")
-                result = read(reply) if read else reply
-            except grpc.aio.AioRpcError as error:
-                failure = _translate(error, link.replica.url, self._name)
-                failure.__cause__ = error
-            except ModelBroken as error:
-                failure = error
-            except grpc.aio.UsageError as error:
-                raise ModelUnavailable("The connection to Triton was closed.") from error
-            except BaseException:
+            if deadline <= time.monotonic():
                 link.circuit.unknown()
-                raise
-            else:
-                if read:
-                    link.circuit.succeeded()
-                else:
-                    link.circuit.unknown()
-                return result
-            link.note(failure, sent)
+                raise failure or ModelTimeout(_PASSED)
+            try:
+                if may_hedge and not attempt:
+                    return await self._ask_hedged(link, tried, method, request, deadline, read)
+                return await self._ask(link, tried, method, request, deadline, read)
+            except ModelError as error:
+                failure = error
+            elsewhere = len(tried) < len(self._replicas)
             pause = 0 if elsewhere else random.uniform(0.5, 1.5) * _RETRY_S * 2**attempt
             again = elsewhere or isinstance(failure, ModelUnavailable)
             if not again or isinstance(failure, ModelOverloaded) or time.monotonic() + pause >= deadline:
@@ -394,6 +381,103 @@ class TritonModel:
             await asyncio.sleep(pause)
         assert failure
         raise failure
+
+    async def _ask(
+        self,
+        link: "_Link",
+        tried: "Sequence[_Link]",
+        method: str,
+        request: object,
+        deadline: float,
+        read: Callable[[Any], _Reply] | None,
+    ) -> Any:
+        """Ask one replica, once, and tell its circuit."""
+        sent = time.monotonic()
+        # A trial leaves time for a replica that is well.
+        on_trial = len(tried) < len(self._replicas) and link.circuit.state is not State.CLOSED
+        try:
+            reply = await getattr(link.replica, method)(
+                request, timeout=(deadline - sent) / (2 if on_trial else 1), metadata=tracing.metadata()
+            )
+            if reply is None:
+                raise ModelBroken("The engine's answer is no message of Triton's protocol.")
+            result = read(reply) if read else reply
+        except grpc.aio.AioRpcError as error:
+            failure = _translate(error, link.replica.url, self._name)
+            link.note(failure, sent)
+            if isinstance(failure, ModelOverloaded):
+                self._hedging.overloaded()
+            raise failure from error
+        except ModelBroken as error:
+            link.note(error, sent)
+            raise
+        except grpc.aio.UsageError as error:
+            raise ModelUnavailable("The connection to Triton was closed.") from error
+        except BaseException:
+            link.circuit.unknown()
+            raise
+        if read:
+            link.circuit.succeeded()
+        else:
+            link.circuit.unknown()
+        return result
+
+    async def _ask_hedged(
+        self,
+        link: "_Link",
+        tried: "list[_Link]",
+        method: str,
+        request: object,
+        deadline: float,
+        read: Callable[[Any], _Reply] | None,
+    ) -> Any:
+        """Ask one replica, and another one too if that gives no reply in time; the first reply counts.
+
+        Leaves no call behind, whatever becomes of it.
+        """
+        hedging, sent = self._hedging, time.monotonic()
+        hedging.called()
+        first = asyncio.ensure_future(self._ask(link, tried, method, request, deadline, read))
+        calls, outcome = [first], ""
+        try:
+            await asyncio.wait(calls, timeout=hedging.after_s)
+            other = None if first.done() else self._idle_link(tried)
+            if other is None or not hedging.allows():
+                return await first
+            tried.append(other)
+            second = asyncio.ensure_future(self._ask(other, tried, method, request, deadline, read))
+            calls.append(second)
+            outcome = "cancelled"
+            while not all(call.done() for call in calls):
+                await asyncio.wait([call for call in calls if not call.done()], return_when=asyncio.FIRST_COMPLETED)
+                for call in calls:
+                    if call.done() and call.exception() is None:
+                        outcome = "lost" if call is first else "won"
+                        if call is second and not first.done():
+                            link.note(ModelTimeout(_PASSED), sent)  # silence, if it was long
+                        return call.result()
+            outcome = "failed"
+            failures = [error for call in calls if (error := call.exception())]
+            raise next((error for error in failures if isinstance(error, ModelOverloaded)), failures[0])
+        finally:
+            if outcome:
+                hedging.count(outcome)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    def _idle_link(self, tried: "Sequence[_Link]") -> "_Link | None":
+        """The next one in turn that was not tried yet and is well."""
+        links = self._linked()
+        begin = links.index(tried[-1]) + 1
+        return next(
+            (
+                each
+                for each in links[begin:] + links[:begin]
+                if each not in tried and each.circuit.state is State.CLOSED
+            ),
+            None,
+        )
 
     def _linked(self) -> "list[_Link]":
         key = self._model, self._version

@@ -12,8 +12,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +21,13 @@ from typing import Any, TypeVar
 
 import grpc.aio
 import httpx
+import hypothesis
 import numpy as np
 import pytest
 from chaos.bundles import CONTEXT
 from conftest import write_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bertqa.manifest import Bundle, sha256_of
@@ -34,6 +37,7 @@ from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service import embedded_triton, triton
 from service.circuit import FAILURES, Circuit, State
 from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
+from service.hedging import SAVED, SHARE, Hedging
 from service.settings import Settings
 from service.triton import (
     ModelBroken,
@@ -602,6 +606,144 @@ def test_version_that_is_broken_leaves_the_one_before_alone() -> None:
             fake.mood = "well"
             await old.predict([window()], deadline=soon(5))
             await old.close()
+
+    asyncio.run(scenario())
+
+
+# Hedging, against the same
+
+
+class Replying(Moody):
+    """Knows how many calls it has in progress, and each window by its first token."""
+
+    def __init__(self, moods: Mapping[int, str] | None = None) -> None:
+        super().__init__()
+        self.moods = moods or {}
+        self.in_progress = 0
+        self.asked: Counter[int] = Counter()
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        number = int(np.frombuffer(request.raw_input_contents[0], np.int32)[0])
+        self.asked[number] += 1
+        self.mood = self.moods.get(number, self.mood)
+        self.in_progress += 1
+        try:
+            if self.mood == "full":
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
+            return await super().ModelInfer(request, context)
+        finally:
+            self.in_progress -= 1
+
+
+async def no_call_is_left(*fakes: Replying) -> None:
+    end = soon(15)
+    while any(fake.in_progress for fake in fakes):
+        assert time.monotonic() < end, [fake.in_progress for fake in fakes]
+        await asyncio.sleep(0.01)
+
+
+def test_what_hangs_at_one_triton_is_answered_by_another() -> None:
+    async def scenario() -> None:
+        hanging, well, watched, outcomes = Replying(), Replying(), Watched(), Counter[str]()
+        hanging.mood = "silent"
+        async with served(hanging, well) as urls:
+            hedging = Hedging(0.55, lambda outcome: outcomes.update([outcome]))
+            model = TritonModel(urls, watch_circuit=watched, hedging=hedging)
+            for number in range(2 * FAILURES + 4):
+                assert_right([window(number)], await model.predict([window(number)], deadline=soon(20)))
+            assert watched.states[urls[0]][:2] == ["closed", "open"]  # long before any deadline
+            assert watched.states[urls[1]] == ["closed"]
+            assert hanging.asked.total() == outcomes["won"] >= FAILURES
+            assert outcomes.keys() == {"won"}
+            await no_call_is_left(hanging, well)
+            await model.close()
+
+    asyncio.run(scenario())
+
+
+def test_second_calls_are_few_however_slow_all_are() -> None:
+    async def scenario() -> None:
+        fakes, outcomes = (Replying(), Replying()), Counter[str]()
+        for fake in fakes:
+            fake.mood = "slow"
+        async with served(*fakes) as urls:
+            model = TritonModel(
+                urls, max_in_flight=32, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome]))
+            )
+            await model.predict([window(number) for number in range(400)], deadline=soon(30))
+            second = outcomes.total() - outcomes["withheld"]
+            assert SAVED <= second <= SAVED + SHARE * 400
+            asked = fakes[0].asked + fakes[1].asked
+            assert asked.total() == 400 + second
+            assert max(asked.values()) == 2
+            await no_call_is_left(*fakes)
+            await model.close()
+
+    asyncio.run(scenario())
+
+
+def test_no_second_call_is_made_after_one_that_has_too_much() -> None:
+    async def scenario() -> None:
+        full, slow, outcomes = Replying({1: "full"}), Replying(), Counter[str]()
+        full.mood = slow.mood = "slow"
+        async with served(full, slow) as urls:
+            model = TritonModel(urls, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome])))
+            with pytest.raises(ModelOverloaded):
+                await model.predict([window(1)], deadline=soon(5))
+            full.mood = "slow"
+            await model.predict([window(2)], deadline=soon(5))
+            assert outcomes == {"withheld": 1}
+            await model.close()
+        # of one address there is no other
+        async with served(slow) as urls:
+            model = TritonModel(urls, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome])))
+            await model.predict([window(3)], deadline=soon(5))
+            assert outcomes == {"withheld": 1}
+            await model.close()
+
+    asyncio.run(scenario())
+
+
+@hypothesis.settings(max_examples=15)
+@given(
+    st.lists(
+        st.tuples(
+            *[st.sampled_from(("well", "slow", "silent", "garbage", "nan", "full"))] * 2,
+            st.sampled_from((0.03, 0.1, 0.3, 1.0)),  # the deadline, or when the caller goes away
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_whatever_two_tritons_do_each_window_is_answered_once_and_no_call_is_left(
+    fates: list[tuple[str, str, float, bool]],
+) -> None:
+    async def ask(model: TritonModel, number: int, seconds: float, goes_away: bool) -> None:
+        task = asyncio.ensure_future(model.predict([window(number)], deadline=soon(10 if goes_away else seconds)))
+        await asyncio.wait([task], timeout=seconds if goes_away else None)
+        if task.cancel():
+            await asyncio.wait([task])
+        elif not task.exception():
+            assert_right([window(number)], task.result())
+        else:
+            assert isinstance(task.exception(), ModelError)
+
+    async def scenario() -> None:
+        moods = [{number: moods[side] for number, (*moods, _, _) in enumerate(fates)} for side in (0, 1)]
+        fakes = [Replying(each) for each in moods]
+        outcomes = Counter[str]()
+        async with served(*fakes) as urls:
+            before = len(asyncio.all_tasks())
+            model = TritonModel(
+                urls, max_in_flight=8, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome]))
+            )
+            await asyncio.gather(*(ask(model, number, *fate[2:]) for number, fate in enumerate(fates)))
+            assert outcomes.total() - outcomes["withheld"] <= SAVED + SHARE * len(fates)
+            assert model._turns._free == model._turns.places
+            await no_call_is_left(*fakes)
+            await model.close()
+            assert len(asyncio.all_tasks()) == before
 
     asyncio.run(scenario())
 
