@@ -442,7 +442,7 @@ class TritonModel:
         try:
             await asyncio.wait(calls, timeout=hedging.after_s)
             other = None if first.done() else self._idle_link(tried)
-            if other is None or not hedging.allows():
+            if other is None or not hedging.allows(self._turns.places):
                 return await first
             tried.append(other)
             second = asyncio.ensure_future(self._ask(other, tried, method, request, deadline, read))

@@ -37,7 +37,7 @@ from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service import embedded_triton, triton
 from service.circuit import FAILURES, Circuit, State
 from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
-from service.hedging import SAVED, SHARE, Hedging
+from service.hedging import SHARE, Hedging, saved
 from service.settings import Settings
 from service.triton import (
     ModelBroken,
@@ -668,13 +668,13 @@ def test_second_calls_are_few_however_slow_all_are() -> None:
             fake.mood = "slow"
         async with served(*fakes) as urls:
             model = TritonModel(
-                urls, max_in_flight=32, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome]))
+                urls, max_in_flight=8, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome]))
             )
-            await model.predict([window(number) for number in range(400)], deadline=soon(30))
+            await model.predict([window(number) for number in range(160)], deadline=soon(60))
             second = outcomes.total() - outcomes["withheld"]
-            assert SAVED <= second <= SAVED + SHARE * 400
+            assert saved(8) <= second <= saved(8) + SHARE * 160
             asked = fakes[0].asked + fakes[1].asked
-            assert asked.total() == 400 + second
+            assert asked.total() == 160 + second
             assert max(asked.values()) == 2
             await no_call_is_left(*fakes)
             await model.close()
@@ -739,7 +739,7 @@ def test_whatever_two_tritons_do_each_window_is_answered_once_and_no_call_is_lef
                 urls, max_in_flight=8, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome]))
             )
             await asyncio.gather(*(ask(model, number, *fate[2:]) for number, fate in enumerate(fates)))
-            assert outcomes.total() - outcomes["withheld"] <= SAVED + SHARE * len(fates)
+            assert outcomes.total() - outcomes["withheld"] <= saved(8) + SHARE * len(fates)
             assert model._turns._free == model._turns.places
             await no_call_is_left(*fakes)
             await model.close()
