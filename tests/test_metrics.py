@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.metrics import METRICS_FILE, Metrics, peak_flops, plot_loss, read_metrics
+from training.metrics import METRICS_FILE, Metrics, peak_flops, plot_loss, plot_runs, read_metrics
 
 
 def write(directory: Path, first: int, last: int) -> None:
@@ -47,6 +47,17 @@ def test_the_loss_is_drawn_as_png(tmp_path: Path) -> None:
     write(tmp_path, 0, 5)
     plot_loss(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_are_drawn_on_the_same_axes_unless_one_has_no_such_number(tmp_path: Path) -> None:
+    write(tmp_path / "one", 0, 5)
+    write(tmp_path / "other", 0, 9)
+    runs = [tmp_path / "one", tmp_path / "other"]
+    plot_runs(tmp_path / "both.png", runs, "mlm_loss")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match=r"one/metrics\.jsonl: has no nsp_loss"):
+        plot_runs(tmp_path / "none.png", runs, "nsp_loss")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:

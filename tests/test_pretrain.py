@@ -177,6 +177,15 @@ def test_the_checkpoint_is_one_of_transformers_and_starts_fine_tuning(
     assert all(torch.equal(ours_encoder[name], p) for name, p in answering.bert.encoder.named_parameters())
 
 
+def test_no_steps_write_the_weights_that_a_run_starts_from(shards: Path, config: Path, tmp_path: Path) -> None:
+    assert pretrain(shards, tmp_path / "start", "--config", config, "--steps", 0) == []
+    still = ("--steps", 1, "--learning-rate", 1e-9, "--weight-decay", 0)
+    pretrain(shards, tmp_path / "run", "--config", config, *still)
+    start, run = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "run"))
+    assert start.keys() == run.keys()
+    assert all(torch.allclose(start[name], run[name], rtol=0, atol=1e-8) for name in start)
+
+
 def test_phase_2_goes_on_with_the_weights_of_phase_1_and_a_schedule_of_its_own(
     run: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -292,7 +301,8 @@ def test_the_learning_rate_follows_the_global_batch_unless_it_is_given() -> None
 
 
 @pytest.mark.parametrize(
-    "more", [["--phase", "2"], ["--init", "a", "--config", "tiny"], ["--epochs", "1", "--steps", "2"], ["--steps", "0"]]
+    "more",
+    [["--phase", "2"], ["--init", "a", "--config", "tiny"], ["--epochs", "1", "--steps", "2"], ["--steps", "-1"]],
 )
 def test_flags_that_contradict_each_other_are_refused(more: list[str]) -> None:
     with pytest.raises(SystemExit):

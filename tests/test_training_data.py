@@ -3,6 +3,7 @@
 import bz2
 import hashlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from training.data import benchmarks, books
 from training.data.__main__ import main, parse_args
 from training.data.documents import DataError, Document, document_groups, open_output, read_group, write_documents
 from training.data.downloads import Checksum, DownloadError, NotOnServer, download, http_client
-from training.data.text import convert_text
+from training.data.text import convert_articles, convert_text
 from training.data.wikipedia import convert_dump, find_dump, paragraphs_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -521,6 +522,22 @@ def test_another_source_is_a_line_in_the_registry(tmp_path: Path, monkeypatch: p
 
 
 # Own text
+
+
+def test_the_articles_of_a_squad_file_are_documents_of_paragraphs_that_stand_once(tmp_path: Path) -> None:
+    def paragraph(context: str, *ids: str) -> dict[str, object]:
+        answers = [{"text": "A", "answer_start": 0}]
+        return {"context": context, "qas": [{"id": name, "question": "Who?", "answers": answers} for name in ids]}
+
+    articles = {"Ada_Lovelace": [paragraph("A first\none.", "1", "2"), paragraph("A second.", "3")], "Bath": []}
+    data = [{"title": title, "paragraphs": paragraphs} for title, paragraphs in articles.items()]
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"version": "1.1", "data": data}))
+    assert convert_articles(path, tmp_path / "out") == 1
+    assert documents_of(tmp_path / "out") == [Document("Ada_Lovelace", "Ada Lovelace", ["A first one.", "A second."])]
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match=r"training\.data: .*squad\.json: .*data"):
+        main(parse_args(["articles", str(path), "--output", str(tmp_path / "other")]))
 
 
 def test_a_folder_of_text_is_a_document_for_each_file(tmp_path: Path) -> None:

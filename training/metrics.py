@@ -1,5 +1,9 @@
-"""What a run reports: a line of JSON every few steps, speed as a share of the hardware's, and a plot of the loss."""
+"""What a run reports: a line of JSON every few steps, speed as a share of the hardware's, and a plot of the loss.
 
+``python -m training.metrics runs/one runs/other --output losses.png`` draws the loss of several runs on the same axes.
+"""
+
+import argparse
 import contextlib
 import functools
 import json
@@ -7,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +92,44 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def plot_loss(directory: Path) -> None:
     """Draw the loss and its terms over the steps, from ``metrics.jsonl`` into ``loss.png``."""
+    records = read_metrics(directory / METRICS_FILE)
+    if records:
+        names = (name for name in records[-1] if name == "loss" or name.endswith("_loss"))
+        _plot(directory / LOSS_PLOT, ((name, records, name) for name in names))
+
+
+def plot_runs(path: Path, runs: Sequence[Path], value: str = "loss") -> None:
+    """Draw one number of several runs over their steps, each line with the name of its run's directory.
+
+    Args:
+        path: of the PNG.
+        runs: output directories.
+        value: name of a number in ``metrics.jsonl``.
+
+    Raises:
+        SystemExit: a run has no such number.
+    """
+    records = {run: read_metrics(run / METRICS_FILE) for run in runs}
+    for run, lines in records.items():
+        if not any(value in line for line in lines):
+            raise SystemExit(f"{run / METRICS_FILE}: has no {value}")
+    _plot(path, ((run.name, lines, value) for run, lines in records.items()), label=value)
+
+
+def _plot(
+    path: Path, lines: Iterable[tuple[str, Sequence[Mapping[str, float | None]], str]], *, label: str = "loss"
+) -> None:
+    """Draw lines, each of its name, the records of its run, and which of their numbers it shows."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - slow to import, and needed once
 
-    records = read_metrics(directory / METRICS_FILE)
-    if not records:
-        return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    for name in records[-1]:
-        if name == "loss" or name.endswith("_loss"):
-            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), label=name)
+    axes = figure.add_subplot(xlabel="step", ylabel=label)
+    for name, records, value in lines:
+        points = [(record["step"], record[value]) for record in records if record.get(value) is not None]
+        axes.plot(*zip(*points, strict=True), label=name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(directory / LOSS_PLOT, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 @functools.cache
@@ -128,3 +156,12 @@ def peak_flops(device: torch.device, precision: str) -> float:
         seconds = min(seconds, time.monotonic() - began)
     flops = 2 * size**3 / seconds
     return flops if precision == "fp32" else max(flops, peak_flops(device, "fp32"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output directory of a job")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--value", default="loss", help="of metrics.jsonl; default: %(default)s")
+    arguments = parser.parse_args()
+    plot_runs(arguments.output, arguments.runs, arguments.value)

@@ -76,7 +76,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and its resume state")
     parser.add_argument("--phase", type=int, choices=[1, 2], default=1, help="of the recipe, see the defaults below")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=at_least_one, help="default: 7038 in phase 1, 1563 in phase 2")
+    steps_help = "default: 7038 in phase 1, 1563 in phase 2; 0 writes the model that a run starts from"
+    length.add_argument("--steps", type=not_negative, help=steps_help)
     length.add_argument("--epochs", type=positive, help="passes over the shard set, in place of --steps")
     add = parser.add_argument_group("data").add_argument
     add("--shards", type=Path, required=True, help="shard set, made by python -m training.data shard")
@@ -133,7 +134,8 @@ def main(args: argparse.Namespace) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".pooler." not in name and ".seq_relationship." not in name)
     torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
-    options = LoopOptions.of(args, args.steps or max(round(args.epochs * pairs.per_epoch), 1))
+    steps = max(round(args.epochs * pairs.per_epoch), 1) if args.steps is None else args.steps
+    options = LoopOptions.of(args, steps)
     if workers.rank == 0:
         weights = sum(parameter.numel() for parameter in model.parameters())
         print(
@@ -152,6 +154,11 @@ def main(args: argparse.Namespace) -> None:
         parameters = dict(model.named_parameters())
         tokenizer = (args.shards / TOKENIZER_FILE).read_text()
         write_checkpoint(args.output, BertForPreTraining, model.config, parameters, tokenizer)
+
+
+def not_negative(text: str) -> int:
+    """An argument that is a count or 0."""
+    return int(text) and at_least_one(text)
 
 
 def make_model(args: argparse.Namespace, shards: ShardSet) -> "PretrainingBert":

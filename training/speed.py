@@ -36,8 +36,9 @@ from bertqa.manifest import TOKENIZER_FILE
 from bertqa.squad import read_squad
 from bertqa.windows import MAX_SEQ_LEN, WindowMaker
 from training.batches import Batches
-from training.data.documents import Document, write_documents
+from training.data.documents import write_documents
 from training.data.sharding import SPECIAL_TOKENS, write_shard_set
+from training.data.text import articles_of
 from training.distributed import Alone, Compression, Workers
 from training.encoders import attention_implementation
 from training.finetune_squad import span_task
@@ -151,14 +152,10 @@ def real_features(squad: Path, tokenizer: Tokenizer, count: int) -> list[Feature
 
 def real_pairs(squad: Path, tokenizer: Path, count: int) -> list[Pair]:
     """So many sentence pairs of the paragraphs of a SQuAD file, an article being a document."""
-    titles: dict[str, dict[str, None]] = {}
-    for example in read_squad(squad):
-        titles.setdefault(example.title, {})[" ".join(example.context.split())] = None
     with tempfile.TemporaryDirectory() as name:
         documents, shards = Path(name) / "documents", Path(name) / "shards"
         documents.mkdir()
-        articles = (Document(title, title, list(paragraphs)) for title, paragraphs in titles.items())
-        write_documents(documents / "articles.parquet", articles)
+        write_documents(documents / "articles.parquet", articles_of(squad))
         write_shard_set([documents], tokenizer, shards)
         found = ShardSet.open(shards)
         if len(found) < count:
@@ -229,8 +226,8 @@ def _measure_ours(contender: Contender, workload: Workload, workers: Workers, st
     every = math.gcd(steps, warm_up)
     add_loop_arguments(parser, **own, log_every=every, save_every=2 * (steps + warm_up), learning_rate=1e-4)
     options = LoopOptions.of(parser.parse_args([]), steps + warm_up)
-    # The first steps have a batch of the first epoch, and what is counted has the whole of it.
-    task = replace(task, items=lambda step: items(max(step - warm_up, 0)))
+    # The first steps have batches of the first epoch, and what is counted has the whole of it.
+    task = replace(task, items=lambda step: items(step if step < warm_up else step - warm_up))
     torch.nn.Module.to(model, workers.device)
     if workers.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -3,6 +3,7 @@
 python -m training.data wikipedia     # a Wikipedia dump -> documents
 python -m training.data books         # books of Project Gutenberg -> documents
 python -m training.data text FOLDER   # your own .txt files -> documents
+python -m training.data articles FILE # the articles of a SQuAD file, without its questions -> documents
 python -m training.data tokenizer     # documents -> a WordPiece vocabulary, where none is at hand
 python -m training.data shard         # documents -> a shard set for training.pretrain
 python -m training.data squad         # the files of SQuAD, for training.finetune_squad
@@ -25,7 +26,7 @@ from training.data.books import SOURCES, read_books
 from training.data.documents import DataError, open_output, write_documents
 from training.data.downloads import Checksum, DownloadError, download, http_client
 from training.data.sharding import train_tokenizer, write_shard_set
-from training.data.text import Separator, convert_text
+from training.data.text import Separator, convert_articles, convert_text
 from training.data.wikipedia import MIRROR, convert_dump, find_dump
 from training.shards import ShardError, Storage
 
@@ -70,6 +71,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     text.set_defaults(run=run_text)
 
+    articles = commands.add_parser("articles", help="the articles of a SQuAD file -> documents")
+    articles.add_argument("squad", type=Path, help="SQuAD file, v1.1 or v2.0, as python -m training.data squad has it")
+    articles.set_defaults(run=run_articles)
+
     tokenizer = commands.add_parser("tokenizer", help="documents -> a WordPiece vocabulary")
     tokenizer.add_argument("--vocab-size", type=at_least_one, default=30522, help="default: %(default)s, as BERT's")
     tokenizer.add_argument("--cased", action="store_true", help="keep upper and lower case apart")
@@ -102,7 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     for command in (wikipedia, books):
         command.add_argument("--downloads", type=Path, default=DATA / "downloads", help="default: %(default)s")
-    for command in (wikipedia, books, text, tokenizer, shard):
+    for command in (wikipedia, books, text, articles, tokenizer, shard):
         command.add_argument("--output", type=Path, required=True, help="what to write: a directory, or tokenizer.json")
     for command in (squad, glue):
         command.add_argument("--output", type=Path, help="default: %(default)s")
@@ -159,6 +164,11 @@ def run_books(args: argparse.Namespace) -> None:
 def run_text(args: argparse.Namespace) -> None:
     """Convert a folder."""
     print(f"{args.output}: {convert_text(args.folder, args.output, args.separator)} documents", flush=True)
+
+
+def run_articles(args: argparse.Namespace) -> None:
+    """Convert the articles of a SQuAD file."""
+    print(f"{args.output}: {convert_articles(args.squad, args.output)} documents", flush=True)
 
 
 def run_tokenizer(args: argparse.Namespace) -> None:

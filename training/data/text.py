@@ -2,6 +2,8 @@
 
 A file is a document, and blank lines separate its paragraphs, whose lines are joined. With ``--separator blank-line``
 blank lines separate documents and each line is a paragraph: the form that BERT's own scripts read.
+
+The paragraphs of a SQuAD file are text too, of Wikipedia's articles: without its questions, an article is a document.
 """
 
 import re
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from bertqa.squad import MalformedSquad, read_squad
 from training.data.documents import DataError, Document, open_output, write_documents
 
 Separator = Literal["file", "blank-line"]
@@ -33,6 +36,37 @@ def convert_text(folder: Path, output: Path, separator: Separator) -> int:
     if not (written := write_documents(output / "text-00000.parquet", documents)):
         raise DataError(f"{folder}: its .txt files are empty")
     return written
+
+
+def convert_articles(squad: Path, output: Path) -> int:
+    """Write the articles of a SQuAD file as documents.
+
+    Returns:
+        The number of documents.
+
+    Raises:
+        DataError: the file is no SQuAD file, or ``output`` holds documents of another origin.
+        OSError: the file cannot be read.
+    """
+    try:
+        documents = articles_of(squad)
+    except MalformedSquad as error:
+        raise DataError(str(error)) from error
+    open_output(output, {"origin": "articles", "file": str(squad)})
+    return write_documents(output / "articles-00000.parquet", documents)
+
+
+def articles_of(squad: Path) -> list[Document]:
+    """The articles of a SQuAD file with the paragraphs that are asked about, each once.
+
+    Raises:
+        MalformedSquad: see `read_squad`.
+        OSError: the file cannot be read.
+    """
+    articles: dict[str, dict[str, None]] = {}
+    for example in read_squad(squad):
+        articles.setdefault(example.title, {})[" ".join(example.context.split())] = None
+    return [Document(title, title.replace("_", " "), list(paragraphs)) for title, paragraphs in articles.items()]
 
 
 def paragraphs_of(text: str) -> list[str]:
