@@ -2,7 +2,8 @@
 
 ``python -m training.measure_training --output runs/speed`` compares, on this machine and in one run: one process and as
 many as there are cores, fp32 and bf16, batches as they come, of like length and packed, AdamW and LAMB, our loop and
-the ``Trainer``. All repeats are interleaved: a ratio is that of two neighbours in time, and its spread is given.
+the ``Trainer``. All repeats are interleaved: a ratio is that of two neighbours in time, and its spread is given. Each
+repeat is kept in ``--output``: a run that was ended goes on with those that are missing, and more can be added.
 
 ``python -m training.measure_training --gpu-suite`` measures BERT-large on a GPU: pre-training phases 1 and 2 and SQuAD,
 beside NVIDIA's published numbers. Under ``horovodrun -np 8`` it does so on eight of them.
@@ -137,6 +138,11 @@ class Results:
         ]
         return cls(**values)
 
+    @property
+    def repeats(self) -> int:
+        """Times that everything was measured."""
+        return len(self.rows[0].speeds)
+
     def find(self, processes: int, threads: int | None = None, **fields: object) -> Row | None:
         """The row of a contender with these fields, and else the defaults."""
         for row in self.rows:
@@ -158,7 +164,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, default=CHECKPOINT / TOKENIZER_FILE, help="tokenizer.json")
     parser.add_argument("--sequences", type=at_least_one, default=256, help="of an epoch; each repeat takes all")
     parser.add_argument("--batch-size", type=at_least_one, default=32, help="sequences of one process in a step")
-    parser.add_argument("--repeats", type=at_least_one, default=3, help="times that everything is measured")
+    parser.add_argument("--repeats", type=at_least_one, default=3, help="times that everything is measured, in all")
     parser.add_argument(
         "--precisions", nargs="+", choices=["fp32", "bf16"], help="default: both, unless bf16 is the slower"
     )
@@ -184,9 +190,7 @@ def main(args: argparse.Namespace) -> None:
         report(Results.read(args.output / RESULTS_FILE), args.output)
     else:
         args.output.mkdir(parents=True, exist_ok=True)
-        results = compare(args)
-        save_json(args.output / RESULTS_FILE, asdict(results))
-        report(results, args.output)
+        report(compare(args), args.output)
 
 
 # --- measuring
@@ -226,6 +230,8 @@ def contenders(args: argparse.Namespace) -> list[Row]:
             add(alone, data=data, layout="shuffled", loop="Trainer", precision=precision)
             add(alone, data=data, layout="shuffled", precision=precision)
             add(alone, data=data, layout="bucketed", precision=precision)
+            if precision == "fp32":
+                add(alone, data=data, layout="bucketed", compile=True)
         for place in dict.fromkeys([(1, shared[1]), shared]):
             if place != alone:
                 add(place, data="squad", layout="bucketed", precision=precision)
@@ -239,39 +245,69 @@ def contenders(args: argparse.Namespace) -> list[Row]:
 
 
 def compare(args: argparse.Namespace) -> Results:
-    """Measure all contenders in turn, so many times; those that share a launch take turns within it."""
-    rows = contenders(args)
-    places = list(dict.fromkeys((row.processes, row.threads) for row in rows))
-    config = args.config or "mini"
-    all_reduces, gradient_bytes = [], 0
+    """Measure all contenders in turn, so many times; those that share a launch take turns within it.
+
+    Raises:
+        SystemExit: ``--output`` holds the results of another comparison.
+    """
+    path = args.output / RESULTS_FILE
+    settings: dict[str, object] = {name: getattr(args, name) for name in ("sequences", "batch_size")}
+    results = Results(
+        machine=machine(),
+        date=str(date.today()),
+        versions=versions(),
+        settings=settings | {"config": args.config or "mini", "data": args.data.name},
+        rows=contenders(args),
+        gradient_bytes=0,
+        all_reduce_seconds=[],
+        workers=args.processes,
+    )
+    if path.exists():
+        results = resumed(Results.read(path), results, path)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         recipe = {"max_seq_len": 128, "max_predictions_per_seq": 20}
         pairs = real_pairs(args.data, args.tokenizer, args.sequences)
         write_pairs(pairs, directory / "shards", args.tokenizer, **recipe)
-        for repeat in range(args.repeats):
-            for processes, threads in places:
-                print(f"repeat {repeat + 1} of {args.repeats}: {processes} x {threads} threads", file=sys.stderr)
-                here = [row for row in rows if (row.processes, row.threads) == (processes, threads)]
-                order = here[:: 1 if repeat % 2 == 0 else -1]  # nobody is always first
-                plan: dict[str, Any] = {"contenders": [asdict(row.contender) for row in order], "config": config}
-                plan |= {"data": str(args.data), "tokenizer": str(args.tokenizer), "sequences": args.sequences}
-                found = launch(processes, threads, plan | {"shards": str(directory / "shards")}, directory)
-                for row, speed in zip(order, found["speeds"], strict=True):
-                    row.speeds.append(Speed(**speed))
-                gradient_bytes = found["gradient_bytes"]
-                if processes > 1:
-                    all_reduces.append(found["all_reduce_seconds"])
-    names = ("sequences", "batch_size", "repeats")
-    return Results(
-        machine=machine(),
-        date=str(date.today()),
-        versions=versions(),
-        settings={name: getattr(args, name) for name in names} | {"config": config, "data": args.data.name},
-        rows=rows,
+        plan: dict[str, Any] = {"config": results.settings["config"], "sequences": args.sequences}
+        plan |= {"data": str(args.data), "tokenizer": str(args.tokenizer), "shards": str(directory / "shards")}
+        while results.repeats < args.repeats:
+            results = measured_again(results, plan, directory)
+            save_json(path, asdict(results))
+    return results
+
+
+def resumed(found: Results, expected: Results, path: Path) -> Results:
+    """The repeats that were measured before, if they are of the same comparison."""
+    for name in ("machine", "versions", "settings", "workers"):
+        if getattr(found, name) != getattr(expected, name):
+            raise SystemExit(f"{path}: is of other {name}, {getattr(found, name)}; give another --output")
+    if [replace(row, speeds=[]) for row in found.rows] != expected.rows:
+        raise SystemExit(f"{path}: compares other rows; give another --output")
+    return found
+
+
+def measured_again(results: Results, plan: Mapping[str, Any], directory: Path) -> Results:
+    """The results with one more repeat."""
+    repeat = results.repeats
+    rows, all_reduces, gradient_bytes = {}, list(results.all_reduce_seconds), 0
+    for processes, threads in dict.fromkeys((row.processes, row.threads) for row in results.rows):
+        print(f"repeat {repeat + 1}: {processes} x {threads} threads", file=sys.stderr, flush=True)
+        here = [n for n, row in enumerate(results.rows) if (row.processes, row.threads) == (processes, threads)]
+        order = here[:: 1 if repeat % 2 == 0 else -1]  # nobody is always first
+        contenders = [asdict(results.rows[number].contender) for number in order]
+        found = launch(processes, threads, {**plan, "contenders": contenders}, directory)
+        for number, speed in zip(order, found["speeds"], strict=True):
+            row = results.rows[number]
+            rows[number] = replace(row, speeds=[*row.speeds, Speed(**speed)])
+        gradient_bytes = found["gradient_bytes"]
+        if processes > 1:
+            all_reduces.append(found["all_reduce_seconds"])
+    return replace(
+        results,
+        rows=[rows[number] for number in range(len(results.rows))],
         gradient_bytes=gradient_bytes,
         all_reduce_seconds=all_reduces,
-        workers=args.processes,
     )
 
 
@@ -308,7 +344,8 @@ def run_plan(path: Path) -> None:
     for values in plan["contenders"]:
         contender = Contender(**values)
         steps = plan["sequences"] // (contender.batch_size * workers.size)
-        speeds.append(asdict(measure(contender, workload, workers, steps)))
+        warm_up = steps if contender.compile else 1  # what a length asks for is compiled before steps are counted
+        speeds.append(asdict(measure(contender, workload, workers, steps, warm_up)))
     weights = workload.model(Contender(loop="ours", data="squad", layout="bucketed")).parameters()
     found = {
         "speeds": speeds,
@@ -353,7 +390,7 @@ def report(results: Results, directory: Path) -> None:
     print(", ".join(f"{name} {number}" for name, number in results.versions.items()))
     print(
         f"BERT {settings['config']}, {settings['sequences']} sequences an epoch, {settings['batch_size']} a step and "
-        f"process, {settings['repeats']} repeats; MFU of the measured peak of a matrix product\n"
+        f"process, {results.repeats} repeats; MFU of the measured peak of a matrix product\n"
     )
     print("\n".join(speed_table(results)), end="\n\n")
     print("\n".join(findings(results)), end="\n\n")
@@ -372,9 +409,10 @@ def speed_table(results: Results) -> list[str]:
         contender = row.contender
         trainer = results.find(1, loop="Trainer", data=contender.data, layout="shuffled", precision=contender.precision)
         wire = ", fp16 on the wire" if contender.compression == "fp16" else ""
+        compiled = ", compiled" if contender.compile else ""
         lines.append(
             f"| {'SQuAD' if contender.data == 'squad' else 'MLM + NSP'} | {contender.loop} | "
-            f"{row.processes} x {row.threads} | {contender.layout} | {contender.precision}{wire} | "
+            f"{row.processes} x {row.threads} | {contender.layout} | {contender.precision}{compiled}{wire} | "
             f"{contender.optimizer} | {contender.batch_size * row.processes} | {spread(row.rates)} | "
             f"{row.median('mfu'):.0%} | {row.median('optimizer_seconds') / row.median('step_seconds'):.1%} | "
             f"{'' if trainer in (None, row) else spread(ratios(row, trainer), 2)} |"
@@ -405,6 +443,8 @@ def findings(results: Results) -> list[str]:
                 goal = f"; goal {GOAL}" if precision == "bf16" else ""
                 compared(what, ours("bucketed", precision), theirs(other), goal)
         compared(f"{name}, bf16 against fp32", ours("bucketed", "bf16"), ours("bucketed", "fp32"))
+        compiled = results.find(1, threads, loop="ours", data=data, layout="bucketed", compile=True)
+        compared(f"{name}, bucketed, compiled against not, fp32", compiled, ours("bucketed", "fp32"))
         for layout in ("bucketed", "packed"):
             compared(f"{name}, {layout} against shuffled, fp32", ours(layout, "fp32"), ours("shuffled", "fp32"))
     padded = results.find(1, loop="Trainer", data="squad", layout="padded to the maximum")
@@ -471,11 +511,11 @@ def draw(results: Results, directory: Path) -> list[Path]:
         name = "SQuAD" if contender.data == "squad" else "MLM + NSP"
         if contender.optimizer == "lamb" or contender.compression == "fp16":
             continue
-        if contender.layout == "bucketed" or contender.loop == "Trainer":
+        if not contender.compile and (contender.layout == "bucketed" or contender.loop == "Trainer"):
             who = f"{name}\n{contender.loop}, {contender.layout}\n{row.processes} x {row.threads}"
             bars.setdefault(who, {})[contender.precision] = row.rates
         if row.processes == 1 and row.threads == threads:
-            series = f"{contender.loop}, {contender.layout}"
+            series = f"{contender.loop}, {contender.layout}{', compiled' if contender.compile else ''}"
             versus.setdefault(f"{name}, {contender.precision}", {})[series] = row.rates
     plot_speeds(precisions, bars, "Single and mixed precision", note)
     plot_speeds(trainer, versus, "Our loop and the Hugging Face Trainer, one process", note)
