@@ -17,7 +17,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from bertqa.windows import BUCKETS, MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, WindowMaker
+from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, WindowMaker
 
 MODEL_NAME = "bert_qa"
 """Name of the model in Triton's repository, where no other is given."""
@@ -158,7 +158,7 @@ class Manifest(_JsonFile):
     latency_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # bucket -> "p50", ... of the engine
     files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of every other file of the bundle
     cpu_features: tuple[str, ...] = ()  # of the CPU that it was built on, where it runs on one
-    buckets: tuple[int, ...] = BUCKETS
+    buckets: tuple[int, ...]  # lengths of its windows, in tokens; those of the release that built it
     max_batch_size: int = 1
     format: int = FORMAT
 

@@ -21,7 +21,7 @@ INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUT_NAMES = ("start_logits", "end_logits")
 """The engine's outputs, in order; each float32 of shape (1, length)."""
 
-BUCKETS = (64, 128, 256, 384, 512)
+BUCKETS = (64, 128, 192, 256, 384, 512)
 """Lengths, in tokens, to which windows are padded."""
 MAX_SEQ_LEN = 384
 """Default length of a full window, in tokens, special tokens included."""

@@ -200,9 +200,8 @@ def window_maker(checkpoint: Path, settings: Settings, config: BertConfig) -> Wi
             f"{checkpoint}: max_seq_len of bertqa.json is {settings.max_seq_len}, but max_position_embeddings of "
             f"{CONFIG_FILE} is {longest}"
         )
-    buckets = [length for length in BUCKETS if length <= longest]
-    if not buckets or buckets[-1] < settings.max_seq_len:
-        buckets.append(longest)
+    fits = next((length for length in BUCKETS if settings.max_seq_len <= length <= longest), longest)
+    buckets = [length for length in BUCKETS if length < fits] + [fits]  # a longer one would be memory for nothing
     try:
         maker = WindowMaker.from_directory(
             checkpoint,

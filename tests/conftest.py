@@ -119,6 +119,7 @@ class FakeEngine:
         self.identity = identity
         self.failure: Exception | None = None
         self.delay_s = 0.0
+        self.call_s = 0.0  # as it tells
         self.seconds_each = 0.0  # how much longer a request waits for each that is before it
         self.windows = 0  # answered
         self.cancelled = threading.Event()
@@ -270,7 +271,7 @@ def write_checkpoint(directory: Path, *, prefix: str = "bert.", text: str = _TEX
     } | fields
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "bertqa.json").write_text(
-        json.dumps({"name": "tiny", "max_seq_len": 64, "overlap": 16, "max_question_tokens": 16})
+        json.dumps({"name": "tiny", "max_seq_len": 128, "overlap": 16, "max_question_tokens": 16})
     )
     random = np.random.default_rng(0)
     shapes = BertConfig.read(directory / "config.json").shapes()

@@ -69,8 +69,8 @@ def test_a_build_is_a_bundle_that_the_service_opens(options: BuildOptions) -> No
     assert bundle.version == 1
     assert bundle.manifest == manifest
     assert (manifest.name, manifest.target, manifest.precision) == ("tiny", "cpu", "fp32")
-    assert (manifest.max_seq_len, manifest.overlap, manifest.max_question_tokens) == (64, 16, 16)
-    assert manifest.buckets == (64, 128)  # no longer than max_position_embeddings
+    assert (manifest.max_seq_len, manifest.overlap, manifest.max_question_tokens) == (128, 16, 16)
+    assert manifest.buckets == (64, 128)  # no longer than a window
     assert manifest.checkpoint_sha256 == sha256_of(Path(options.checkpoint) / "model.safetensors")
     assert manifest.f1 == manifest.reference_f1  # float32 answers like float32
     assert manifest.gate_questions == len(QUESTIONS)

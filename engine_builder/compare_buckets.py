@@ -1,0 +1,164 @@
+"""What length buckets are worth: the CPU engine of a repository, compiled for several lists of them, on real windows.
+
+A window is padded to the shortest bucket that holds it, so more buckets mean less padding, and each costs memory in
+every process that holds the engine. Every list gets such a process; they take turns, a block of windows each.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from bertqa.manifest import BundleMismatch
+from bertqa.repository import Repository
+from bertqa.squad import MalformedSquad, read_squad
+from bertqa.windows import Window, WindowMaker
+from engine_builder import openvino_build
+from engine_builder.openvino_build import Precision
+from engine_builder.publish import BuildRefused
+
+LISTS = ("64,128,256,384,512", "64,128,256,384", "64,128,192,256,384", "64,128,160,192,256,384")
+BLOCK = 10
+"""Windows of a turn."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engine_builder.compare_buckets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--repository", type=Path, default=Path("model_repository"), help="with a CPU engine (default: %(default)s)"
+    )
+    parser.add_argument("--data", required=True, type=Path, metavar="SQUAD_JSON", help="questions and texts")
+    parser.add_argument("--questions", type=int, default=500, help="spread over the data (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="times that every window is run (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="cores for the engine; default: all")
+    parser.add_argument(
+        "--buckets", type=_lengths, nargs="+", metavar="N,N,N", default=[_lengths(each) for each in LISTS],
+        help=f"lists of lengths to compare; default: {' '.join(LISTS)}",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if min(args.questions, args.rounds) < 1:
+        parser.error("--questions, --rounds: must be at least 1")
+    return args
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(sorted(map(int, text.split(","))))
+
+
+@dataclass(slots=True)
+class Row:
+    """What one list gave."""
+
+    buckets: tuple[int, ...]
+    seconds: list[float] = field(default_factory=list)  # of each call
+    lengths: list[int] = field(default_factory=list)  # of its window, padding included
+    memory_mib: float = 0.0
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure and print the table.
+
+    Raises:
+        BuildRefused: the engine is not one of a CPU, or a list has no bucket for the longest window.
+    """
+    bundle = Repository(args.repository).open()
+    manifest = bundle.manifest
+    if manifest.target != "cpu":
+        raise BuildRefused(f"--repository: {manifest.identity} is no engine for a CPU")
+    directory = Repository(args.repository).directory(bundle.model, bundle.version)
+    for buckets in args.buckets:
+        if buckets[-1] < manifest.max_seq_len:
+            raise BuildRefused(f"--buckets: a window may have {manifest.max_seq_len} tokens, and {buckets[-1]} is less")
+    rows = [Row(buckets) for buckets in args.buckets]
+    with ExitStack() as stack:
+        lines = [_start(stack, directory, args, row.buckets) for row in rows]
+        for _ in range(args.rounds):
+            for first in range(0, min(line.recv() for line in lines), BLOCK):
+                for row, line in zip(rows, lines, strict=True):
+                    line.send(first)
+                    seconds, lengths = line.recv()
+                    row.seconds += seconds
+                    row.lengths += lengths
+            for line in lines:
+                line.send(None)
+        for row, line in zip(rows, lines, strict=True):
+            row.memory_mib = line.recv()
+    print(f"{manifest.identity}, {len(rows[0].seconds) // args.rounds} windows, {args.rounds} times\n")
+    print("| buckets | tokens with padding | mean ms | p50 ms | p99 ms | of the first | memory MiB |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        p50, p99 = (1e3 * float(np.percentile(row.seconds, percent)) for percent in (50, 99))
+        mean = 1e3 * float(np.mean(row.seconds))
+        print(
+            f"| {', '.join(map(str, row.buckets))} | {np.mean(row.lengths):.0f} | {mean:.2f} | {p50:.2f} | {p99:.2f} | "
+            f"{np.mean(row.seconds) / np.mean(rows[0].seconds):.2f} | {row.memory_mib:.0f} |"
+        )
+
+
+def _start(stack: ExitStack, directory: Path, args: argparse.Namespace, buckets: tuple[int, ...]) -> Connection:
+    context = multiprocessing.get_context("spawn")  # as Triton's processes, it begins with nothing of ours in memory
+    line, other = context.Pipe()
+    process = context.Process(target=_serve, args=(other, directory, args, buckets), daemon=True)
+    process.start()
+    other.close()
+    stack.callback(process.terminate)
+    return line
+
+
+def _serve(line: Connection, directory: Path, args: argparse.Namespace, buckets: tuple[int, ...]) -> None:
+    """A process's work: for each round tell how many windows there are, then run the blocks that are asked for."""
+    manifest = Repository(args.repository).open().manifest
+    maker = WindowMaker.from_directory(
+        directory,
+        max_seq_len=manifest.max_seq_len,
+        max_question_tokens=manifest.max_question_tokens,
+        overlap=manifest.overlap,
+        buckets=buckets,
+    )
+    precision: Precision = manifest.precision  # type: ignore[assignment]  # of a CPU engine
+    predict = openvino_build.load(directory / manifest.engine_file, precision, buckets, args.threads)
+    examples = read_squad(args.data)
+    chosen = islice(examples[:: max(1, len(examples) // args.questions)], args.questions)
+    windows = [window for each in chosen for window in maker(each.question, each.context).windows]
+    for length in buckets:  # the first call of a length is slower
+        row = np.ones((1, length), np.int32)
+        predict(Window(row, row, row, 1, 0, 1))
+    for _ in range(args.rounds):
+        line.send(len(windows))
+        while (first := line.recv()) is not None:
+            block, seconds = windows[first : first + BLOCK], []
+            for window in block:
+                began = time.perf_counter()
+                predict(window)
+                seconds.append(time.perf_counter() - began)
+            line.send((seconds, [window.length for window in block]))
+    line.send(own_memory_mib())
+    line.recv()  # until we are ended
+
+
+def own_memory_mib() -> float:
+    """Memory of this process that no other shares, the engine's file and libraries therefore not counted."""
+    rollup = Path(f"/proc/{os.getpid()}/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", rollup, re.MULTILINE))) / 1024
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (BuildRefused, BundleMismatch, MalformedSquad, OSError) as error:
+        sys.exit(f"compare_buckets: {error}")
