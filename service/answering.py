@@ -219,9 +219,9 @@ class Answerer:
         if self._in_progress and self._in_progress + len(questions) > self.settings.max_in_progress:
             limit = self.settings.max_in_progress
             raise ModelOverloaded(f"{self._in_progress} questions are in progress, and {limit} may be.")
-        longest_s = max(min(self._longest_wait_s, deadline - time.monotonic()), 0)  # too late is not too full
+        patience_s = deadline - time.monotonic()
         for model in {question.model for question in questions}:
-            model.check_room(longest_s)
+            model.check_room(self._longest_wait_s, patience_s=patience_s)
 
     async def _answer_all(self, questions: Sequence[Question], deadline: float) -> list[Result]:
         with self._in_work(questions):

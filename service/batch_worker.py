@@ -275,6 +275,11 @@ class SteadyEngine:
         """As in `Engine`."""
         return await self._engine.model_parameters(deadline=_soon(deadline))
 
+    @property
+    def call_s(self) -> float:
+        """As in `Engine`."""
+        return self._engine.call_s
+
     def expected_wait(self, ahead: int) -> float:
         """As in `Engine`; nobody waits too long here."""
         return 0.0

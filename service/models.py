@@ -6,6 +6,7 @@ over, questions in progress end with the one that they began with.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -20,6 +21,8 @@ from service.triton import Engine, ModelOverloaded
 
 FOLLOW_S = 1.0
 """Seconds between two looks at the repository."""
+OVERLOAD_S = 1.0
+"""Seconds for which a model counts as overloaded after a question was refused; those refused come back later."""
 PROBE_S = 5.0
 """Seconds that a question to a new version may take before it is tried again."""
 
@@ -35,22 +38,33 @@ class Served:
         self.count = metrics.questions(bundle.model, bundle.version)
         self.verified = False
         self.in_progress = 0  # questions
+        self._overloaded_until = -math.inf
         self.cache: Cache[Any] | None = None  # of results, for whoever answers
 
-    def check_room(self, longest_s: float) -> None:
+    def check_room(self, longest_s: float, *, patience_s: float = math.inf) -> None:
         """Return if one more question need not wait too long for the engine.
+
+        A burst may fill the queue. Where it was too full within the last second, it would be full for as long as there
+        is too much load, and everybody wait for nothing: then a newcomer may wait half a call, enough that the engine
+        never idles.
 
         Args:
             longest_s: seconds that it may be expected to wait.
+            patience_s: seconds that its own deadline leaves; less than that is nobody else's affair.
 
         Raises:
             ModelOverloaded: it would have to.
         """
-        wait_s = self.engine.expected_wait(self.in_progress)
+        wait_s, now = self.engine.expected_wait(self.in_progress), time.monotonic()
+        if now < self._overloaded_until:
+            longest_s = min(longest_s, self.engine.call_s / 2)
+        if wait_s > longest_s:
+            self._overloaded_until = now + OVERLOAD_S
+        longest_s = max(min(longest_s, patience_s), 0)  # too late is not too full
         if wait_s > longest_s:
             raise ModelOverloaded(
                 f"The engine has {self.in_progress} questions before this one, which would wait {wait_s:.2f} s; "
-                f"at most {max(longest_s, 0):.2f} s are allowed.",
+                f"at most {longest_s:.2f} s are allowed.",
                 retry_after_s=wait_s,
             )
 

@@ -66,7 +66,7 @@ class Settings:
     """Engine calls of this process and a model at one time; 0: two for each instance of the engine at each address."""
 
     max_queue_ms: int = 100
-    """Milliseconds that a question may be expected to wait for the engine; one that would wait longer is refused."""
+    """Milliseconds that a question may be expected to wait for the engine; see `service.models.Served.check_room`."""
 
     hedge_ms: int = 0
     """Milliseconds without a reply after which an engine call is made at a second address too; 0: never."""

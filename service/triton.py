@@ -169,6 +169,11 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def call_s(self) -> float:
+        """Mean seconds of the latest calls, from a window's turn to its logits; 0.0 before the first."""
+        ...
+
     def expected_wait(self, ahead: int) -> float:
         """Seconds until a request's first window would be computed, with so many other requests in progress."""
         ...
@@ -285,6 +290,11 @@ class TritonModel:
             windows = max(instances, 1) * max(reply.config.max_batch_size, 1)
             self._turns.resize(CALLS_PER_WINDOW * windows * sum(addresses))
         return {name: value.string_value for name, value in reply.config.parameters.items()}
+
+    @property
+    def call_s(self) -> float:
+        """As in `Engine`."""
+        return self._turns.call_s
 
     def expected_wait(self, ahead: int) -> float:
         """As in `Engine`."""

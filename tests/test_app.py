@@ -370,6 +370,27 @@ def test_a_question_that_would_wait_too_long_is_refused_before_it_is_read(
     assert not caplog.records
 
 
+def test_where_questions_were_refused_others_wait_half_a_call_until_a_second_has_passed_without(
+    make_app: MakeApp, engine: FakeEngine
+) -> None:
+    engine.seconds_each, engine.call_s = 0.25, 0.5
+    app = make_app(max_queue_ms=1000)
+    with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        served = app.state.answerer.models[None]
+
+        def ask(ahead: int, timeout_ms: int = 9999) -> int:
+            served.in_progress = ahead
+            return client.post("/v1/answer", json=ASKED, headers={"x-timeout-ms": str(timeout_ms)}).status_code
+
+        assert ask(4, timeout_ms=900) == 503, "its own deadline"
+        assert ask(4) == 200, "which tells nothing of the engine"
+        assert ask(5) == 503
+        assert [ask(4), ask(2), ask(1), ask(0)] == [503, 503, 200, 200]
+        assert served._overloaded_until > time.monotonic()
+        served._overloaded_until = time.monotonic()
+        assert ask(4) == 200
+
+
 def test_an_engine_of_another_bundle_is_refused(bundle: Bundle, make_app: MakeApp, engine: FakeEngine) -> None:
     engine.identity = "other-cpu-int8-ffffffffffff"
     with pytest.raises(BundleMismatch, match=f"{engine.identity}.*{bundle.manifest.identity}.*repository"):
