@@ -114,6 +114,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._arrival = None
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """The reply is whole, and leaves before the application counts and logs it."""
+        joining: Any = self.transport
+        joining.flush()
+        super().on_response_complete()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what could not be parsed."""
         self._refuse(self._problem or MalformedHttp("not an HTTP request"))
@@ -181,16 +187,16 @@ class _Joining:
 
     def write(self, data: bytes) -> None:
         if not self._parts:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._parts.append(data)
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self._transport.close()
         if self._transport.get_write_buffer_size():
             self._loop.call_later(self._patience_s, self._transport.abort)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         if self._parts:
             data = b"".join(self._parts)
             self._parts.clear()
