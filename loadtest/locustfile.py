@@ -10,6 +10,8 @@ counted from that moment on, so that a service that stalls cannot slow its own t
 Tene). One user makes all arrivals of its process; ``--users`` should be the number of processes.
 
 More load than one process makes: add ``--processes 4``, or ``--master`` and ``--worker`` on several machines.
+
+A service that wants an API key gets the one in ``BERTQA_API_KEY``; give it no rate, or what is beyond counts as shed.
 """
 
 import json
@@ -32,6 +34,8 @@ from loadtest.workload import Draw, due_times, make_requests, parse_mix, read_re
 
 GATE = Path(__file__).resolve().parent.parent / "checkpoints" / "minilm-l6-squad" / "gate.json"
 PATH = "/v1/answer"
+KEY = os.environ.get("BERTQA_API_KEY")  # a flag could be read in the list of processes
+HEADERS = {"content-type": "application/json"} | ({"authorization": f"Bearer {KEY}"} if KEY else {})
 DRAIN_S = 30.0
 """Longest wait for the replies that are still to come at the end."""
 
@@ -123,7 +127,7 @@ class Asker(FastHttpUser):
             PATH,
             name=f"{PATH} {asked.kind}",
             data=body,
-            headers={"content-type": "application/json"},
+            headers=HEADERS,
             catch_response=True,
         ) as response:
             ended = time.time()

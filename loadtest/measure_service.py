@@ -4,6 +4,8 @@ Starts the real product, twice: with the engine of the repository, and with one 
 do not limit. Closed-loop clients post real one-window questions over REST and, in turns with that, send the prepared
 tensors of the same questions to Triton over gRPC. A client that is refused comes back when ``retry-after`` says. The
 service's CPU time is read from the clock of its process; clients run here and are not counted.
+
+Several repositories are measured in turns at each number of clients, and drawn on the same axes.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -38,11 +40,10 @@ from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
 from bertqa.squad import Example, read_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
+from loadtest.report import Curve, draw_engines, knee
 from loadtest.sleeping_engine import write_repository
 
 PROJECT = Path(__file__).resolve().parent.parent
-KNEE = 0.95
-"""The knee is the fewest clients that have this share of the peak throughput."""
 _WARM_UP_S = 1.0
 
 
@@ -60,6 +61,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--sleep-ms", type=float, default=40.0, help="of the sleeping engine; 0 leaves it out (default: %(default)s)"
     )
     parser.add_argument("--sleepers", type=int, default=4, help="instances of the sleeping engine (default: 4)")
+    parser.add_argument(
+        "--chart", type=Path, metavar="PNG", help="draw throughput and p99 of the repositories' engines"
+    )
     parser.add_argument("--long", action="store_true", help="measure long texts too, with the sleeping engine")
     return parser.parse_args(argv)
 
@@ -70,15 +74,18 @@ def main(args: argparse.Namespace) -> None:
     random.Random(0).shuffle(examples)  # so that any run of them has all lengths
     uvloop.install()
     print(f"{date.today()}, {cpu_name()}, {psutil.cpu_count()} cores, {args.seconds:g} s a row")
-    for root in args.repository:
-        with Product(root) as product:
-            asyncio.run(measure_clients(product, examples, args.clients, args.seconds))
+    with ExitStack() as stack:
+        products = [stack.enter_context(Product(root)) for root in args.repository]
+        alone, served = asyncio.run(measure_clients(products, examples, args.clients, args.seconds))
+    if args.chart:
+        figure = draw_engines(alone, served, f"{products[0].bundle.manifest.name}, {psutil.cpu_count()} cores")
+        figure.savefig(args.chart, dpi=110)
     if args.sleep_ms:
         with tempfile.TemporaryDirectory() as directory:
             root, source = Path(directory) / "repository", (args.repository or [PROJECT / "model_repository"])[0]
             write_repository(root, source=source, seconds=args.sleep_ms / 1000, instances=args.sleepers)
             with Product(root) as product:
-                asyncio.run(measure_clients(product, examples, args.clients, args.seconds))
+                asyncio.run(measure_clients([product], examples, args.clients, args.seconds))
                 if args.long:
                     asyncio.run(measure_long_texts(product, examples, args.seconds))
 
@@ -269,52 +276,89 @@ def body_of(example: Example) -> bytes:
 
 
 async def measure_clients(
-    product: Product, examples: Sequence[Example], numbers: Sequence[int], seconds: float
-) -> None:
-    """Engine and REST side by side for each number of clients, then ten times the knee."""
-    made = [product.bundle.maker(example.question, example.context).windows for example in examples]
-    bodies = [body_of(each) for each, windows in zip(examples, made, strict=True) if len(windows) == 1]
-    requests = [infer_request(windows[0]) for windows in made if len(windows) == 1]
+    products: Sequence[Product], examples: Sequence[Example], numbers: Sequence[int], seconds: float
+) -> list[dict[str, Curve]]:
+    """Engine and REST side by side for each number of clients, then ten times the knee.
 
-    def askers(clients: int) -> list[Ask]:
-        turns = itertools.cycle(bodies)
-        return [RestClient(product, turns) for _ in range(clients)]
+    Returns:
+        The curves of the engines alone, and through REST.
+    """
+    loads = [Questions(product, examples) for product in products]
+    engines: list[list[Row]] = [[] for _ in loads]
+    rests: list[list[Row]] = [[] for _ in loads]
+    for clients in numbers:
+        for each, engine, rest in zip(loads, engines, rests, strict=True):
+            engine.append(await each.load_engine(clients, seconds))
+            rest.append(await load(each.product, each.askers(clients), seconds))
+            what = f"batches of up to {each.batch}"
+            print(f"{clients} clients, {what}: {engine[-1].rate:.1f}, {rest[-1].rate:.1f}/s", file=sys.stderr)
+    for each, engine, rest in zip(loads, engines, rests, strict=True):
+        print_clients(each, engine, rest)
+        await measure_overload(each, engine, rest, seconds)
+    names = ["batch 1" if each.batch == 1 else f"batches of up to {each.batch}" for each in loads]
+    return [
+        {name: {row.clients: (row.rate, row.ms(99)) for row in rows} for name, rows in zip(names, found, strict=True)}
+        for found in (engines, rests)
+    ]
 
-    manifest = product.bundle.manifest
-    print(f"\n{manifest.identity}, at most {manifest.max_batch_size} windows in a call\n")
+
+class Questions:
+    """Questions of one window, as a product is asked them over REST, and its engine alone over gRPC."""
+
+    def __init__(self, product: Product, examples: Sequence[Example]) -> None:
+        self.product = product
+        self.batch = product.bundle.manifest.max_batch_size
+        made = [product.bundle.maker(example.question, example.context).windows for example in examples]
+        self._bodies = [body_of(each) for each, windows in zip(examples, made, strict=True) if len(windows) == 1]
+        self._requests = [infer_request(windows[0]) for windows in made if len(windows) == 1]
+
+    def askers(self, clients: int) -> list[Ask]:
+        """So many clients of the service."""
+        turns = itertools.cycle(self._bodies)
+        return [RestClient(self.product, turns) for _ in range(clients)]
+
+    async def load_engine(self, clients: int, seconds: float) -> Row:
+        """Let so many clients ask the engine."""
+        async with grpc.aio.insecure_channel(self.product.triton) as channel:
+            client = EngineClient(channel, itertools.cycle(self._requests))
+            return await load(self.product, [client] * clients, seconds)
+
+
+def print_clients(questions: Questions, engines: Sequence[Row], rests: Sequence[Row]) -> None:
+    """Print a row for each number of clients."""
+    print(f"\n{questions.product.bundle.manifest.identity}, at most {questions.batch} windows in a call\n")
     print(
         "| clients | engine: calls/s | p50 ms | p99 ms | REST: answers/s | of the engine's | p50 ms | p99 ms | "
         "refused/s | service CPU ms | tokenize | infer | decode |\n" + "|---:" * 13 + "|"
     )
-    engines, rests = [], []
-    async with grpc.aio.insecure_channel(product.triton) as channel:
-        for clients in numbers:
-            engines.append(
-                engine := await load(product, [EngineClient(channel, itertools.cycle(requests))] * clients, seconds)
-            )
-            rests.append(rest := await load(product, askers(clients), seconds))
-            print(
-                f"| {clients} | {engine.rate:.1f} | {engine.ms(50):.1f} | {engine.ms(99):.1f} | {rest.rate:.1f} | "
-                f"{rest.rate / engine.rate:.2f} | {rest.ms(50):.1f} | {rest.ms(99):.1f} | "
-                f"{len(rest.refused) / rest.seconds:.1f} | {1000 * rest.cpu_s / len(rest.answered):.2f} | "
-                f"{rest.stage('tokenize_ms'):.2f} | {rest.stage('infer_ms'):.1f} | {rest.stage('decode_ms'):.2f} |",
-                flush=True,
-            )
+    for engine, rest in zip(engines, rests, strict=True):
+        print(
+            f"| {rest.clients} | {engine.rate:.1f} | {engine.ms(50):.1f} | {engine.ms(99):.1f} | {rest.rate:.1f} | "
+            f"{rest.rate / engine.rate:.2f} | {rest.ms(50):.1f} | {rest.ms(99):.1f} | "
+            f"{len(rest.refused) / rest.seconds:.1f} | {1000 * rest.cpu_s / len(rest.answered):.2f} | "
+            f"{rest.stage('tokenize_ms'):.2f} | {rest.stage('infer_ms'):.1f} | {rest.stage('decode_ms'):.2f} |",
+            flush=True,
+        )
+
+
+async def measure_overload(questions: Questions, engines: Sequence[Row], rests: Sequence[Row], seconds: float) -> None:
+    """Ten times the clients of the knee; print what became of them and of the goals."""
+    product = questions.product
     peak, engine_peak = max(row.rate for row in rests), max(row.rate for row in engines)
-    knee = next(row for row in rests if row.rate >= KNEE * peak)
-    many = 10 * knee.clients
-    over = await load(product, askers(many), 2 * seconds)
-    rude = await load(product, askers(many), seconds, patient=False)
-    each = knee.cpu_s / len(knee.answered)
+    at = knee({row.clients: row.rate for row in rests})
+    there = next(row for row in rests if row.clients == at)
+    over = await load(product, questions.askers(10 * at), 2 * seconds)
+    rude = await load(product, questions.askers(10 * at), seconds, patient=False)
+    each = there.cpu_s / len(there.answered)
     refusal_us = 1e6 * (rude.cpu_s - each * len(rude.answered)) / max(len(rude.refused), 1)
     print(
         f"\n- REST at its peak / engine at its peak: {peak:.1f} / {engine_peak:.1f} = {peak / engine_peak:.2f}\n"
         f"- p50 at {rests[0].clients} client(s), REST − engine: {rests[0].ms(50) - engines[0].ms(50):.1f} ms\n"
-        f"- knee: {knee.clients} clients, {knee.rate:.1f}/s, p99 {knee.ms(99):.0f} ms\n"
-        f"- {many} clients: {over.rate:.1f}/s = {over.rate / peak:.2f} of the peak; p99 of the accepted "
-        f"{over.ms(99):.0f} ms = {over.ms(99) / knee.ms(99):.2f} of the knee's; {len(over.refused) / over.seconds:.0f} "
-        f"refused/s, {_median_ms(over.refused)} ms each\n"
-        f"- {many} clients that come back at once: {rude.rate:.1f}/s = {rude.rate / peak:.2f} of the peak, p99 "
+        f"- knee: {at} clients, {there.rate:.1f}/s, p99 {there.ms(99):.0f} ms\n"
+        f"- {10 * at} clients: {over.rate:.1f}/s = {over.rate / peak:.2f} of the peak; p99 of the accepted "
+        f"{over.ms(99):.0f} ms = {over.ms(99) / there.ms(99):.2f} of the knee's; "
+        f"{len(over.refused) / over.seconds:.0f} refused/s, {_median_ms(over.refused)} ms each\n"
+        f"- {10 * at} clients that come back at once: {rude.rate:.1f}/s = {rude.rate / peak:.2f} of the peak, p99 "
         f"{rude.ms(99):.0f} ms; {len(rude.refused) / rude.seconds:.0f} refused/s at {refusal_us:.0f} µs of CPU each",
         flush=True,
     )

@@ -369,6 +369,34 @@ def draw_latency(points: Sequence[Point], title: str) -> Figure:
     return figure
 
 
+Curve = Mapping[int, tuple[float, float]]
+"""By number of clients: answers/s, and the 99th percentile of their milliseconds."""
+
+
+def draw_engines(alone: Mapping[str, Curve], served: Mapping[str, Curve], title: str) -> Figure:
+    """Throughput and p99 against clients of several engines, by name: asked directly, and through the service."""
+    figure = Figure(figsize=(9.5, 6), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 2))
+    for (upper, lower), curves, name in zip(axes.T, (alone, served), ("engine alone", "through REST"), strict=True):
+        for n, (label, curve) in enumerate(curves.items()):
+            style: dict[str, Any] = {"color": _COLORS[n % 5], "marker": _MARKERS[n % 5], "markersize": 4}
+            upper.plot(list(curve), [rate for rate, _ in curve.values()], label=label, **style)
+            lower.plot(list(curve), [p99 for _, p99 in curve.values()], **style)
+        upper.set_title(name, fontsize=10)
+        upper.legend(fontsize=8, loc="lower right")
+        _milliseconds(lower)
+        lower.set_xlabel("clients, each waiting for its answer", fontsize=8)
+        _count_in_twos(lower, sorted({clients for curve in curves.values() for clients in curve}))
+        for panel in (upper, lower):
+            panel.grid(alpha=0.3, linewidth=0.5)
+            panel.tick_params(labelsize=8)
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("answers/s")
+    axes[1, 0].set_ylabel("p99, ms")
+    return figure
+
+
 def _refused_share(point: Point) -> float:
     return point.shed / max(sum(point.outcomes.values()), 1)
 

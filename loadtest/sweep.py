@@ -49,8 +49,8 @@ FEWER: Mapping[Kind, int] = {"short": 1, "several": 8, "long": 16}
 """Of how many short requests there is one of a kind, for the first client asks them all."""
 SLEEP_S = 0.05
 """Of the engine that sleeps: of two instances and so many seconds, a replica's ceiling is 40 answers/s."""
-CLIENTS_PER_SLEEPER = 8
-"""Clients for each replica there: two are answered, the others see to it that its queue never runs dry."""
+CLIENTS_PER_SLEEPER = 6
+"""Clients for each replica there: two are answered, the others see to it that its queue never runs dry or too full."""
 SHARES = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2)
 """Rates of arrivals, as shares of the closed loop's peak."""
 WORKLOADS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
