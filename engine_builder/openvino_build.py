@@ -117,7 +117,7 @@ def _quantize(model: ov.Model, calibration: Sequence[Window]) -> ov.Model:
     os.environ.setdefault("NNCF_CI", "1")  # keeps it from reporting usage to its makers
     import nncf  # noqa: PLC0415  slow to import, and needed for int8 only
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would set handlers too, also those of others
     with contextlib.redirect_stdout(io.StringIO()):  # its own progress bars, one per internal pass
         return nncf.quantize(
             model,
