@@ -85,6 +85,8 @@ class Engine:
 
 
 def _has_amx() -> bool:
+    # As `bertqa.hardware.cpu_features` has it, which is not there in a Triton of somebody's own with numpy and OpenVINO
+    # alone; and a bundle must not change with the release that lies beside it.
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,6 +1,7 @@
 """BERT encoders: where a job's ``--init`` comes from, how it is loaded, and what a step of it costs."""
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,6 +123,29 @@ def write_checkpoint(
     save_tensors(directory / WEIGHTS_FILE, contiguous, {"format": "pt"})
     save_json(directory / "config.json", config.to_diff_dict() | {"architectures": [kind.__name__]})
     (directory / TOKENIZER_FILE).write_text(tokenizer)
+    save_json(directory / "tokenizer_config.json", tokenizer_config(tokenizer, config.max_position_embeddings))
+
+
+def tokenizer_config(tokenizer: str, max_length: int) -> dict[str, Any]:
+    """What lets transformers' ``AutoTokenizer`` give the same ids as the tokenizer itself.
+
+    Without it, transformers takes the vocabulary and guesses the rest: 5.2 keeps the case. The class named here takes
+    tokenizer.json as it is; ``do_lower_case`` is for other readers.
+
+    Args:
+        tokenizer: the contents of tokenizer.json.
+        max_length: longest input of the model, in tokens.
+    """
+    normalizer = json.loads(tokenizer).get("normalizer") or {}
+    token_to_id = Tokenizer.from_str(tokenizer).token_to_id
+    roles = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "do_lower_case": bool(normalizer.get("lowercase")),
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        **{role: token for role, token in roles.items() if token_to_id(token) is not None},
+    }
 
 
 def bert_flops(config: BertConfig, lengths: Sequence[int], head_weights: float = 0.0) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import pipeline
 
 from loadtest.peers.reading import CHECKPOINT
 
@@ -49,11 +49,7 @@ async def answer(query: Query) -> Any:
 
 
 async def _answer_all(queue: Queue) -> None:
-    # The checkpoint has no tokenizer_config.json, without which AutoTokenizer keeps the case: F1 43, not 65.
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(CHECKPOINT / "tokenizer.json"), cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
-    )
-    pipe: Any = pipeline("question-answering", model=str(CHECKPOINT), tokenizer=tokenizer)
+    pipe: Any = pipeline("question-answering", model=str(CHECKPOINT))
     while True:
         query, result = await queue.get()
         result.set_result(await asyncio.to_thread(pipe, question=query.question, context=query.context))
