@@ -350,7 +350,8 @@ async def measure_overload(questions: Questions, engines: Sequence[Row], rests: 
     over = await load(product, questions.askers(10 * at), 2 * seconds)
     rude = await load(product, questions.askers(10 * at), seconds, patient=False)
     each = there.cpu_s / len(there.answered)
-    refusal_us = 1e6 * (rude.cpu_s - each * len(rude.answered)) / max(len(rude.refused), 1)
+    beside = 1e6 * (rude.cpu_s - each * len(rude.answered))
+    refusal_us = f"at {beside / len(rude.refused):.0f} µs of CPU each" if rude.refused else ""
     print(
         f"\n- REST at its peak / engine at its peak: {peak:.1f} / {engine_peak:.1f} = {peak / engine_peak:.2f}\n"
         f"- p50 at {rests[0].clients} client(s), REST − engine: {rests[0].ms(50) - engines[0].ms(50):.1f} ms\n"
@@ -359,7 +360,7 @@ async def measure_overload(questions: Questions, engines: Sequence[Row], rests: 
         f"{over.ms(99):.0f} ms = {over.ms(99) / there.ms(99):.2f} of the knee's; "
         f"{len(over.refused) / over.seconds:.0f} refused/s, {_median_ms(over.refused)} ms each\n"
         f"- {10 * at} clients that come back at once: {rude.rate:.1f}/s = {rude.rate / peak:.2f} of the peak, p99 "
-        f"{rude.ms(99):.0f} ms; {len(rude.refused) / rude.seconds:.0f} refused/s at {refusal_us:.0f} µs of CPU each",
+        f"{rude.ms(99):.0f} ms; {len(rude.refused) / rude.seconds:.0f} refused/s {refusal_us}",
         flush=True,
     )
 
