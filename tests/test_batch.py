@@ -254,7 +254,7 @@ def test_a_built_engine_gives_the_same_bytes_twice(tmp_path: Path) -> None:
     )
     bundle = Repository(repository).open()
     table = rows(
-        *(("Where was it written?", f"{text * (number % 17)}Horovod was made at Uber.") for number in range(99))
+        *(("Where was it written?", f"{text * (number % 50)}Horovod was made at Uber.") for number in range(99))
     )
     pq.write_table(table, tmp_path / "rows.parquet")
     part = Part(name="part.parquet", source=str(tmp_path / "rows.parquet"), first=0, rows=99)
