@@ -21,8 +21,11 @@ from service.triton import Engine, ModelOverloaded
 
 FOLLOW_S = 1.0
 """Seconds between two looks at the repository."""
-OVERLOAD_S = 1.0
-"""Seconds for which a model counts as overloaded after a question was refused; those refused come back later."""
+OVERLOAD = 0.1
+"""Share of refused questions above which there is too much load, and not a burst."""
+CALM_S = 1.0
+"""Seconds without a refusal after which there is no longer too much."""
+_WEIGHT = 1 / 128  # of the latest question in the share of those refused
 PROBE_S = 5.0
 """Seconds that a question to a new version may take before it is tried again."""
 
@@ -38,29 +41,36 @@ class Served:
         self.count = metrics.questions(bundle.model, bundle.version)
         self.verified = False
         self.in_progress = 0  # questions
-        self._overloaded_until = -math.inf
+        self._refused_at = -math.inf
+        self._refused_share = 0.0  # of the latest questions
         self.cache: Cache[Any] | None = None  # of results, for whoever answers
 
-    def check_room(self, longest_s: float, *, patience_s: float = math.inf) -> None:
+    def check_room(self, longest_s: float, *, patience_s: float | None = None) -> None:
         """Return if one more question need not wait too long for the engine.
 
-        A burst may fill the queue. Where it was too full within the last second, it would be full for as long as there
-        is too much load, and everybody wait for nothing: then a newcomer may wait half a call, enough that the engine
-        never idles.
+        A burst may fill the queue. Where a tenth of all questions is refused, more comes than the engine can take: a
+        full queue stays full, and everybody waits for nothing. Then a newcomer may wait half a call, enough that the
+        engine never idles.
 
         Args:
             longest_s: seconds that it may be expected to wait.
-            patience_s: seconds that its own deadline leaves; less than that is nobody else's affair.
+            patience_s: seconds that its own deadline leaves; without it this is a first look, and the question is not
+                admitted yet.
 
         Raises:
             ModelOverloaded: it would have to.
         """
         wait_s, now = self.engine.expected_wait(self.in_progress), time.monotonic()
-        if now < self._overloaded_until:
+        if now > self._refused_at + CALM_S:
+            self._refused_share = 0.0
+        if self._refused_share > OVERLOAD:
             longest_s = min(longest_s, self.engine.call_s / 2)
         if wait_s > longest_s:
-            self._overloaded_until = now + OVERLOAD_S
-        longest_s = max(min(longest_s, patience_s), 0)  # too late is not too full
+            self._refused_at = now
+            self._refused_share += (1 - self._refused_share) * _WEIGHT
+        elif patience_s is not None:
+            self._refused_share -= self._refused_share * _WEIGHT
+            longest_s = max(min(longest_s, patience_s), 0)  # too late is not too full
         if wait_s > longest_s:
             raise ModelOverloaded(
                 f"The engine has {self.in_progress} questions before this one, which would wait {wait_s:.2f} s; "
