@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -131,13 +132,22 @@ Reply: TypeAlias = Span | list[Span] | Predictions
 router = APIRouter(route_class=JsonRoute, tags=["Hugging Face compatible"])
 
 
+class _AnyName(PathConvertor):
+    """A path with line breaks too, which Starlette's own leaves unfound."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("any_name", _AnyName())
+
+
 @router.post(
-    "/models/{model_id:path}",
+    "/models/{model_id:any_name}",
     response_model=Reply,
     responses=described(*QUESTIONS, NoSuchModel),
     openapi_extra=DEADLINE_PARAMETER,
 )
-@router.post("/models/{model_id:path}/pipeline/question-answering", include_in_schema=False)  # the first to match
+@router.post("/models/{model_id:any_name}/pipeline/question-answering", include_in_schema=False)  # the first to match
 async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, request: Request) -> Response:
     """The same under a model's name; while there is only one, any name will do."""
     models = answerer_of(request).models

@@ -40,7 +40,9 @@ def without_score(span: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in span.items() if name != "score"}
 
 
-@pytest.mark.parametrize("path", ["", "/", "/predict", "/predict/", "/models/deepset/roberta-base-squad2"])
+@pytest.mark.parametrize(
+    "path", ["", "/", "/predict", "/predict/", "/models/deepset/roberta-base-squad2", "/models/%0A*"]
+)
 def test_the_real_client_finds_its_answer_at_every_address(shared_url: str, path: str) -> None:
     client = InferenceClient(shared_url + path, token="anything")
     answer = client.question_answering(QUESTION, CONTEXT)
