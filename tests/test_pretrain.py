@@ -213,7 +213,8 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(
 ) -> None:
     first = pretrain(shards, tmp_path / "run", "--config", config, "--stop-after", 4)
     assert len(first) == 4
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    state, stopped = (load_file(tmp_path / "run" / name) for name in ("resume.safetensors", "model.safetensors"))
+    assert all(torch.equal(state[f"model/{name}"], stopped[name]) for name in stopped)
     both = pretrain(shards, tmp_path / "run", "--config", config)
     assert curve(both) == curve(run[1])
     expected, found = (load_file(directory / "model.safetensors") for directory in (run[0], tmp_path / "run"))

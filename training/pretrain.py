@@ -4,7 +4,8 @@ Masked words and next sentences together, as in Devlin et al. 2018, section 3.1,
 sequences of 128 tokens, then phase 2 on 512, a run of its own that starts from the weights of the first. Every number
 of the recipe is a flag. The learning rate belongs to the *global* batch: where ``--batch-size`` is another than the
 recipe's and ``--learning-rate`` is not given, the rate is scaled by the square root. The output directory becomes a
-``BertForPreTraining`` checkpoint for ``--init`` of this job and of the fine-tuning jobs, and for transformers.
+``BertForPreTraining`` checkpoint for ``--init`` of this job and of the fine-tuning jobs, and for transformers; at
+``--stop-after`` too, with what was learnt by then.
 """
 
 import argparse
@@ -149,7 +150,8 @@ def main(args: argparse.Namespace) -> None:
     task = replace(task, evaluate=evaluate, evaluate_every=args.evaluate_every)
     identity = {name: getattr(args, name) for name in ("init", "config", "dropout", "packing", "nsp")}
     identity |= {"shards": [shard.sha256 for shard in training.manifest.shards]}
-    if train(model, task, options, workers, args.output, identity) and workers.rank == 0:
+    complete = train(model, task, options, workers, args.output, identity)
+    if (complete or args.stop_after) and workers.rank == 0:  # what has been learnt by then can be tried out
         # Parameters, not the state: the head's matrix is the embeddings', and stands there once.
         parameters = dict(model.named_parameters())
         tokenizer = (args.shards / TOKENIZER_FILE).read_text()
