@@ -13,13 +13,12 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
-from bertqa.manifest import BundleMismatch
+from bertqa.manifest import BundleMismatch, Manifest
 from bertqa.repository import Repository
 from bertqa.squad import MalformedSquad, read_squad
 from bertqa.windows import Window, WindowMaker
@@ -76,17 +75,18 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         BuildRefused: the engine is not one of a CPU, or a list has no bucket for the longest window.
     """
-    bundle = Repository(args.repository).open()
+    repository = Repository(args.repository)
+    bundle = repository.open()
     manifest = bundle.manifest
     if manifest.target != "cpu":
         raise BuildRefused(f"--repository: {manifest.identity} is no engine for a CPU")
-    directory = Repository(args.repository).directory(bundle.model, bundle.version)
+    directory = repository.directory(bundle.model, bundle.version)
     for buckets in args.buckets:
         if buckets[-1] < manifest.max_seq_len:
             raise BuildRefused(f"--buckets: a window may have {manifest.max_seq_len} tokens, and {buckets[-1]} is less")
     rows = [Row(buckets) for buckets in args.buckets]
     with ExitStack() as stack:
-        lines = [_start(stack, directory, args, row.buckets) for row in rows]
+        lines = [_start(stack, directory, manifest, args, row.buckets) for row in rows]
         for _ in range(args.rounds):
             for first in range(0, min(line.recv() for line in lines), BLOCK):
                 for row, line in zip(rows, lines, strict=True):
@@ -110,19 +110,22 @@ def main(args: argparse.Namespace) -> None:
         )
 
 
-def _start(stack: ExitStack, directory: Path, args: argparse.Namespace, buckets: tuple[int, ...]) -> Connection:
+def _start(
+    stack: ExitStack, directory: Path, manifest: Manifest, args: argparse.Namespace, buckets: tuple[int, ...]
+) -> Connection:
     context = multiprocessing.get_context("spawn")  # as Triton's processes, it begins with nothing of ours in memory
     line, other = context.Pipe()
-    process = context.Process(target=_serve, args=(other, directory, args, buckets), daemon=True)
+    process = context.Process(target=_serve, args=(other, directory, manifest, args, buckets), daemon=True)
     process.start()
     other.close()
     stack.callback(process.terminate)
     return line
 
 
-def _serve(line: Connection, directory: Path, args: argparse.Namespace, buckets: tuple[int, ...]) -> None:
+def _serve(
+    line: Connection, directory: Path, manifest: Manifest, args: argparse.Namespace, buckets: tuple[int, ...]
+) -> None:
     """A process's work: for each round tell how many windows there are, then run the blocks that are asked for."""
-    manifest = Repository(args.repository).open().manifest
     maker = WindowMaker.from_directory(
         directory,
         max_seq_len=manifest.max_seq_len,
@@ -133,7 +136,7 @@ def _serve(line: Connection, directory: Path, args: argparse.Namespace, buckets:
     precision: Precision = manifest.precision  # type: ignore[assignment]  # of a CPU engine
     predict = openvino_build.load(directory / manifest.engine_file, precision, buckets, args.threads)
     examples = read_squad(args.data)
-    chosen = islice(examples[:: max(1, len(examples) // args.questions)], args.questions)
+    chosen = examples[:: max(1, len(examples) // args.questions)][: args.questions]
     windows = [window for each in chosen for window in maker(each.question, each.context).windows]
     for length in buckets:  # the first call of a length is slower
         row = np.ones((1, length), np.int32)

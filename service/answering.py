@@ -165,15 +165,12 @@ class Answerer:
             places.setdefault(question, number)
         ready: dict[Question, Tokenized] = {}
         new = [question for question in places if not self._cache_of(question.model).has(question)]
-        if (
-            len(new) > 1
-        ):  # all or none are admitted and valid; then each is a computation of its own, for others to join
+        if len(new) > 1:
+            # All or none are admitted and valid; then each is a computation of its own, for others to join.
             self._check_room(new, deadline)
             with self._in_work(new):
-                for question, tokenized in zip(
-                    new, await self._prepare(new, [places[each] for each in new], deadline), strict=True
-                ):
-                    ready[question] = tokenized
+                tokenized = await self._prepare(new, [places[question] for question in new], deadline)
+            ready = dict(zip(new, tokenized, strict=True))
         work = [self._look_up(question, place, ready.get(question), deadline) for question, place in places.items()]
         found = dict(zip(places, [await work[0]] if len(work) == 1 else await side_by_side(work), strict=True))
         results = []
