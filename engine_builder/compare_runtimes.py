@@ -161,10 +161,11 @@ def _variants(source: Source, checkpoint: Path, threads: int, stack: ExitStack) 
 
     def tensorrt(precision: tensorrt_build.Precision) -> Callable[[], Runtime]:
         def build() -> Runtime:
-            tensorrt_build.check_machine(precision)
+            options = TensorRTOptions()
+            tensorrt_build.check_machine(precision, options)
             directory = plain.parent / f"tensorrt-{precision}"
             directory.mkdir()
-            engine = tensorrt_build.build(source, directory, precision, TensorRTOptions(), stack)
+            engine = tensorrt_build.build(source, directory, precision, options, stack)
             return Runtime(engine.predict, engine.latency)
 
         return build

@@ -79,7 +79,10 @@ def measure(examples: Sequence[Example], maker: WindowMaker, engine: Predict, re
     expected_logits: list[Logits] = []
     expected = _answers(examples, maker, _recording(reference, expected_logits), "float32 reference")
     found_logits: list[Logits] = []
-    found = _answers(examples, maker, _recording(engine, found_logits), "engine")
+    try:
+        found = _answers(examples, maker, _recording(engine, found_logits), "engine")
+    except GateFailed as failed:
+        raise GateFailed(f"{failed}; what overflows fp16, at 65,504, does not overflow --precision bf16") from failed
     reference_logits, engine_logits = (
         np.concatenate([np.concatenate(pair, axis=1)[0] for pair in each] or [np.zeros(1, np.float32)])
         for each in (expected_logits, found_logits)
@@ -141,12 +144,13 @@ def check_logits(measured: Measured, max_logit_error: float) -> None:
         )
 
 
-def check_f1(measured: Measured, max_f1_loss: float) -> None:
+def check_f1(measured: Measured, max_f1_loss: float, instead: Sequence[str] = ()) -> None:
     """Refuse an engine that lost too much.
 
     Args:
         measured: by `measure`.
         max_f1_loss: in percentage points.
+        instead: precisions that may lose less, to be named in the message.
 
     Raises:
         GateFailed: F1 is more than that below the reference's.
@@ -155,5 +159,5 @@ def check_f1(measured: Measured, max_f1_loss: float) -> None:
         raise GateFailed(
             f"F1 {measured.engine.f1:.2f} of the engine is {loss:.2f} below the {measured.reference.f1:.2f} of the "
             f"float32 checkpoint on the same {measured.reference.total} questions; at most {max_f1_loss} is allowed "
-            "(--max-f1-loss); try --precision bf16 or fp32"
+            "(--max-f1-loss)" + (f"; try --precision {' or '.join(instead)}" if instead else "")
         )

@@ -40,6 +40,8 @@ MAX_BATCH_SIZE = 256
 
 _CAPABILITY: dict[Precision, tuple[int, int]] = {"fp16": (7, 5), "int8": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
 """Lowest compute capability with tensor cores for a type; TensorRT 10 and 11 need 7.5 in any case."""
+_AMPERE = (8, 0)
+"""Lowest one that builds engines for other GPUs."""
 _WARM_UP_CALLS, _CALLS = 100, 500
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
@@ -56,11 +58,12 @@ class TensorRTOptions:
     hardware_compatible: bool = False
 
 
-def check_machine(precision: Precision) -> None:
+def check_machine(precision: Precision, options: TensorRTOptions) -> None:
     """Refuse to begin what cannot end.
 
     Raises:
-        BuildRefused: TensorRT, the driver or a GPU is missing, or the GPU cannot compute in this precision.
+        BuildRefused: TensorRT, the driver or a GPU is missing, or the GPU cannot compute in this precision, or not
+            build for other GPUs.
     """
     if missing := missing_parts():
         parts = "".join(f"\n  - {part}: {mend}" for part, mend in missing.items())
@@ -74,6 +77,11 @@ def check_machine(precision: Precision) -> None:
         raise BuildRefused(
             f"--precision {precision}: {device.name} has compute capability {_dotted(found)}, and {_dotted(needed)} is "
             f"needed; {' and '.join(able) or 'nothing'} would work"
+        )
+    if options.hardware_compatible and found < _AMPERE:
+        raise BuildRefused(
+            f"--hardware-compatible: {device.name} has compute capability {_dotted(found)}, and TensorRT builds for "
+            f"other GPUs from {_dotted(_AMPERE)} on"
         )
 
 

@@ -35,6 +35,8 @@ from service.settings import Settings
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_OF_AN_ENGINE = 4 * 2**20
 """Bytes that the Python backend takes for each engine, when it has grown once or twice."""
+BACKENDS = Path("/opt/tritonserver/backends")
+"""Where a Triton that is not told otherwise looks for them."""
 START_S = 20.0
 _AMPERE = (8, 0)
 """Compute capability from which on an engine built with --hardware-compatible runs."""
@@ -210,11 +212,14 @@ def traps(config: Any, model: str, serving: Serving, loaded: Mapping[int, Manife
         yield f"name is {config.name!r}, not that of its directory"
     if config.backend != {"cpu": "python", "tensorrt": "tensorrt"}[target]:
         yield f"backend {config.backend!r} cannot run an engine for {target}"
+    most = min(manifest.max_batch_size for manifest in loaded.values())
     if config.max_batch_size < 1:
         yield (
-            "max_batch_size is 0, so there is no dynamic batcher: limits and timeouts of the queue are ignored, and no "
-            "CUDA graph is captured (#6920, #4804)"
+            "max_batch_size is 0, so there is no dynamic batcher: limits and timeouts of the queue are ignored, and "
+            "older Tritons find no CUDA graph (#6920, #7150)"
         )
+    elif target == "tensorrt" and config.max_batch_size > most:
+        yield f"max_batch_size is {config.max_batch_size}, and the engine takes {most}: larger batches fail"
     for tensors, names, data_type in (
         (config.input, INPUT_NAMES, model_config_pb2.TYPE_INT32),
         (config.output, OUTPUT_NAMES, model_config_pb2.TYPE_FP32),
@@ -244,6 +249,11 @@ def traps(config: Any, model: str, serving: Serving, loaded: Mapping[int, Manife
     buckets = set.intersection(*(set(manifest.buckets) for manifest in loaded.values()))
     if target == "tensorrt" and profiles != {tuple(map(str, range(len(buckets))))}:
         yield "instance_group must name the profile of every bucket, or Triton uses the first alone"
+    cuda = config.optimization.cuda
+    if target == "tensorrt" and not cuda.graphs:
+        yield "optimization.cuda.graphs is not set: every kernel of every call is launched by itself"
+    if target == "tensorrt" and cuda.graph_spec:
+        yield "graph_spec is tried with the profile of every length, and fails with all others than its own"
     warmed = {dim for warmup in config.model_warmup for tensor in warmup.inputs.values() for dim in tensor.dims}
     if missing := sorted(buckets - warmed):
         yield f"model_warmup has no request of {missing[0]} tokens: the first one takes seconds (#3473, #7006)"
@@ -262,6 +272,15 @@ def installation(manifests: Mapping[str, Manifest]) -> Iterator[Finding]:
             version = triton_version(found, Path(directory))
         except TritonError as error:
             yield Finding("FAIL", "Triton", str(error))
+            return
+        engines = [name for name, manifest in manifests.items() if manifest.target == "tensorrt"]
+        if engines and not ((found.backends or BACKENDS) / "tensorrt").is_dir():
+            yield Finding(
+                "FAIL",
+                "Triton",
+                f"{found.binary} has no backend for TensorRT, which {engines[0]} needs; use the one of NVIDIA's image, "
+                "or build with --target cpu",
+            )
             return
     yield from _in_range("Triton", version, str(found.binary), manifests)
 
@@ -426,6 +445,13 @@ def graphics(manifests: Mapping[str, Manifest], serving: Mapping[str, Serving], 
                     f"{device.name} has compute capability {device.capability}, and {name} was built for {capability} "
                     f"({built.get('gpu', 'another GPU')}); build it again on this machine",
                 )
+            elif device.name != built.get("gpu") and not anywhere:
+                yield Finding(
+                    "WARN",
+                    "GPU",
+                    f"{device.name} is another model than {built.get('gpu', 'the one')}, which {name} was built on: it "
+                    "may be slow there or fail; build it again on this machine, or with --hardware-compatible",
+                )
             else:
                 yield Finding("ok", "GPU", f"{device.name}, compute capability {device.capability}, as {name} needs")
             if _numbers(device.driver) < _numbers(built.get("driver", "0")):
@@ -477,7 +503,8 @@ def _tensorrt(name: str, runtime: Mapping[str, str]) -> Finding:
             f"is {'.'.join(map(str, found))}, and {name} was built with {built}; build it again with the builder of "
             "the same release as Triton",
         )
-    return Finding("ok", "TensorRT", f"{'.'.join(map(str, found))}, as {name} needs")
+    flag = ", and --backend-config=tensorrt,version-compatible=true" if "version_compatible" in runtime else ""
+    return Finding("ok", "TensorRT", f"{'.'.join(map(str, found))}, as {name} needs{flag}")
 
 
 def ports(host: str, port: int, grpc_port: int | None) -> Iterator[Finding]:

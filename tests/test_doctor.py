@@ -193,7 +193,7 @@ def test_a_tokenizer_with_more_tokens_than_the_engine(publish: Publish, reposito
         (
             "max_batch_size: 1",
             "max_batch_size: 0",
-            r"max_batch_size is 0, so there is no dynamic batcher.*#6920, #4804",
+            r"max_batch_size is 0, so there is no dynamic batcher.*#6920, #7150",
         ),
         ("TYPE_INT32", "TYPE_INT64", "tensors must be input_ids, .* of TYPE_INT32"),
         (r"dims: \[ -1 \] }", "dims: [ -1, -1 ] }", r"dims must be \[ -1 \].*#5721"),
@@ -246,6 +246,9 @@ def test_the_traps_of_a_gpu(publish: Publish, repository: Repository) -> None:
     for old, new, words in (
         ("kind: KIND_GPU", "kind: KIND_CPU", "instance_group must be KIND_GPU.*#5863"),
         ('profile: [ "0", "1" ]', "", "must name the profile of every bucket, or Triton uses the first alone"),
+        ("max_batch_size: 1", "max_batch_size: 2", "max_batch_size is 2, and the engine takes 1: larger batches fail"),
+        ("graphs: true", "", r"optimization\.cuda\.graphs is not set: every kernel of every call is launched"),
+        ("graphs: true", "graphs: true graph_spec { batch_size: 1 }", "graph_spec is tried with the profile of every"),
     ):
         assert old in generated
         path.write_text(generated.replace(old, new))
@@ -274,7 +277,10 @@ def test_no_triton_or_one_that_cannot_run(bundle: Bundle, tmp_path: Path, monkey
     for script, words in (
         ("echo 'error while loading shared libraries: libb64.so' >&2; exit 127", "does not run.*libb64"),
         ("exit 1", "does not run on this machine: it says nothing"),
-        ("echo '| server_version | 2.41.0 |'; sleep 60", r"2\.41\.0, and bert_qa 1 runs under from 2\.49\.0 to any"),
+        (
+            "echo '| server_version | 2.41.0 |'; exec sleep 60",
+            r"2\.41\.0, and bert_qa 1 runs under from 2\.49\.0 to any",
+        ),
     ):
         server = tmp_path / "tritonserver"
         server.write_text(f"#!/bin/sh\n{script}\n")
@@ -300,6 +306,21 @@ def test_a_triton_without_the_python_that_it_needs(
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(embedded_triton, name, value)
     one([*doctor.installation({"bert_qa 1": bundle.manifest})], "Triton", "FAIL", words)
+
+
+def test_a_triton_without_a_backend_for_tensorrt(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifests = {"x 1": dataclasses.replace(bundle.manifest, target="tensorrt")}
+    one([*doctor.installation(manifests)], "Triton", "FAIL", "has no backend for TensorRT, which x 1 needs; use the")
+    server = tmp_path / "tritonserver"  # in NVIDIA's image
+    server.write_text("#!/bin/sh\necho '| server_version | 2.70.0 |'; exec sleep 60\n")
+    server.chmod(0o755)
+    (tmp_path / "backends" / "tensorrt").mkdir(parents=True)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    one([*doctor.installation(manifests)], "Triton", "FAIL", "tritonserver has no backend for TensorRT")
+    monkeypatch.setattr(doctor, "BACKENDS", tmp_path / "backends")
+    one([*doctor.installation(manifests)], "Triton", "ok", r"tritonserver, 2\.70\.0")
 
 
 def test_versions_compare_as_numbers(bundle: Bundle) -> None:
@@ -382,6 +403,8 @@ def test_a_gpu_that_is_not_there_or_not_the_one(gpu_manifest: Manifest, nvidia_s
     assert about(graphics(gpu_manifest), "driver") == []
     nvidia_smi("NVIDIA H200, 535.183.01, 9.0")
     one(graphics(gpu_manifest), "driver", "WARN", r"535\.183\.01 is older than 560\.28")
+    nvidia_smi("NVIDIA H100 PCIe, 570.86.15, 9.0")
+    one(graphics(gpu_manifest), "GPU", "WARN", "another model than NVIDIA H200, which x 1 was built on.*build it again")
 
 
 @pytest.mark.parametrize(
@@ -415,7 +438,8 @@ def test_an_engine_for_later_versions_too(
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(getInferLibVersion=lambda: number))
     runtime = {**gpu_manifest.runtime, "version_compatible": "true"}
-    one([doctor._tensorrt("x 1", runtime)], "TensorRT", level, "x 1")
+    words = "x 1 needs, and --backend-config=tensorrt,version-compatible=true$" if level == "ok" else "x 1 was built"
+    one([doctor._tensorrt("x 1", runtime)], "TensorRT", level, words)
 
 
 def test_an_engine_for_other_gpus_too(gpu_manifest: Manifest, nvidia_smi: Callable[[str], None]) -> None:

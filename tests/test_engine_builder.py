@@ -21,14 +21,14 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from bertqa.manifest import Bundle, Manifest, sha256_of
 from bertqa.repository import Repository
 from bertqa.spans import Logits
-from bertqa.squad import Score
+from bertqa.squad import Score, read_squad
 from bertqa.triton_config import Serving, triton_config
-from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
+from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from engine_builder import checkpoint as checkpoints
 from engine_builder import openvino_build
 from engine_builder.build import BuildOptions, build
 from engine_builder.checkpoint import InvalidCheckpoint
-from engine_builder.gate import GateFailed, Measured, check_f1, check_logits
+from engine_builder.gate import GateFailed, Measured, check_f1, check_logits, measure
 from engine_builder.openvino_model import Engine, engine_sha256
 from engine_builder.publish import BuildRefused, Publication, publish
 from service.embedded_triton import EmbeddedTriton, TritonPorts
@@ -232,8 +232,8 @@ def test_a_refused_build_leaves_no_trace(options: BuildOptions) -> None:
     assert not options.repository.exists()
     build(options)
     before = {path: path.read_bytes() for path in options.repository.rglob("*") if path.is_file()}
-    with pytest.raises(GateFailed):
-        build(replace(options, max_f1_loss=-1))
+    with pytest.raises(GateFailed, match=r"; try --precision fp32 or bf16$"):
+        build(replace(options, precision="int8", max_f1_loss=-1))
     assert before == {path: path.read_bytes() for path in options.repository.rglob("*") if path.is_file()}
 
 
@@ -242,8 +242,10 @@ def test_the_gate_names_both_numbers() -> None:
         Score(70, 80.25, 500), Score(71, 81.0, 500), same_spans=0.9, max_logit_error=1.0, logit_error=0.05
     )
     check_f1(measured, 0.75)
-    with pytest.raises(GateFailed, match=r"F1 80\.25 .* 0\.75 below the 81\.00 .* at most 0\.5"):
+    with pytest.raises(GateFailed, match=r"F1 80\.25 .* 0\.75 below the 81\.00 .* at most 0\.5 .*--max-f1-loss\)$"):
         check_f1(measured, 0.5)
+    with pytest.raises(GateFailed, match=r"; try --precision fp32 or bf16$"):
+        check_f1(measured, 0.5, ["fp32", "bf16"])
     check_logits(measured, 0.05)
     with pytest.raises(GateFailed, match=r"differ .* by 5\.0% .* at most 4\.0% .*--max-logit-error"):
         check_logits(measured, 0.04)
@@ -264,6 +266,19 @@ def test_logits_that_are_not_finite_are_refused(options: BuildOptions) -> None:
     with pytest.raises(GateFailed, match="float32 reference: unusable logits"):
         build(options)
     assert not options.repository.exists()
+
+
+def test_an_engine_that_overflows_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    def finite(window: Window) -> Logits:
+        return np.zeros(window.input_ids.shape, np.float32), np.zeros(window.input_ids.shape, np.float32)
+
+    def infinite(window: Window) -> Logits:
+        return np.full(window.input_ids.shape, np.inf, np.float32), finite(window)[1]
+
+    examples = read_squad(write_squad(tmp_path / "squad.json"))
+    assert measure(examples, bundle.maker, finite, finite).logit_error == 0
+    with pytest.raises(GateFailed, match=r"^engine: unusable logits, .*does not overflow --precision bf16$"):
+        measure(examples, bundle.maker, infinite, finite)
 
 
 def test_a_tokenizer_of_another_language_is_refused(options: BuildOptions) -> None:

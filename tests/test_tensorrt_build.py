@@ -26,6 +26,7 @@ from engine_builder.checkpoint import BertConfig, read_weights
 from engine_builder.engine import Source
 from engine_builder.publish import BuildRefused
 from engine_builder.quantization import LARGEST, SMOOTHING, QuantizedType, calibrate
+from engine_builder.tensorrt_build import TensorRTOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = Path(sys.prefix) / "tensorrt-types"
@@ -195,9 +196,12 @@ def test_a_precision_that_the_gpu_has_not_is_refused(
     monkeypatch.setattr(cuda.core, "Device", Device)
     if words:
         with pytest.raises(BuildRefused, match=f"--precision {precision}: Some GPU .*{words}"):
-            tensorrt_build.check_machine(precision)
+            tensorrt_build.check_machine(precision, TensorRTOptions())
     else:
-        tensorrt_build.check_machine(precision)
+        tensorrt_build.check_machine(precision, TensorRTOptions())
+    if capability == (7, 5):
+        with pytest.raises(BuildRefused, match=r"--hardware-compatible: Some GPU has .* 7\.5, .* from 8\.0 on"):
+            tensorrt_build.check_machine("fp16", TensorRTOptions(hardware_compatible=True))
 
 
 @pytest.mark.gpu
@@ -205,7 +209,7 @@ def test_a_precision_that_the_gpu_has_not_is_refused(
 def test_engine_on_a_gpu_passes_its_gates(tmp_path: Path, precision: tensorrt_build.Precision) -> None:
     refusal = ""
     try:
-        tensorrt_build.check_machine(precision)
+        tensorrt_build.check_machine(precision, TensorRTOptions())
     except BuildRefused as error:
         refusal = str(error)
     if refusal:
@@ -234,7 +238,7 @@ def test_engine_on_a_gpu_answers_every_bucket_by_its_own_profile(source: Source,
     with ExitStack() as stack:
         bundle = tmp_path / "bundle"
         bundle.mkdir()
-        engine = tensorrt_build.build(source, bundle, "fp16", tensorrt_build.TensorRTOptions(), stack)
+        engine = tensorrt_build.build(source, bundle, "fp16", TensorRTOptions(), stack)
         for window in source.calibration:
             exact = run(onnx.load(source.reference), window.tensors())
             np.testing.assert_allclose(engine.predict(window), exact, atol=0.05)
