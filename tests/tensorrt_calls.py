@@ -1,139 +1,328 @@
-"""The builder's calls to TensorRT, made on autospecs of the real types of whichever version can be imported.
+"""The TensorRT target from end to end: on TensorRT's real types, with ONNX Runtime in the place of its libraries.
 
-A program of its own, because a process can hold one TensorRT only: ``test_tensorrt_build`` runs it with each. It shows
-that every name exists, what is passed to it, and that no flag is set; not that TensorRT builds anything.
+A program of its own, because a process can hold one TensorRT only: ``test_tensorrt_build`` runs it with each. All of
+the builder and of Polygraphy runs; whatever is called on a type of TensorRT exists there and takes these arguments.
+What is built is the graph itself, and what executes it, from and into the addresses that it was told, is ONNX Runtime.
+So this shows how the parts are put together, and not that TensorRT builds anything.
 """
 
+import ctypes
 import json
 import re
 import sys
-import tempfile
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, create_autospec, patch
 
-import polygraphy.cuda
+import cuda.core
+import numpy as np
+import onnxruntime as ort
+import polygraphy.cuda.cuda
 import tensorrt as trt
-from polygraphy.backend.trt import EngineBytesFromNetwork, EngineFromBytes, NetworkFromOnnxPath
+from cuda.core.graph import Graph, GraphBuilder
 
-from bertqa.windows import INPUT_NAMES
-from engine_builder.tensorrt_build import TensorRTOptions, _runners, builder_config
+from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
+from engine_builder import tensorrt_build
+from engine_builder.build import BuildOptions, build
 
-BUCKETS = (64, 128)
+STREAM = 7
+Builder, OnnxParser, Runtime = trt.Builder, trt.OnnxParser, trt.Runtime  # before others stand in their places
+Handlers = Mapping[str, Callable[..., Any]]
 
 
-def spec(kind: type, **attributes: Any) -> MagicMock:
-    """An object with the names of a TensorRT type and no others, whose methods take its arguments and no others."""
+def spec(kind: type, handlers: Handlers, **attributes: Any) -> MagicMock:
+    """An object with the names of a TensorRT type and no others, whose methods take its arguments and no others.
+
+    Args:
+        kind: the type.
+        handlers: what its methods do; others return a mock.
+        attributes: values of its properties.
+    """
     made: MagicMock = create_autospec(kind, instance=True, spec_set=True)
     for name in dir(kind):
         signature = (getattr(kind, name).__doc__ or "").partition("\n")[0]
         if not name.startswith("_") and re.match(rf"{name}\(self: ", signature):
-            getattr(made, name).side_effect = _checks(name, re.findall(r"[(,] \*?(\w+): ", signature))
+            parameters = re.findall(r"[(,] \*?(\w+): ", signature)
+            getattr(made, name).side_effect = _checked(
+                name, parameters, handlers.get(name, lambda *_, **__: MagicMock())
+            )
+        elif name in handlers:  # overloaded, or special
+            getattr(made, name).side_effect = handlers[name]
+    assert handlers.keys() <= set(dir(kind))
     for name, value in attributes.items():
         setattr(made, name, value)
     return made
 
 
-def _checks(name: str, parameters: list[str]) -> Any:
+def _checked(name: str, parameters: list[str], handler: Callable[..., Any]) -> Callable[..., Any]:
     def check(*args: Any, **kwargs: Any) -> Any:
         assert len(args) + len(kwargs) <= len(parameters), f"{name} takes {parameters}"
         assert kwargs.keys() <= set(parameters[len(args) :]), f"{name} takes {parameters}"
-        return returned[name]() if name in returned else MagicMock()
+        return handler(*args, **kwargs)
 
     return check
 
 
-returned: dict[str, Any] = {}
+class HostMemory:
+    """The CUDA runtime, as far as Polygraphy calls it, with memory of the host."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, Any] = {}
+
+    def create_stream(self) -> int:
+        return STREAM
+
+    def stream_synchronize(self, stream: int) -> None:
+        assert stream == STREAM
+
+    destroy_stream = stream_synchronize
+
+    def malloc(self, size: int) -> int:
+        block = ctypes.create_string_buffer(size)
+        self._blocks[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def free(self, address: int) -> None:
+        self._blocks.pop(address, None)
+
+    def memcpy(self, dst: int, src: int, nbytes: int, kind: object, stream_ptr: int) -> None:
+        assert stream_ptr == STREAM
+        ctypes.memmove(dst, src, nbytes)
 
 
-def build(graph: Path, plan: bytes, options: TensorRTOptions) -> dict[str, Any]:
-    """What `tensorrt_build.build` has TensorRT do, and what TensorRT was told."""
-    inputs = [
-        spec(trt.ITensor, name=name, shape=(-1, -1), dtype=trt.int32, is_shape_tensor=False) for name in INPUT_NAMES
-    ]
-    network = spec(trt.INetworkDefinition, num_inputs=len(inputs))
-    network.get_input.side_effect = inputs.__getitem__
-    network.__getitem__.side_effect = IndexError  # it has no layers
-    network.__len__.return_value = 0
-    config = spec(trt.IBuilderConfig)
-    if hasattr(config, "int8_calibrator"):  # of version 10
-        config.int8_calibrator = None
-    builder = spec(trt.Builder)
-    builder.build_serialized_network.side_effect = lambda *_: plan
-    profiles: list[MagicMock] = []
+class TensorRT:
+    """What is built and run in one build, and what was asked for on the way."""
 
-    def profile() -> MagicMock:
-        profiles.append(spec(trt.IOptimizationProfile))
-        return profiles[-1]
+    def __init__(self) -> None:
+        self.graph = b""
+        self.parsed: list[str] = []
+        self.network_flags = 0
+        self.flags: list[str] = []
+        self.profiles: list[dict[str, list[tuple[int, ...]]]] = []
+        self.timing_caches: list[str] = []
+        self.used: list[int] = []  # profile of each context
+        self.config = self._config()
 
-    timing_cache = spec(trt.ITimingCache)
-    written = MagicMock()
-    written.__enter__.return_value = b"after"
-    returned.update(
-        get_timing_cache=lambda: timing_cache,
-        serialize=lambda: written,
-        create_network=lambda: network,
-        create_builder_config=lambda: config,
-        create_optimization_profile=profile,
-    )
-    parser = spec(trt.OnnxParser, num_errors=0)
-    with (
-        patch.object(trt, "Builder", return_value=builder),
-        patch.object(trt, "OnnxParser", return_value=parser),
-        patch("polygraphy.backend.trt.util.str_from_config", return_value=""),  # for its log
+    def _config(self) -> MagicMock:
+        cache = spec(trt.ITimingCache, {"serialize": self._cache, "combine": lambda *_, **__: True})
+
+        def create_timing_cache(begun: bytes) -> MagicMock:
+            self.timing_caches.append(bytes(begun).decode())
+            return cache
+
+        optional = {  # of version 10 alone
+            name: (lambda *_: False) for name in ("get_quantization_flag",) if hasattr(trt.IBuilderConfig, name)
+        }
+        config = spec(
+            trt.IBuilderConfig,
+            {
+                "set_flag": lambda flag: self.flags.append(flag.name),
+                "get_flag": lambda flag: flag.name in self.flags,
+                "create_timing_cache": create_timing_cache,
+                "set_timing_cache": lambda *_, **__: True,
+                "get_timing_cache": lambda: cache,
+                "get_memory_pool_limit": lambda *_: 0,
+                "get_tactic_sources": lambda: 0,
+                "get_preview_feature": lambda *_: False,
+                **optional,
+            },
+            DLA_core=-1,
+            default_device_type=trt.DeviceType.GPU,
+            num_optimization_profiles=2,
+        )
+        if hasattr(config, "int8_calibrator"):  # likewise
+            config.int8_calibrator = None
+        return config
+
+    def _cache(self) -> MagicMock:
+        written = MagicMock()
+        written.__enter__.return_value = b"after"
+        return written
+
+    def builder(self, _: object) -> MagicMock:
+        """Stands in for the constructor `trt.Builder`."""
+        inputs = [
+            spec(trt.ITensor, {}, name=name, shape=(-1, -1), dtype=trt.int32, is_shape_tensor=False)
+            for name in INPUT_NAMES
+        ]
+        network = spec(
+            trt.INetworkDefinition,
+            {"get_input": inputs.__getitem__, "get_flag": lambda *_: False},
+            num_inputs=len(inputs),
+        )
+        network.__getitem__.side_effect = IndexError  # it has no layers
+        network.__len__.return_value = 0
+
+        def create_network(flags: int) -> MagicMock:
+            self.network_flags = flags
+            return network
+
+        def create_optimization_profile() -> MagicMock:
+            shapes: dict[str, list[tuple[int, ...]]] = {}
+            self.profiles.append(shapes)
+            return spec(
+                trt.IOptimizationProfile, {"set_shape": lambda name, *limits: shapes.update({name: [*limits]}) or True}
+            )
+
+        return spec(
+            Builder,
+            {
+                "create_network": create_network,
+                "create_builder_config": lambda: self.config,
+                "create_optimization_profile": create_optimization_profile,
+                "build_serialized_network": lambda *_: self.graph,
+            },
+        )
+
+    def parser(self, *_: object) -> MagicMock:
+        """Stands in for the constructor `trt.OnnxParser`."""
+
+        def parse_from_file(path: str) -> bool:
+            self.parsed.append(Path(path).name)
+            self.graph = Path(path).read_bytes()
+            return True
+
+        return spec(OnnxParser, {"parse_from_file": parse_from_file}, num_errors=0)
+
+    def runtime(self, _: object) -> MagicMock:
+        """Stands in for the constructor `trt.Runtime`."""
+        return spec(Runtime, {"deserialize_cuda_engine": self._engine})
+
+    def _engine(self, plan: bytes) -> MagicMock:
+        session = ort.InferenceSession(bytes(plan), providers=["CPUExecutionProvider"])
+        names = [*INPUT_NAMES, *OUTPUT_NAMES]
+        aliases = {name: (lambda *_: None) for name in ("get_aliased_input_tensor",) if hasattr(trt.ICudaEngine, name)}
+        return spec(
+            trt.ICudaEngine,
+            {
+                "create_execution_context": lambda *_: self._context(session),
+                "get_tensor_name": names.__getitem__,
+                "get_tensor_mode": lambda name: (
+                    trt.TensorIOMode.INPUT if name in INPUT_NAMES else trt.TensorIOMode.OUTPUT
+                ),
+                "get_tensor_dtype": lambda name: trt.int32 if name in INPUT_NAMES else trt.float32,
+                "get_tensor_shape": lambda _: (-1, -1),
+                "get_tensor_format": lambda *_: trt.TensorFormat.LINEAR,
+                "is_shape_inference_io": lambda _: False,
+                **aliases,
+            },
+            num_io_tensors=len(names),
+        )
+
+    def _context(self, session: ort.InferenceSession) -> MagicMock:
+        place = len(self.used)
+        self.used.append(0)
+        shapes: dict[str, tuple[int, ...]] = {}
+        addresses: dict[str, int] = {}
+        allocators: dict[str, Any] = {}
+
+        def set_profile(number: int, stream: int) -> bool:
+            assert stream == STREAM
+            self.used[place] = number
+            return True
+
+        def set_shape(name: str, shape: tuple[int, ...]) -> bool:
+            least, _, most = self.profiles[self.used[place]][name]
+            shapes[name] = tuple(shape)
+            return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+
+        def execute(stream: int) -> bool:
+            assert stream == STREAM
+            tensors = {}
+            for name in INPUT_NAMES:
+                values = (ctypes.c_int32 * int(np.prod(shapes[name]))).from_address(addresses[name])
+                tensors[name] = np.ctypeslib.as_array(values).reshape(shapes[name])
+            for name, values in zip(OUTPUT_NAMES, session.run(list(OUTPUT_NAMES), tensors), strict=True):
+                allocators[name].notify_shape(name, values.shape)
+                address = allocators[name].reallocate_output_async(name, 0, values.nbytes, 256, stream)
+                ctypes.memmove(address, values.ctypes.data, values.nbytes)
+            return True
+
+        return spec(
+            trt.IExecutionContext,
+            {
+                "set_optimization_profile_async": set_profile,
+                "set_input_shape": set_shape,
+                "get_tensor_shape": lambda name: shapes.get(name, (-1, -1)),
+                "set_tensor_address": lambda name, address: addresses.update({name: address}) is None,
+                "get_tensor_address": lambda name: addresses.get(name, 0),
+                "set_output_allocator": lambda name, allocator: allocators.update({name: allocator}) is None,
+                "execute_async_v3": execute,
+            },
+        )
+
+
+class Moment(float):
+    """A point of time in milliseconds, as an event of CUDA is one."""
+
+    def sync(self) -> None:
+        """Return at once: the host computes while it is called."""
+
+
+def _cuda(stack: ExitStack) -> tuple[MagicMock, MagicMock]:
+    """Put objects with the names of cuda-core in its place; gives the builder of graphs and the graph."""
+    graph, capture = create_autospec(Graph, instance=True), create_autospec(GraphBuilder, instance=True)
+    for name in ("begin_building", "end_building"):
+        getattr(capture, name).return_value = capture
+    capture.complete.return_value = graph
+    stream = create_autospec(cuda.core.Stream, instance=True)
+    stream.record.side_effect = lambda *, options: Moment(1e3 * time.perf_counter()) if options.timing_enabled else None
+    stream.create_graph_builder.return_value = capture
+    streams = create_autospec(cuda.core.Stream)
+    streams.from_handle.side_effect = {STREAM: stream}.__getitem__
+    graph.launch.side_effect = {stream: None}.__getitem__
+    device = create_autospec(cuda.core.Device, instance=True)
+    device.name, device.compute_capability.major, device.compute_capability.minor = "NVIDIA H100", 9, 0
+    for owner, name, made in (
+        (cuda.core, "Device", lambda: device),
+        (cuda.core, "Stream", streams),
+        (cuda.core.system, "get_user_mode_driver_version", lambda: (13, 3)),
+        (cuda.core.system, "get_kernel_mode_driver_version", lambda: (580, 65, 6)),
     ):
-        loader = NetworkFromOnnxPath(str(graph), strongly_typed=True)
-        cache = str(options.timing_cache) if options.timing_cache else None
-        built = EngineBytesFromNetwork(loader, config=builder_config(BUCKETS, options), save_timing_cache=cache)()
-    (network_call,) = builder.create_network.call_args_list
-    (flag,) = network_call.kwargs.values()
+        stack.enter_context(patch.object(owner, name, made))
+    return capture, graph
+
+
+def main(options: BuildOptions) -> dict[str, Any]:
+    """Build; gives what TensorRT was told, and the manifest."""
+    made = TensorRT()
+    with ExitStack() as stack:
+        capture, graph = _cuda(stack)
+        for owner, name, replacement in (
+            (tensorrt_build, "missing_parts", dict),
+            (tensorrt_build, "_WARM_UP_CALLS", 1),
+            (tensorrt_build, "_CALLS", 9),
+            (polygraphy.cuda.cuda, "G_CUDA", HostMemory()),
+            (trt, "Builder", made.builder),
+            (trt, "OnnxParser", made.parser),
+            (trt, "Runtime", made.runtime),
+        ):
+            stack.enter_context(patch.object(owner, name, replacement))
+        manifest = build(options)
+    strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     return {
-        "version": trt.__version__,
-        "built": built.decode(),
-        "strongly_typed_alone": flag == 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED),
-        "parsed": [Path(call.args[0]).name for call in parser.parse_from_file.call_args_list],
-        "flags": [call.args[0].name for call in config.set_flag.call_args_list],
-        "profiles": [[list(call.args) for call in each.set_shape.call_args_list] for each in profiles],
-        "added": config.add_optimization_profile.call_count,
-        "level": config.builder_optimization_level,
-        "hardware": config.hardware_compatibility_level.name,
-        "timing_caches": [bytes(call.args[0]).decode() for call in config.create_timing_cache.call_args_list],
-        "timing_cache": options.timing_cache.read_text() if options.timing_cache else None,
+        "manifest": asdict(manifest),
+        "strongly_typed_alone": made.network_flags == strongly_typed,
+        "parsed": made.parsed,
+        "flags": made.flags,
+        "profiles": made.profiles,
+        "added": made.config.add_optimization_profile.call_count,
+        "level": made.config.builder_optimization_level,
+        "hardware": getattr(made.config.hardware_compatibility_level, "name", None),
+        "timing_caches": made.timing_caches,
+        "used": made.used,
+        "captures": [call.args for call in capture.begin_building.call_args_list],
+        "launches": graph.launch.call_count,
     }
 
 
-def run(plan: bytes) -> list[list[int]]:
-    """The profile that the runner of each bucket sets."""
-    contexts = [spec(trt.IExecutionContext) for _ in BUCKETS]
-    runtime, engine = spec(trt.Runtime), spec(trt.ICudaEngine)
-    engine.create_execution_context.side_effect = contexts
-    runtime.deserialize_cuda_engine.return_value = engine
-    stream = MagicMock(ptr=7)
-    with (
-        patch.object(trt, "Runtime", return_value=runtime),
-        patch.object(polygraphy.cuda, "Stream", return_value=stream),
-        patch("polygraphy.backend.trt.runner.cuda.Stream", return_value=stream),
-        ExitStack() as stack,
-    ):
-        runners = _runners(EngineFromBytes(plan)(), BUCKETS, stack)
-        assert [*runners] == [*BUCKETS]
-    return [list(call.args) for each in contexts for call in each.set_optimization_profile_async.call_args_list]
-
-
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as directory:
-        cache = Path(directory) / "timing.cache"
-        cache.write_bytes(b"before")
-        told = build(
-            Path(sys.argv[1]),
-            b"plan",
-            TensorRTOptions(
-                max_batch_size=4,
-                optimization_level=5,
-                timing_cache=cache,
-                version_compatible=True,
-                hardware_compatible=True,
-            ),
-        )
-    print(json.dumps({**told, "set": run(b"plan")}))
+    given = json.loads(sys.argv[1])
+    for argument in ("repository", "timing_cache"):
+        given[argument] = Path(given[argument])
+    for precision in sys.argv[2:]:
+        print(json.dumps(main(BuildOptions(target="tensorrt", model=precision, precision=precision, **given))))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from conftest import write_checkpoint
 from google.protobuf import text_format
 from safetensors.numpy import load_file, save_file
+from test_triton import triton_with
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from bertqa.manifest import Bundle, Manifest, sha256_of
@@ -31,7 +33,7 @@ from engine_builder.checkpoint import InvalidCheckpoint
 from engine_builder.gate import GateFailed, Measured, check_f1, check_logits, measure
 from engine_builder.openvino_model import Engine, engine_sha256
 from engine_builder.publish import BuildRefused, Publication, publish
-from service.embedded_triton import EmbeddedTriton, TritonPorts
+from service.embedded_triton import FLAGS, EmbeddedTriton, TritonPorts
 from service.triton import TritonModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -425,3 +427,18 @@ def test_instances_and_gpus_reach_the_configuration(bundle: Bundle, tmp_path: Pa
     publish(built, replace(bundle.manifest, target="tensorrt"), where)
     config = (where.repository / "bert_qa" / "config.pbtxt").read_text()
     assert "count: 3 kind: KIND_GPU gpus: [ 0, 2 ]" in config
+
+
+def test_triton_takes_the_configuration_of_a_gpu_and_lacks_but_the_backend(bundle: Bundle, tmp_path: Path) -> None:
+    built = tmp_path / "built"
+    built.mkdir()
+    (built / "model.plan").write_bytes(b"a plan")
+    where = Publication(repository=tmp_path / "repository")
+    publish(built, replace(bundle.manifest, target="tensorrt", engine_file="model.plan"), where)
+    with triton_with(tmp_path, where.repository, *FLAGS, "--log-verbose=1"):
+        pass
+    log = (tmp_path / "log").read_text()
+    for line in ('platform: "tensorrt_plan"', 'default_model_filename: "model.plan"', 'profile: "1"'):
+        assert line in log
+    failures = set(re.findall(r"failed to load 'bert_qa' version 1: (.*?)[,\"]", log))
+    assert failures == {"Invalid argument: unable to find backend library for backend 'tensorrt'"}

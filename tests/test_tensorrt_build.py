@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from onnx.reference import ReferenceEvaluator
 from test_bert_onnx import run
 from test_engine_builder import write_squad
 
-from bertqa.manifest import Settings
+from bertqa.manifest import Settings, changed_files
+from bertqa.repository import Repository
 from bertqa.squad import read_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
 from engine_builder import tensorrt_build
@@ -106,34 +108,58 @@ def test_there_are_types_of_both_major_versions() -> None:
 
 
 @pytest.mark.parametrize("version", sorted(path.name for path in TYPES.glob("*")) or ["missing"])
-def test_calls_are_those_of_tensorrt(source: Source, tmp_path: Path, version: str) -> None:
-    graph = tmp_path / "typed.onnx"
-    onnx.save(tensorrt_build.typed_graph(source, "fp16"), graph)
+def test_a_whole_build_on_the_types_of_tensorrt(tmp_path: Path, version: str) -> None:
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    for name in ("gate.json", "calibration.json"):
+        write_squad(checkpoint / name)
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(b"before")
+    options = {
+        "checkpoint": str(checkpoint),
+        "repository": str(tmp_path / "repository"),
+        "max_batch_size": 4,
+        "optimization_level": 5,
+        "timing_cache": str(cache),
+        "version_compatible": True,
+        "hardware_compatible": True,
+    }
+    precisions = ["fp16", "int8", "fp8"]  # ONNX Runtime has no bfloat16 on a CPU
     types = str(TYPES / version)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "tensorrt_calls.py"), str(graph)],
+        [sys.executable, str(ROOT / "tests" / "tensorrt_calls.py"), json.dumps(options), *precisions],
         env={**os.environ, "LD_LIBRARY_PATH": types, "PYTHONPATH": os.pathsep.join([types, str(ROOT)])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told == {
-        "version": version,
-        "parsed": ["typed.onnx"],
-        "strongly_typed_alone": True,
-        "flags": ["VERSION_COMPATIBLE"],  # and none of a precision
-        "profiles": [[[name, [1, n], [4, n], [4, n]] for name in INPUT_NAMES] for n in (64, 128)],
-        "added": 2,
-        "level": 5,
-        "hardware": "AMPERE_PLUS",
-        "timing_caches": ["before", "before"],  # to begin with, and to be joined with what was learnt
-        "timing_cache": "after",
-        "built": "plan",
-        "set": [[0, told["set"][0][1]], [1, told["set"][1][1]]],
-    }
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for precision, told in zip(precisions, lines, strict=True):
+        begun = "before" if precision == "fp16" else "after"
+        manifest = told.pop("manifest")
+        assert told == {
+            "parsed": ["typed.onnx"],
+            "strongly_typed_alone": True,
+            "flags": ["VERSION_COMPATIBLE"],  # and none of a precision
+            "profiles": [{name: [[1, n], [4, n], [4, n]] for name in INPUT_NAMES} for n in (64, 128)],
+            "added": 2,
+            "level": 5,
+            "hardware": "AMPERE_PLUS",
+            "timing_caches": [begun, begun],  # to begin with, and to be joined with what was learnt
+            "used": [0, 1],  # a context for each profile
+            "captures": [["thread_local"]] * 2,
+            "launches": 2 * (1 + 9),
+        }
+        repository = Repository(tmp_path / "repository")
+        bundle = repository.open(precision)
+        assert json.loads(json.dumps(asdict(bundle.manifest))) == manifest
+        assert changed_files(repository.directory(precision, 1), bundle.manifest) == []
+        runtime = {"tensorrt": version, "cuda": "13.3", "driver": "580.65.6", "compute_capability": "9.0"}
+        assert runtime.items() <= manifest["runtime"].items()
+        times = {"p50", "p90", "p99", "graph_p50", "graph_p90", "graph_p99"}
+        assert {length: found.keys() for length, found in manifest["latency_ms"].items()} == {"64": times, "128": times}
+    assert cache.read_bytes() == b"after"
 
 
 def test_names_of_cuda_are_there() -> None:
