@@ -237,6 +237,8 @@ def traps(config: Any, model: str, serving: Serving, loaded: Mapping[int, Manife
             yield "default_queue_policy with a single instance stalls one request in a hundred (measured on 2.51)"
         if policy.timeout_action != model_config_pb2.ModelQueuePolicy.REJECT or not policy.allow_timeout_override:
             yield "default_queue_policy must reject, and allow_timeout_override: late requests are computed (#7512)"
+        if not policy.default_timeout_microseconds:
+            yield "default_timeout_microseconds is not set: who names no timeout waits without end (#6920)"
         if not policy.max_queue_size:
             yield "max_queue_size is not set: the queue grows without end (#6920)"
     elif engines > 1:

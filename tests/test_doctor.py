@@ -202,6 +202,7 @@ def test_a_tokenizer_with_more_tokens_than_the_engine(publish: Publish, reposito
         ("allow_timeout_override: true", "", "must reject, and allow_timeout_override.*#7512"),
         ("timeout_action: REJECT", "timeout_action: DELAY", "must reject, and allow_timeout_override"),
         (r"max_queue_size: \d+", "", "max_queue_size is not set: the queue grows without end"),
+        (r"default_timeout_microseconds: \d+", "", "default_timeout_microseconds is not set: .* without end"),
         ("count: 2", "count: 1", "with a single instance stalls one request in a hundred"),
         ("kind: KIND_CPU", "kind: KIND_AUTO", r"instance_group must be KIND_CPU.*#7628, #5863"),
         (r"instance_group \[.*?\]\n", "", "instance_group must be KIND_CPU"),

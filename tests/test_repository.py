@@ -107,6 +107,15 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(repository: Reposi
     assert before == {path: path.read_bytes() for path in repository.root.rglob("*") if path.is_file()}
 
 
+def test_engines_of_a_gpu_with_other_lengths_cannot_be_one_model(repository: Repository, add: Add) -> None:
+    add(1, target="tensorrt", buckets=(32, 64))
+    add(2, target="tensorrt", buckets=(64, 128))
+    repository.activate(MODEL_NAME, 1, alone=True)
+    assert [*config(repository).instance_group[0].profile] == ["0", "1"]
+    with pytest.raises(ChangeRefused, match=r"the buckets \(32, 64\) and \(64, 128\) cannot be one model; publish the"):
+        repository.load(MODEL_NAME, 2)
+
+
 def test_versions_warm_up_with_the_lengths_that_all_of_them_have(repository: Repository, add: Add) -> None:
     add(1, buckets=(32, 64))
     add(2, buckets=(64, 128))
