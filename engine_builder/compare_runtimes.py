@@ -82,7 +82,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="BERT for question answering")
     parser.add_argument("--data", required=True, type=Path, metavar="SQUAD_JSON", help="windows and questions")
     parser.add_argument(
-        "--calibration-data", type=Path, metavar="SQUAD_JSON", help=f"for int8; default: {CALIBRATION_FILE} of DIR"
+        "--calibration-data",
+        type=Path,
+        metavar="SQUAD_JSON",
+        help=f"for int8 and fp8; default: {CALIBRATION_FILE} of DIR",
     )
     parser.add_argument("--questions", type=int, default=500, help="how many to measure F1 on; 0: none; default: 500")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each runtime at each length; default: 10")
@@ -108,7 +111,10 @@ def main(args: argparse.Namespace) -> None:
     if unknown := [length for length in lengths if length not in maker.buckets]:
         raise InvalidCheckpoint(f"--lengths {unknown[0]}: the model's buckets are {', '.join(map(str, maker.buckets))}")
     examples = read_squad(args.data)
-    calibration = calibration_windows(read_squad(args.calibration_data or checkpoint / CALIBRATION_FILE), maker)
+    calibration_file = args.calibration_data or checkpoint / CALIBRATION_FILE
+    calibration = []
+    if args.calibration_data or calibration_file.is_file():
+        calibration = calibration_windows(read_squad(calibration_file), maker)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         plain = Path(directory) / "plain.onnx"
         weights = read_weights(checkpoint, config)
@@ -145,7 +151,12 @@ def _variants(source: Source, checkpoint: Path, threads: int, stack: ExitStack) 
         _quantize_dynamic(fused, dynamic)
         return Runtime(load_onnx(dynamic, threads=threads, spinning=True))
 
+    def check_calibration() -> None:
+        if not source.calibration:
+            raise Unavailable("needs --calibration-data")
+
     def build_static() -> Runtime:
+        check_calibration()
         _quantize_static(plain, static, source.calibration)
         return Runtime(load_onnx(static, threads=threads, spinning=True))
 
@@ -153,6 +164,8 @@ def _variants(source: Source, checkpoint: Path, threads: int, stack: ExitStack) 
         def build() -> Runtime:
             if (found := openvino_build.supported_precision(precision)) != precision:
                 raise Unavailable(f"this CPU has no {precision}, and would compute in {found}")
+            if precision == "int8":
+                check_calibration()
             path = plain.with_name(f"{precision}.xml")
             openvino_build.convert(plain, path, precision, source.calibration)
             return Runtime(openvino_build.load(path, precision, source.buckets, threads))
@@ -163,6 +176,8 @@ def _variants(source: Source, checkpoint: Path, threads: int, stack: ExitStack) 
         def build() -> Runtime:
             options = TensorRTOptions()
             tensorrt_build.check_machine(precision, options)
+            if precision in tensorrt_build.CALIBRATED:
+                check_calibration()
             directory = plain.parent / f"tensorrt-{precision}"
             directory.mkdir()
             engine = tensorrt_build.build(source, directory, precision, options, stack)

@@ -1,6 +1,7 @@
 """The comparison of runtimes: every engine of this machine in the table, and a line for what it has not."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import write_checkpoint
@@ -35,3 +36,22 @@ def test_a_length_that_is_no_bucket_is_refused(tmp_path: Path) -> None:
     args = compare_runtimes.parse_args(["--checkpoint", str(checkpoint), "--data", str(data), "--lengths", "100"])
     with pytest.raises(InvalidCheckpoint, match="--lengths 100: the model's buckets are 64, 128"):
         compare_runtimes.main(args)
+
+
+def test_without_calibration_data_the_others_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    data = write_squad(tmp_path / "squad.json")
+    monkeypatch.setattr(tensorrt_build, "missing_parts", dict)
+    monkeypatch.setattr(tensorrt_build, "check_machine", lambda *_: None)
+    engine = SimpleNamespace(predict=None, latency=lambda _: {"p50": 2.0, "graph_p50": 0.5})
+    monkeypatch.setattr(tensorrt_build, "build", lambda *_: engine)
+    args = ["--checkpoint", str(checkpoint), "--data", str(data), "--questions", "0", "--rounds", "1"]
+    compare_runtimes.main(compare_runtimes.parse_args([*args, "--lengths", "64"]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = {cells[1].strip(): cells[2].strip() for cells in (line.split("|") for line in lines)}
+    assert [name for name, cell in rows.items() if cell == "not measured: needs --calibration-data"] == [
+        *("ONNX Runtime int8, static", "OpenVINO int8", "TensorRT int8", "TensorRT fp8"),
+    ]
+    assert rows["TensorRT fp16"].startswith("0.50 ms")  # by the CUDA graph, as Triton runs it
