@@ -28,12 +28,16 @@ WEIGHTS_FILE = "model.safetensors"
 QUESTIONS_FILE = "questions.json"
 FORMAT = 2
 """Version of the manifest's own layout."""
-REBUILD = "build it again with `python -m engine_builder --checkpoint DIR --target cpu`"
-"""What mends a bundle that does not hold together."""
 
 Target = Literal["cpu", "tensorrt"]
 _Any = TypeVar("_Any")
 _File = TypeVar("_File", bound="_JsonFile")
+
+
+def rebuild(target: object) -> str:
+    """What mends a bundle, of one of the targets, that does not hold together."""
+    known = target if target in get_args(Target) else "cpu"
+    return f"build it again with `python -m engine_builder --checkpoint DIR --target {known}`"
 
 
 class BundleMismatch(ValueError):
@@ -173,7 +177,8 @@ class Manifest(_JsonFile):
         values = read_object(path)
         found = values.get("format", FORMAT)
         if found != FORMAT:  # first of all, for its fields may be others too
-            raise OtherFormat(f"{path}: manifest format {reprlib.repr(found)}, this release reads {FORMAT}; {REBUILD}")
+            mend = rebuild(values.get("target"))
+            raise OtherFormat(f"{path}: manifest format {reprlib.repr(found)}, this release reads {FORMAT}; {mend}")
         return from_json(cls, values, str(path))
 
     @property
@@ -202,9 +207,9 @@ class Bundle:
             BundleMismatch: a part is missing, or they do not belong together.
         """
         manifest = Manifest.read(directory / MANIFEST_FILE)
-        tokenizer = directory / TOKENIZER_FILE
+        tokenizer, mend = directory / TOKENIZER_FILE, rebuild(manifest.target)
         if not tokenizer.is_file() or sha256_of(tokenizer) != manifest.tokenizer_sha256:
-            raise BundleMismatch(f"{tokenizer}: not the tokenizer that the engine was built with; {REBUILD}")
+            raise BundleMismatch(f"{tokenizer}: not the tokenizer that the engine was built with; {mend}")
         try:
             maker = WindowMaker.from_directory(
                 directory,
@@ -214,11 +219,11 @@ class Bundle:
                 buckets=manifest.buckets,
             )
         except ValueError as error:
-            raise BundleMismatch(f"{directory}: {error}; {REBUILD}") from error
+            raise BundleMismatch(f"{directory}: {error}; {mend}") from error
         if maker.vocabulary_size > manifest.vocabulary_size:
             raise BundleMismatch(
                 f"{tokenizer}: {maker.vocabulary_size} tokens, but the engine embeds {manifest.vocabulary_size}; "
-                + REBUILD
+                + mend
             )
         return cls(directory.parent.name, int(directory.name), manifest, maker)
 

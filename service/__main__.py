@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertqa.manifest import MODEL_NAME, REBUILD, WEIGHTS_FILE, BundleMismatch, OtherFormat, changed_files, sha256_of
+from bertqa.manifest import MODEL_NAME, WEIGHTS_FILE, BundleMismatch, OtherFormat, changed_files, rebuild, sha256_of
 from bertqa.repository import ChangeRefused, Repository
 from service import logs
 from service.embedded_triton import (
@@ -193,9 +193,10 @@ def settle(repository: Repository) -> None:
     for model, serving in repository.serving().items():
         for version in serving.loaded:
             try:
-                changed = changed_files(repository.directory(model, version), repository.manifest(model, version))
-                if changed:
-                    raise BundleMismatch(f"{model} {version}: {changed[0]} is not as it was published; {REBUILD}")
+                manifest = repository.manifest(model, version)
+                if changed := changed_files(repository.directory(model, version), manifest):
+                    mend = rebuild(manifest.target)
+                    raise BundleMismatch(f"{model} {version}: {changed[0]} is not as it was published; {mend}")
             except BundleMismatch as error:
                 if version == serving.active:
                     raise

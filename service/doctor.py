@@ -24,7 +24,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from bertqa.hardware import BF16, INT8, cpu_features
-from bertqa.manifest import QUESTIONS_FILE, REBUILD, Bundle, BundleMismatch, Manifest, changed_files
+from bertqa.manifest import QUESTIONS_FILE, Bundle, BundleMismatch, Manifest, changed_files, rebuild
 from bertqa.repository import CONFIG_FILE, Repository
 from bertqa.triton_config import Serving
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
@@ -158,7 +158,8 @@ def bundle_of(
     manifest = bundle.manifest
     if changed := changed_files(repository.directory(model, version), manifest):
         again = f", or `bertqa models rollback {model}`" if version == serving.active and serving.previous else ""
-        yield Finding(bad, subject, f"{changed[0]} is not as it was published; {REBUILD}{again}")
+        mend = rebuild(manifest.target) + again
+        yield Finding(bad, subject, f"{changed[0]} is not as it was published; {mend}")
         return
     role = "active" if version == serving.active else "loaded" if loaded else "not loaded"
     yield Finding("ok", subject, f"{role}, {manifest.identity}, {len(manifest.files)} files as they were published")

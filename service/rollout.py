@@ -23,7 +23,7 @@ import grpc
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from bertqa.manifest import QUESTIONS_FILE, REBUILD, Bundle, BundleMismatch, changed_files
+from bertqa.manifest import QUESTIONS_FILE, Bundle, BundleMismatch, changed_files, rebuild
 from bertqa.repository import ChangeRefused, Repository
 from bertqa.spans import InvalidLogits
 from service.answering import Answerer, Question
@@ -300,7 +300,8 @@ class Rollout:
         bundle = self._repository.open(model, version)
         directory = self._repository.directory(model, version)
         if changed := changed_files(directory, bundle.manifest):
-            raise BundleMismatch(f"{directory / changed[0]}: not as it was published; {REBUILD}")
+            mend = rebuild(bundle.manifest.target)
+            raise BundleMismatch(f"{directory / changed[0]}: not as it was published; {mend}")
         return bundle
 
     def _until_ready(self, model: str, version: int, before: Mapping[str, State]) -> None:
@@ -370,7 +371,8 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
             if best is None or (best.text, best.start) != (each["answer"], each["start"]):
                 raise RolloutFailed(
                     f"{bundle.model} {bundle.version} at {url} answers {each['question']!r:.80} with "
-                    f"{best and best.text!r:.80}; when it was built it said {each['answer']!r:.80}; {REBUILD}"
+                    f"{best and best.text!r:.80}; when it was built it said {each['answer']!r:.80}; "
+                    + rebuild(bundle.manifest.target)
                 )
             seconds.append(result.infer_s)
     except (ModelError, BundleMismatch, InvalidLogits) as error:

@@ -13,6 +13,7 @@ from bertqa.manifest import (
     Manifest,
     OtherFormat,
     Settings,
+    Target,
     changed_files,
     sha256_of,
 )
@@ -42,10 +43,14 @@ def test_a_bundle_is_opened_as_it_was_measured(directory: Path, bundle: Bundle) 
     assert opened.maker.buckets == bundle.manifest.buckets
 
 
-def test_a_changed_tokenizer_is_refused(directory: Path) -> None:
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_a_changed_tokenizer_is_refused(directory: Path, target: Target) -> None:
+    manifest = Manifest.read(directory / MANIFEST_FILE)
+    dataclasses.replace(manifest, target=target).write(directory / MANIFEST_FILE)
     path = directory / "tokenizer.json"
     path.write_text(path.read_text() + " ")
-    with pytest.raises(BundleMismatch, match=r"tokenizer\.json: not the tokenizer that the engine was built with"):
+    words = r"tokenizer\.json: not the tokenizer that the engine was built with; build it again with .* --target "
+    with pytest.raises(BundleMismatch, match=f"{words}{target}`$"):
         Bundle.open(directory)
 
 
@@ -79,11 +84,13 @@ def test_a_broken_manifest_is_named(tmp_path: Path, text: str, message: str) -> 
 @pytest.mark.parametrize("found", [1, 99])
 def test_another_manifest_format_is_refused_whatever_its_fields(directory: Path, found: int) -> None:
     path = directory / MANIFEST_FILE
-    path.write_text(json.dumps({"format": found, "a_field_of_its_own": True}))
-    with pytest.raises(
-        OtherFormat, match=f"manifest format {found}, this release reads 2; build it again with .python"
-    ):
-        Bundle.open(directory)
+    for target, named in (("tensorrt", "tensorrt"), ("cpu", "cpu"), (["?"], "cpu")):
+        path.write_text(json.dumps({"format": found, "a_field_of_its_own": True, "target": target}))
+        with pytest.raises(
+            OtherFormat,
+            match=f"manifest format {found}, this release reads 2; build it again with .python .* --target {named}`",
+        ):
+            Bundle.open(directory)
 
 
 def test_changed_and_missing_files_are_named(directory: Path) -> None:
