@@ -176,7 +176,8 @@ def config_of(repository: Repository, model: str, serving: Serving) -> Iterator[
     """Whether ``config.pbtxt`` is what bertqa writes, and whether it steps into none of Triton's known traps."""
     subject = f"{CONFIG_FILE} {model}"
     path = repository.root / model / CONFIG_FILE
-    fix = f"never edit it: `bertqa models load {model} {serving.active}` writes it again"
+    again = f"`bertqa models load {model} {serving.active}`"
+    fix = f"never edit it: `bertqa serve` writes it again, and once Triton runs {again}"
     try:
         text = path.read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())

@@ -263,6 +263,23 @@ def test_the_doctor_asks_a_running_triton(product: Product, capsys: pytest.Captu
     )
 
 
+def test_an_edited_configuration_is_written_again_as_the_doctor_says(
+    product: Product, capsys: pytest.CaptureFixture[str]
+) -> None:
+    active = product.repository.served(MODEL_NAME).active
+    path = product.repository.root / MODEL_NAME / "config.pbtxt"
+    flags = ["--repository", str(product.repository.root), "--triton-url", product.triton.url, "--port", "0"]
+    generated = path.read_text()
+    path.write_text(generated.replace("KIND_CPU", "KIND_AUTO"))  # to which Triton goes over at once
+    assert doctor.main(doctor.parse_args(flags)) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL"))
+    fix = line.rpartition("`bertqa models ")[2].removesuffix("`").split()
+    assert fix == ["load", MODEL_NAME, str(active)]
+    assert product.models(*fix) == 0
+    assert path.read_text() == generated
+    assert doctor.main(doctor.parse_args(flags)) == 0
+
+
 @pytest.mark.parametrize("mutual", [False, True], ids=["tls", "mutual"])
 def test_models_and_doctor_speak_tls(
     product: Product,
