@@ -11,7 +11,7 @@ import importlib
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as version_of
@@ -128,14 +128,15 @@ def build(source: Source, directory: Path, precision: Precision, options: Tensor
         stack: ends the engine's use of the GPU.
 
     Raises:
-        BuildRefused: TensorRT did not build it; the message has its reason.
+        BuildRefused: the CUDA runtime is missing, or TensorRT did not build it; the message has its reason.
     """
     from polygraphy.backend.trt import EngineBytesFromNetwork, EngineFromBytes, NetworkFromOnnxPath  # noqa: PLC0415
     from polygraphy.exception import PolygraphyException  # noqa: PLC0415
     from polygraphy.logger import G_LOGGER  # noqa: PLC0415
 
-    _show_cuda_runtime()
     G_LOGGER.module_severity = G_LOGGER.WARNING
+    _load_cuda_runtime()
+    runtime = _runtime(options)  # what cannot be told is known before minutes of building
     graph = directory.parent / "typed.onnx"
     onnx.save(typed_graph(source, precision), graph)
     plan = directory / ENGINE_FILE
@@ -155,7 +156,7 @@ def build(source: Source, directory: Path, precision: Precision, options: Tensor
         file=ENGINE_FILE,
         sha256=sha256_of(plan),
         onnx_sha256=sha256_of(graph),
-        runtime=_runtime(options),
+        runtime=runtime,
         predict=partial(_predict, runners),
         latency=partial(_latency, runners),
         max_batch_size=options.max_batch_size,
@@ -260,18 +261,27 @@ def _runtime(options: TensorRTOptions) -> dict[str, str]:
     return facts | {name: "true" for name in ("version_compatible", "hardware_compatible") if getattr(options, name)}
 
 
-def _show_cuda_runtime() -> None:
-    """Put the CUDA runtime where Polygraphy looks for it: not in the directory of the pip packages of CUDA 13."""
-    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib  # noqa: PLC0415
+def _load_cuda_runtime() -> None:
+    """Have Polygraphy load the CUDA runtime, which it does not look for among the pip packages of CUDA 13.
 
+    Raises:
+        BuildRefused: there is none.
+    """
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib  # noqa: PLC0415
+    from polygraphy import cuda  # noqa: PLC0415
+
+    with suppress(DynamicLibNotFoundError):
+        if found := load_nvidia_dynamic_lib("cudart").abs_path:
+            os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(
+                [str(Path(found).parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+            )
     try:
-        found = load_nvidia_dynamic_lib("cudart").abs_path
-    except DynamicLibNotFoundError:
-        return  # Polygraphy says where it looked
-    if found:
-        os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(
-            [str(Path(found).parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-        )
+        cuda.wrapper()
+    except OSError as error:
+        raise BuildRefused(
+            f"--target tensorrt needs the CUDA runtime: {error}; pip install nvidia-cuda-runtime, or build in NVIDIA's "
+            "container"
+        ) from error
 
 
 def _dotted(version: Sequence[int]) -> str:

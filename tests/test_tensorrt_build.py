@@ -160,6 +160,20 @@ def test_a_whole_build_on_the_types_of_tensorrt(tmp_path: Path, version: str) ->
     assert cache.read_bytes() == b"after"
 
 
+def test_a_missing_cuda_runtime_is_told_before_anything_is_built(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import polygraphy.cuda
+
+    def wrapper() -> None:
+        raise OSError("libcudart.so: cannot open shared object file")
+
+    monkeypatch.setattr(polygraphy.cuda, "wrapper", wrapper)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "")
+    with ExitStack() as stack, pytest.raises(BuildRefused, match=r"needs the CUDA runtime: libcudart.*; pip install"):
+        tensorrt_build.build(source, tmp_path, "fp16", TensorRTOptions(), stack)
+
+
 def test_names_of_cuda_are_there() -> None:
     from cuda.core import Device, EventOptions, Stream, system
     from cuda.core.graph import Graph, GraphBuilder
