@@ -265,8 +265,9 @@ def _load_cuda_runtime() -> None:
     """Have Polygraphy load the CUDA runtime, which it does not look for among the pip packages of CUDA 13.
 
     Raises:
-        BuildRefused: there is none.
+        BuildRefused: there is none, or the driver is too old for it.
     """
+    from cuda.core import system  # noqa: PLC0415
     from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib  # noqa: PLC0415
     from polygraphy import cuda  # noqa: PLC0415
 
@@ -276,12 +277,20 @@ def _load_cuda_runtime() -> None:
                 [str(Path(found).parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
             )
     try:
-        cuda.wrapper()
+        library = cuda.wrapper().handle
     except OSError as error:
         raise BuildRefused(
             f"--target tensorrt needs the CUDA runtime: {error}; pip install nvidia-cuda-runtime, or build in NVIDIA's "
             "container"
         ) from error
+    version = ctypes.c_int(0)  # 13030 is 13.3
+    library.cudaRuntimeGetVersion(ctypes.byref(version))
+    runtime, driver = (version.value // 1000, version.value % 1000 // 10), system.get_user_mode_driver_version()
+    if runtime[0] > driver[0]:
+        raise BuildRefused(
+            f"--target tensorrt: the driver knows CUDA up to {_dotted(driver)}, and the CUDA runtime is "
+            f"{_dotted(runtime)}; install a newer driver (580 is the first for CUDA 13)"
+        )
 
 
 def _dotted(version: Sequence[int]) -> str:

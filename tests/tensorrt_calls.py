@@ -72,6 +72,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._blocks: dict[int, Any] = {}
+        self.handle = MagicMock(spec=["cudaRuntimeGetVersion"])
 
     def create_stream(self) -> int:
         return STREAM

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -160,18 +162,30 @@ def test_a_whole_build_on_the_types_of_tensorrt(tmp_path: Path, version: str) ->
     assert cache.read_bytes() == b"after"
 
 
-def test_a_missing_cuda_runtime_is_told_before_anything_is_built(
+def test_a_cuda_runtime_that_is_missing_or_too_new_is_told_before_anything_is_built(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import cuda.core
     import polygraphy.cuda
 
-    def wrapper() -> None:
+    def missing() -> None:
         raise OSError("libcudart.so: cannot open shared object file")
 
-    monkeypatch.setattr(polygraphy.cuda, "wrapper", wrapper)
+    def newer() -> SimpleNamespace:
+        def version(reference: Any) -> None:
+            reference._obj.value = 13030
+
+        return SimpleNamespace(handle=SimpleNamespace(cudaRuntimeGetVersion=version))
+
     monkeypatch.setenv("LD_LIBRARY_PATH", "")
-    with ExitStack() as stack, pytest.raises(BuildRefused, match=r"needs the CUDA runtime: libcudart.*; pip install"):
-        tensorrt_build.build(source, tmp_path, "fp16", TensorRTOptions(), stack)
+    monkeypatch.setattr(cuda.core.system, "get_user_mode_driver_version", lambda: (12, 9))
+    for wrapper, words in (
+        (missing, r"needs the CUDA runtime: libcudart.*; pip install"),
+        (newer, r"the driver knows CUDA up to 12\.9, and the CUDA runtime is 13\.3; install a newer driver"),
+    ):
+        monkeypatch.setattr(polygraphy.cuda, "wrapper", wrapper)
+        with ExitStack() as stack, pytest.raises(BuildRefused, match=words):
+            tensorrt_build.build(source, tmp_path, "fp16", TensorRTOptions(), stack)
 
 
 def test_names_of_cuda_are_there() -> None:
