@@ -162,6 +162,12 @@ def test_dockerfile_is_clean_and_copies_what_there_is() -> None:
             _, instructions = stages[service["build"]["target"]]
             assert "USER 1000:1000" in instructions
             assert entrypoint({**service, "entrypoint": None})
+    for base, instructions in stages.values():
+        installs = [part for line in instructions for part in line.split("&&") if "pip install" in part]
+        assert all("--constraint constraints.txt" in part for part in installs)
+        if installs:  # what builds our own package is pinned too
+            lines = [*stages.get(base, ("", []))[1], *instructions]
+            assert any("PIP_BUILD_CONSTRAINT=/app/constraints.txt" in line for line in lines)
 
 
 def test_gpu_triton_has_the_flags_of_the_embedded_one() -> None:
@@ -172,6 +178,9 @@ def test_gpu_triton_has_the_flags_of_the_embedded_one() -> None:
 def test_load_balancer_configuration_is_valid_as_it_is() -> None:
     done = run("haproxy", "-c", "-f", str(ROOT / "deploy" / "haproxy.cfg"))
     assert done.returncode == 0, done.stderr
+    (threads,) = re.findall(r"^ +nbthread (\d+)$", (ROOT / "deploy" / "haproxy.cfg").read_text(), re.MULTILINE)
+    # By default there is one for each core, of which a machine may have more than the container's processes.
+    assert int(threads) < compose()["lb"]["deploy"]["resources"]["limits"]["pids"] / 2
 
 
 def test_every_alert_fires_when_all_goes_wrong_and_none_when_all_is_well() -> None:
