@@ -271,9 +271,9 @@ def find_sources(root: Path, asking: Asking) -> tuple[Source, ...]:
     Raises:
         BatchRefused: there is none, one is not Parquet, or a column is missing or not of text; the message names it.
     """
-    paths = sorted(path for path in root.rglob("*.parquet") if not _hidden(path.relative_to(root)))
-    if root.is_file():
-        paths = [root]
+    # A directory may have such a name too, for what Spark writes is one.
+    found = (path for path in root.rglob("*.parquet") if path.is_file())
+    paths = [root] if root.is_file() else sorted(path for path in found if not _hidden(path.relative_to(root)))
     if not paths:
         raise BatchRefused(f"--input {root}: {'holds no *.parquet' if root.is_dir() else 'no such file or directory'}")
     id_types: dict[pa.DataType, Path] = {}

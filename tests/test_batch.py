@@ -470,19 +470,19 @@ def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product: Product, tmp_path: Path) -> None:
     source, output, expected = tmp_path / "in", tmp_path / "out", tmp_path / "expected"
-    (source / "deep").mkdir(parents=True)
+    (source / "deep.parquet").mkdir(parents=True)  # as Spark names what it writes
     expected.mkdir()
     table = many(690)
     pq.write_table(table.slice(0, 0), source / "a-empty.parquet")
     pq.write_table(table.slice(0, 630), source / "b.parquet", row_group_size=300)
-    pq.write_table(table.slice(630), source / "deep" / "c.parquet")
+    pq.write_table(table.slice(630), source / "deep.parquet" / "c.parquet")
     (source / "_ignored.parquet").write_text("of another program")
     with product.triton() as triton:
         url = triton.url
         parts = {
             0: (source / "a-empty.parquet", 0),
             1: (source / "b.parquet", 630),
-            2: (source / "deep/c.parquet", 60),
+            2: (source / "deep.parquet/c.parquet", 60),
         }
         with answerer(product, url, expected) as made:
             for number, (path, count) in parts.items():
