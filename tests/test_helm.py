@@ -11,11 +11,13 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
+from bertqa.triton_config import Serving
 from engine_builder import __main__ as engine_builder
 from service import __main__ as launcher
 from service import embedded_triton
 from service.metrics import Metrics
 from service.settings import Settings
+from service.triton import CALLS_PER_WINDOW
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "deploy" / "helm" / "bertqa"
@@ -34,7 +36,12 @@ VALUES: dict[str, dict[str, Any]] = {
             "arguments": ["--activate"],
         },
         "images": {"registry": "registry.example/team", "tag": "1.2.3", "pullSecrets": ["login"]},
-        "service": {"autoscaling": {"metric": "in-flight", "target": 8}, "nodeSelector": {"disk": "ssd"}},
+        "service": {
+            "autoscaling": {"metric": "in-flight", "target": 8},
+            "nodeSelector": {"disk": "ssd"},
+            "environment": {"BERTQA_METRICS": "key", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4317"},
+            "keysSecret": "keys",
+        },
         "triton": {
             "gpus": 2,
             "autoscaling": {"enabled": True},
@@ -43,13 +50,18 @@ VALUES: dict[str, dict[str, Any]] = {
         "console": {"enabled": True},
         # pragma: allowlist nextline secret
         "ingress": {"enabled": True, "className": "nginx", "host": "qa.example", "tlsSecret": "tls"},
-        "networkPolicy": {"clients": [{"podSelector": {}}], "monitoring": [{"namespaceSelector": {}}]},
+        "networkPolicy": {
+            "clients": [{"podSelector": {}}],
+            "monitoring": [{"namespaceSelector": {}}],
+            "egress": [{"ports": [{"protocol": "TCP", "port": 4317}], "to": [{"namespaceSelector": {}}]}],
+        },
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     },
     "still": {
         "service": {"autoscaling": {"enabled": False}, "replicas": 3},
         "networkPolicy": {"enabled": False},
         "build": {"enabled": True, "checkpoint": "deepset/bert-base-cased-squad2"},
+        "triton": {"replicas": 0},
     },
 }
 OURS = "monitoring.coreos.com/v1"  # the Prometheus operator's; its schema is not among Kubernetes' own
@@ -135,6 +147,11 @@ def test_what_names_something_finds_it(release: list[dict[str, Any]]) -> None:
         own = selected(manifest["spec"]["podSelector"]["matchLabels"])
         for rule in manifest["spec"]["ingress"]:
             assert {port["port"] for port in rule["ports"]} <= ports(own)
+        for rule in manifest["spec"]["egress"]:
+            for peer in rule.get("to", ()) if manifest["metadata"]["name"].endswith("-service") else ():
+                if peer.get("podSelector"):
+                    asked = selected(peer["podSelector"]["matchLabels"])[0]["containers"][0]["ports"]
+                    assert {port["port"] for port in rule["ports"]} <= {port["containerPort"] for port in asked}
     for manifest in of_kind(release, "Ingress"):
         (path,) = manifest["spec"]["rules"][0]["http"]["paths"]
         backend = path["backend"]["service"]
@@ -174,6 +191,9 @@ def test_programs_take_their_arguments(release: list[dict[str, Any]]) -> None:
     args = launcher.parse_args(containers["service"]["args"])
     environment = {variable["name"]: variable["value"] for variable in containers["service"]["env"]}
     settings = Settings.from_environment({**environment, "BERTQA_TRITON_URL": args.triton_url})
+    if settings.api_keys_file:
+        (mount,) = (mount for mount in containers["service"]["volumeMounts"] if mount["name"] == "keys")
+        assert str(Path(settings.api_keys_file).parent) == mount["mountPath"]
     (headless,) = (each for each in of_kind(release, "Service") if each["spec"].get("clusterIP") == "None")
     assert settings.triton_urls == (f"{headless['metadata']['name']}:8001",)
     assert (args.host, args.port, str(args.repository)) == ("0.0.0.0", 8000, "/models")
@@ -222,6 +242,50 @@ def test_with_a_claim_nothing_is_copied_and_without_one_each_pod_copies() -> Non
         assert copy["args"][-2:] == [":s3,env_auth:bucket/models", "/models"]
         assert {"secretRef": {"name": "keys"}} in copy["envFrom"]
         assert {"name": "models", "emptyDir": {}} in spec["volumes"]
+
+
+def test_an_engine_is_built_once_and_again_when_something_of_it_changes() -> None:
+    build = {"enabled": True, "checkpoint": "a"}
+
+    def made(**values: Any) -> tuple[str, dict[str, Any]]:
+        (job,) = of_kind(manifests({"build": build, **values}), "Job")
+        assert "ttlSecondsAfterFinished" not in job["spec"]  # a Job that is gone would be made again
+        return job["metadata"]["name"], job["spec"]
+
+    first = made()
+    assert first == made(service={"replicas": 5}, images={"rclone": "rclone/rclone:1.0"})
+    names = {first[0]}
+    for values in (
+        {"build": {**build, "checkpoint": "b"}},
+        {"build": {**build, "arguments": ["--precision=fp32"]}},
+        {"target": "tensorrt"},
+        {"model": "large"},
+        {"models": {"claim": "others"}},
+        {"images": {"tag": "0.2.0"}},
+        {"images": {"pullSecrets": ["login"]}},
+        {"triton": {"nodeSelector": {"gpu": "h100"}}},
+    ):
+        name, spec = made(**values)
+        assert spec != first[1]
+        names.add(name)
+    assert len(names) == 9
+
+
+def test_deployments_wait_for_the_engine_that_is_being_built() -> None:
+    for building in (True, False):
+        for deployment in of_kind(manifests({"build": {"enabled": building, "checkpoint": "a"}}), "Deployment"):
+            assert ("progressDeadlineSeconds" in deployment["spec"]) is building
+
+
+def test_a_queue_that_two_services_can_make_is_enough_for_another_triton() -> None:
+    """In-flight calls are bounded, so that a target could be one that no queue ever reaches."""
+    (triton,) = of_kind(
+        manifests({"triton": {"autoscaling": {"enabled": True}}, "service": {"autoscaling": {"enabled": False}}}),
+        "HorizontalPodAutoscaler",
+    )
+    services, engines = 2, Serving(active=1, loaded=(1,)).instances
+    longest_queue = (services * CALLS_PER_WINDOW - 1) * engines
+    assert int(triton["spec"]["metrics"][0]["pods"]["target"]["averageValue"]) <= longest_queue / 2
 
 
 @pytest.mark.parametrize("components", [["service"], ["service", "console"]])

@@ -45,6 +45,13 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
+{{- /* Pods cannot be ready before the Job has built the first engine; without this, a rollout fails after ten minutes. */ -}}
+{{- define "bertqa.patience" -}}
+{{- if .Values.build.enabled }}
+progressDeadlineSeconds: 3600
+{{- end }}
+{{- end -}}
+
 {{- define "bertqa.pull-secrets" -}}
 {{- with .Values.images.pullSecrets }}
 imagePullSecrets:
