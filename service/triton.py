@@ -45,6 +45,7 @@ from service.turns import Turns
 CALLS_PER_WINDOW = 2
 """Engine calls at one time for each window that the engine computes at one time: that one, and one that lies ready."""
 _CALLS_AT_FIRST = 4  # before the server has said how many instances it has
+_LOOKUP_S = 0.1  # that the name server may hold up a look at the loaded engine, and with it questions
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request being answered; it is sent along, so that Triton's log and traces name it."""
@@ -286,7 +287,7 @@ class TritonModel:
         reply = await self._call("model_config", request, deadline)
         if self._max_in_flight is None:
             instances = sum(group.count * max(len(group.gpus), 1) for group in reply.config.instance_group)
-            addresses = await asyncio.gather(*(_addresses(replica.url) for replica in self._replicas))
+            addresses = await asyncio.gather(*(replica.count_addresses() for replica in self._replicas))
             windows = max(instances, 1) * max(reply.config.max_batch_size, 1)
             self._turns.resize(CALLS_PER_WINDOW * windows * sum(addresses))
         return {name: value.string_value for name, value in reply.config.parameters.items()}
@@ -311,7 +312,7 @@ class TritonModel:
 
     async def close(self) -> None:
         """As in `Engine`; ends those made by `at` too."""
-        await asyncio.gather(*(replica.channel.close() for replica in self._replicas))
+        await asyncio.gather(*(replica.close() for replica in self._replicas))
 
     async def _work(
         self, todo: Iterator[tuple[int, Window]], logits: list[Logits], request: object, deadline: float
@@ -520,6 +521,8 @@ class _Replica:
 
     def __init__(self, url: str, tls: grpc.ChannelCredentials | None, tls_name: str) -> None:
         self.url = url
+        self._addresses = 1
+        self._lookup: asyncio.Task[int] | None = None
         target = url if "://" in url else f"dns:///{url}"
         self.channel = (
             grpc.aio.secure_channel(target, tls, options=_CHANNEL_OPTIONS + tls_options(tls_name))
@@ -539,6 +542,21 @@ class _Replica:
             request_serializer=request and request.SerializeToString,  # None: bytes already
             response_deserializer=partial(_parsed, reply),
         )
+
+    async def count_addresses(self) -> int:
+        """How many the URL stands for, or stood for when that was last known: a slow name server is not waited for."""
+        lookup = self._lookup = self._lookup or asyncio.ensure_future(_addresses(self.url))
+        await asyncio.wait([lookup], timeout=_LOOKUP_S)
+        if lookup.done() and not lookup.cancelled():
+            self._addresses = lookup.result()
+            if self._lookup is lookup:
+                self._lookup = None
+        return self._addresses
+
+    async def close(self) -> None:
+        if self._lookup:
+            self._lookup.cancel()
+        await self.channel.close()
 
 
 class _Link:

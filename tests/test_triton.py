@@ -326,6 +326,36 @@ def test_two_calls_for_each_instance_at_each_address(server: EmbeddedTriton) -> 
     assert run(server.url, places, max_in_flight=7) == (7, 7)
 
 
+def test_a_name_server_that_hangs_holds_up_no_question(server: EmbeddedTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+
+    async def scenario(model: TritonModel) -> None:
+        answers = asyncio.Event()
+
+        async def lookup(url: str) -> int:
+            looked_up.append(url)
+            await answers.wait()
+            return 3
+
+        monkeypatch.setattr(triton, "_addresses", lookup)
+        for _ in range(3):
+            assert await model.model_parameters(deadline=soon()) == {"identity_1": "toy"}
+            assert model._turns.places == 2  # as for one address
+        assert looked_up == [server.url], "one lookup at a time"
+        answers.set()
+        for _ in range(2):
+            await model.model_parameters(deadline=soon())
+            assert model._turns.places == 6
+        assert looked_up == [server.url] * 2
+        answers.clear()
+        await model.model_parameters(deadline=soon())
+        assert model._turns.places == 6
+        await model.close()  # leaves no lookup behind
+        await asyncio.sleep(0)
+
+    run(server.url, scenario)
+
+
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     """Keeps what it is sent, and at first refuses as often as it is told."""
 
