@@ -31,6 +31,7 @@ from bertqa.spans import Logits
 from bertqa.squad import Example, Reference, as_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from engine_builder.build import BuildOptions, build
+from engine_builder.publish import NO_CACHE
 from service import batch
 from service.app import create_app
 from service.batch import JOURNAL_FILE, BatchRefused
@@ -123,6 +124,7 @@ class Product:
         ids = {name: sign(bundle, text) for name, text in _SIGNS.items()}
         constants = "".join(f"{name} = {number}\n" for name, number in ids.items()) + f"BROKEN = {str(self.broken)!r}\n"
         (self.bundle / "model.py").write_text(MODEL + constants)
+        (self.bundle / NO_CACHE).write_text("so that Triton loads it once")
         (self.bundle / "tokenizer.json").write_text(bundle.maker.tokenizer_json())
         manifest = replace(bundle.manifest, tokenizer_sha256=sha256_of(self.bundle / "tokenizer.json"))
         manifest.write(self.bundle / "manifest.json")

@@ -34,6 +34,7 @@ from bertqa.manifest import Bundle, sha256_of
 from bertqa.spans import Logits
 from bertqa.squad import Example, Reference, as_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
+from engine_builder.publish import NO_CACHE
 from service import embedded_triton, triton
 from service.circuit import FAILURES, Circuit, State
 from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
@@ -120,6 +121,7 @@ def write_repository(directory: Path, identity: str = "toy") -> Path:
     version = directory / "bert_qa" / "1"
     version.mkdir(parents=True)
     (version / "model.py").write_text(MODEL)
+    (version / NO_CACHE).write_text("so that Triton loads it once")
     (version.parent / "config.pbtxt").write_text(config(identity))
     return directory
 
