@@ -556,6 +556,7 @@ class _Replica:
     async def close(self) -> None:
         if self._lookup:
             self._lookup.cancel()
+            await asyncio.wait([self._lookup])
         await self.channel.close()
 
 
