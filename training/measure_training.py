@@ -512,12 +512,13 @@ def draw(results: Results, directory: Path) -> list[Path]:
         if contender.optimizer == "lamb" or contender.compression == "fp16":
             continue
         if not contender.compile and (contender.layout == "bucketed" or contender.loop == "Trainer"):
-            who = f"{name}\n{contender.loop}, {contender.layout}\n{row.processes} x {row.threads}"
+            who = f"{name}\n{contender.loop}\n{contender.layout}\n{row.processes} x {row.threads}"
             bars.setdefault(who, {})[contender.precision] = row.rates
         if row.processes == 1 and row.threads == threads:
             series = f"{contender.loop}, {contender.layout}{', compiled' if contender.compile else ''}"
             versus.setdefault(f"{name}, {contender.precision}", {})[series] = row.rates
-    plot_speeds(precisions, bars, "Single and mixed precision", note)
+    both = {who: rates for who, rates in bars.items() if len(rates) > 1}
+    plot_speeds(precisions, both, "Single and mixed precision", note)
     plot_speeds(trainer, versus, "Our loop and the Hugging Face Trainer, one process", note)
     return [times, precisions, trainer]
 
