@@ -1,4 +1,4 @@
-"""What the machine's processor can do, as far as an engine's speed or exactness hangs on it."""
+"""What the machine's processor, or a GPU, can do, as far as an engine's speed or exactness hangs on it."""
 
 import platform
 import re
@@ -9,6 +9,8 @@ INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
 """Sets that add int8 products up in 32 bits; older x86 saturates at 16."""
 BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Sets that multiply bf16."""
+AMPERE = (8, 0)
+"""Lowest compute capability of a GPU that an engine for several models of GPU is built on, and runs on."""
 _OTHERS = ("avx2", "avx512f")
 
 

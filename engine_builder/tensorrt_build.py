@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import onnx
 
+from bertqa.hardware import AMPERE
 from bertqa.manifest import sha256_of
 from bertqa.spans import Logits
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
@@ -40,8 +41,6 @@ MAX_BATCH_SIZE = 256
 
 _CAPABILITY: dict[Precision, tuple[int, int]] = {"fp16": (7, 5), "int8": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
 """Lowest compute capability with tensor cores for a type; TensorRT 10 and 11 need 7.5 in any case."""
-_AMPERE = (8, 0)
-"""Lowest one that builds engines for other GPUs."""
 _WARM_UP_CALLS, _CALLS = 100, 500
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
@@ -78,10 +77,10 @@ def check_machine(precision: Precision, options: TensorRTOptions) -> None:
             f"--precision {precision}: {device.name} has compute capability {_dotted(found)}, and {_dotted(needed)} is "
             f"needed; {' and '.join(able) or 'nothing'} would work"
         )
-    if options.hardware_compatible and found < _AMPERE:
+    if options.hardware_compatible and found < AMPERE:
         raise BuildRefused(
             f"--hardware-compatible: {device.name} has compute capability {_dotted(found)}, and TensorRT builds for "
-            f"other GPUs from {_dotted(_AMPERE)} on"
+            f"other GPUs from {_dotted(AMPERE)} on"
         )
 
 

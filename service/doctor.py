@@ -23,7 +23,7 @@ from typing import Any, Literal
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from bertqa.hardware import BF16, INT8, cpu_features
+from bertqa.hardware import AMPERE, BF16, INT8, cpu_features
 from bertqa.manifest import QUESTIONS_FILE, Bundle, BundleMismatch, Manifest, changed_files, rebuild
 from bertqa.repository import CONFIG_FILE, Repository
 from bertqa.triton_config import Serving
@@ -38,8 +38,6 @@ SHARED_MEMORY_OF_AN_ENGINE = 4 * 2**20
 BACKENDS = Path("/opt/tritonserver/backends")
 """Where a Triton that is not told otherwise looks for them."""
 START_S = 20.0
-_AMPERE = (8, 0)
-"""Compute capability from which on an engine built with --hardware-compatible runs."""
 
 Level = Literal["ok", "WARN", "FAIL"]
 
@@ -441,7 +439,7 @@ def graphics(manifests: Mapping[str, Manifest], serving: Mapping[str, Serving], 
             )
         for device in (devices[number] for number in wanted if number < len(devices)):
             capability = built.get("compute_capability", "")
-            anywhere = "hardware_compatible" in built and _numbers(device.capability) >= _AMPERE
+            anywhere = "hardware_compatible" in built and _numbers(device.capability) >= AMPERE
             if device.capability != capability and not anywhere:
                 yield Finding(
                     "FAIL",
