@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -14,7 +15,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
-from training.encoders import tokenizer_config, write_checkpoint
+from training.encoders import attention_implementation, tokenizer_config, write_checkpoint
+from training.loop import Precision
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "minilm-l6-squad"
 WORDS = (
@@ -88,3 +90,21 @@ def test_the_shipped_file_is_what_training_writes() -> None:
     written = tokenizer_config((SHIPPED / "tokenizer.json").read_text(), config["max_position_embeddings"])
     assert json.loads((SHIPPED / "tokenizer_config.json").read_text()) == written
     assert written["do_lower_case"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "dropout", "chosen"),
+    [
+        (False, "fp32", 0.0, "sdpa"),
+        (False, "fp32", 0.1, "sdpa"),
+        (False, "bf16", 0.1, "sdpa"),
+        (False, "bf16", 0.0, "eager"),
+        (True, "bf16", 0.0, "sdpa"),
+    ],
+)
+def test_the_attention_by_default(
+    gpu: bool, precision: Precision, dropout: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert attention_implementation("auto", precision, dropout) == chosen
+    assert attention_implementation("eager", precision, dropout) == "eager"

@@ -1,5 +1,6 @@
-"""The speed benchmark keeps its repeats; what it launches is replaced by numbers here."""
+"""The speed benchmark keeps its repeats, tried on numbers in place of launches; and once each, small, the real ones."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from training import measure_training
-from training.measure_training import RESULTS_FILE, Results, main, parse_args
+from training.measure_training import GPU_RESULTS_FILE, RESULTS_FILE, Results, main, parse_args
 from training.speed import Speed
 
 
@@ -81,3 +82,28 @@ def test_results_of_another_comparison_are_refused_and_kept(
         measure(tmp_path, 2, *more)
     assert (tmp_path / RESULTS_FILE).read_bytes() == before
     assert len(launches.plans) == 3
+
+
+def test_a_real_comparison(tmp_path: Path) -> None:
+    """The Trainer, our loop, one process and two of Horovod's: all of them train."""
+    main(parse_args(["--quick", "--precisions", "fp32", "--output", str(tmp_path)]))
+    results = Results.read(tmp_path / RESULTS_FILE)
+    assert {row.processes for row in results.rows} == {1, 2}
+    assert all(rate > 0 for row in results.rows for rate in row.rates)
+    assert results.gradient_bytes > 0
+    assert len(results.all_reduce_seconds) == 1
+    figures = {path.name for path in tmp_path.glob("*.png")}
+    assert figures == {"training_time_and_workers.png", "training_and_trainer.png"}  # there is no second precision
+
+
+def test_the_suite_for_gpus_on_what_is_there(tmp_path: Path) -> None:
+    main(parse_args(["--quick", "--gpu-suite", "--no-compile", "--config", "tiny", "--output", str(tmp_path)]))
+    rows = json.loads((tmp_path / GPU_RESULTS_FILE).read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [128, 512, 384]
+    assert all(row["speed"]["sequences_per_second"] > 0 for row in rows)
+
+
+def test_batches_that_are_not_made_of_whole_micro_batches_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--micro-batch-size", "5"])
+    assert "--batch-size must be a multiple of --micro-batch-size" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering
 
-from training.encoders import attention_implementation, load_model
+from training.encoders import load_model
 from training.masked_lm import Item, Masked, MaskedBatch, MaskedPairs, collate
 from training.metrics import read_metrics
 from training.pretrain import PHASES, PretrainingBert, attention_of, main, parse_args
@@ -316,7 +316,7 @@ def test_flags_that_contradict_each_other_are_refused(more: list[str]) -> None:
 def tiny_bert(attention: str) -> PretrainingBert:
     torch.manual_seed(0)
     config = BertConfig(**SIZES, vocab_size=48, max_position_embeddings=32)
-    config._attn_implementation = attention_implementation(attention)
+    config._attn_implementation = attention
     return PretrainingBert(config).eval()  # type: ignore[no-untyped-call, no-any-return]
 
 

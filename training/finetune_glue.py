@@ -26,6 +26,7 @@ from training.checkpoints import save_json
 from training.distributed import Workers, start_workers
 from training.encoders import (
     add_encoder_arguments,
+    attention_implementation,
     bert_flops,
     encoder_source,
     half,
@@ -98,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
         BertForSequenceClassification,
         source,
         dropout=args.dropout,
-        attention=args.attention,
+        attention=attention_implementation(args.attention, args.precision, args.dropout),
         id2label=dict(enumerate(glue.labels or ("score",))),
         label2id={label: number for number, label in enumerate(glue.labels or ("score",))},
     )

@@ -37,6 +37,7 @@ from training.checkpoints import save_json
 from training.distributed import Workers, start_workers
 from training.encoders import (
     add_encoder_arguments,
+    attention_implementation,
     bert_flops,
     encoder_source,
     half,
@@ -94,7 +95,8 @@ def main(args: argparse.Namespace) -> None:
     workers = start_workers()
     torch.manual_seed(args.seed)
     source = encoder_source(args.init)
-    model = load_model(BertForQuestionAnswering, source, dropout=args.dropout, attention=args.attention)
+    attention = attention_implementation(args.attention, args.precision, args.dropout)
+    model = load_model(BertForQuestionAnswering, source, dropout=args.dropout, attention=attention)
     torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
     maker = window_maker(args, source, model.config)
     training, held_back = hold_back_articles(documents["--train"], args.held_back_articles)

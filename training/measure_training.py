@@ -1,9 +1,10 @@
 """Measure the speed of training, side by side with the Hugging Face ``Trainer``; prints tables, draws figures.
 
 ``python -m training.measure_training --output runs/speed`` compares, on this machine and in one run: one process and as
-many as there are cores, fp32 and bf16, batches as they come, of like length and packed, AdamW and LAMB, our loop and
-the ``Trainer``. All repeats are interleaved: a ratio is that of two neighbours in time, and its spread is given. Each
-repeat is kept in ``--output``: a run that was ended goes on with those that are missing, and more can be added.
+many as there are cores, fp32 and bf16, batches as they come, of like length and packed, whole and in micro-batches,
+AdamW and LAMB, our loop and the ``Trainer``. All repeats are interleaved: a ratio is that of two neighbours in time,
+and its spread is given. Each repeat is kept in ``--output``: a run that was ended goes on with those that are missing,
+and more can be added.
 
 ``python -m training.measure_training --gpu-suite`` measures BERT-large on a GPU: pre-training phases 1 and 2 and SQuAD,
 beside NVIDIA's published numbers. Under ``horovodrun -np 8`` it does so on eight of them.
@@ -55,7 +56,7 @@ CHECKPOINT = PROJECT / "checkpoints" / "minilm-l6-squad"
 RESULTS_FILE = "training_speed.json"
 GPU_RESULTS_FILE = "training_speed_gpu.json"
 GOAL = 1.5
-"""Sequences per second of our loop with bf16 and bucketing, as a multiple of those of the ``Trainer``."""
+"""Sequences per second of our loop with bf16 and bucketing, as a multiple of those of the ``Trainer`` as it comes."""
 LAMB_GOAL = 0.05
 """Share of LAMB's own update in a step."""
 JOB = 2 * 88_524
@@ -164,6 +165,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, default=CHECKPOINT / TOKENIZER_FILE, help="tokenizer.json")
     parser.add_argument("--sequences", type=at_least_one, default=256, help="of an epoch; each repeat takes all")
     parser.add_argument("--batch-size", type=at_least_one, default=32, help="sequences of one process in a step")
+    parser.add_argument("--micro-batch-size", type=at_least_one, default=8, help="where they are computed in parts")
     parser.add_argument("--repeats", type=at_least_one, default=3, help="times that everything is measured, in all")
     parser.add_argument(
         "--precisions", nargs="+", choices=["fp32", "bf16"], help="default: both, unless bf16 is the slower"
@@ -174,9 +176,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.config, args.repeats = args.config or "tiny", 1
-        args.sequences, args.batch_size = 8 * args.processes, 4
+        args.sequences, args.batch_size, args.micro_batch_size = 8 * args.processes, 4, 2
     if args.sequences % (args.batch_size * args.processes):
         parser.error("--sequences must be a multiple of --batch-size times --processes, so that all are taken")
+    if args.batch_size % args.micro_batch_size:
+        parser.error("--batch-size must be a multiple of --micro-batch-size")
     return args
 
 
@@ -221,6 +225,7 @@ def contenders(args: argparse.Namespace) -> list[Row]:
     cores = os.cpu_count() or 1
     alone, shared = (1, cores), (args.processes, max(cores // args.processes, 1))
     rows = []
+    parts = {"micro_batch_size": args.micro_batch_size}
 
     def add(place: tuple[int, int], **fields: Any) -> None:
         rows.append(Row(*place, Contender(**{"loop": "ours", "batch_size": args.batch_size} | fields)))
@@ -228,19 +233,21 @@ def contenders(args: argparse.Namespace) -> list[Row]:
     for precision in args.precisions or precisions():
         for data in ("squad", "mlm"):
             add(alone, data=data, layout="shuffled", loop="Trainer", precision=precision)
+            add(alone, data=data, layout="shuffled", loop="Trainer", precision=precision, **parts)
             add(alone, data=data, layout="shuffled", precision=precision)
             add(alone, data=data, layout="bucketed", precision=precision)
+            add(alone, data=data, layout="bucketed", precision=precision, **parts)
             if precision == "fp32":
                 add(alone, data=data, layout="bucketed", compile=True)
         for place in dict.fromkeys([(1, shared[1]), shared]):
             if place != alone:
-                add(place, data="squad", layout="bucketed", precision=precision)
+                add(place, data="squad", layout="bucketed", precision=precision, **parts)
     add(alone, data="squad", layout="padded to the maximum", loop="Trainer")
     add(alone, data="mlm", layout="packed")
     add(alone, data="mlm", layout="bucketed", optimizer="lamb")
     lamb = {"optimizer": "lamb", "batch_size": args.sequences, "micro_batch_size": args.batch_size}
     add(alone, data="mlm", layout="bucketed", **lamb)
-    add(shared, data="squad", layout="bucketed", compression="fp16")
+    add(shared, data="squad", layout="bucketed", compression="fp16", **parts)
     return rows
 
 
@@ -251,7 +258,8 @@ def compare(args: argparse.Namespace) -> Results:
         SystemExit: ``--output`` holds the results of another comparison.
     """
     path = args.output / RESULTS_FILE
-    settings: dict[str, object] = {name: getattr(args, name) for name in ("sequences", "batch_size")}
+    names = ("sequences", "batch_size", "micro_batch_size")
+    settings: dict[str, object] = {name: getattr(args, name) for name in names}
     results = Results(
         machine=machine(),
         date=str(date.today()),
@@ -399,7 +407,7 @@ def report(results: Results, directory: Path) -> None:
 
 
 def speed_table(results: Results) -> list[str]:
-    """All rows, each beside the ``Trainer`` at the same precision with batches padded to their longest sequence."""
+    """All rows, each beside the ``Trainer`` as it comes at the same precision: whole batches, in random order."""
     lines = [
         "| data | loop | processes x threads | batches | precision | optimizer | batch | seq/s | MFU | optimizer | "
         "x Trainer |",
@@ -410,10 +418,11 @@ def speed_table(results: Results) -> list[str]:
         trainer = results.find(1, loop="Trainer", data=contender.data, layout="shuffled", precision=contender.precision)
         wire = ", fp16 on the wire" if contender.compression == "fp16" else ""
         compiled = ", compiled" if contender.compile else ""
+        parts = f" in {contender.micro_batch_size}s" if contender.micro_batch_size else ""
         lines.append(
             f"| {'SQuAD' if contender.data == 'squad' else 'MLM + NSP'} | {contender.loop} | "
             f"{row.processes} x {row.threads} | {contender.layout} | {contender.precision}{compiled}{wire} | "
-            f"{contender.optimizer} | {contender.batch_size * row.processes} | {spread(row.rates)} | "
+            f"{contender.optimizer} | {contender.batch_size * row.processes}{parts} | {spread(row.rates)} | "
             f"{row.median('mfu'):.0%} | {row.median('optimizer_seconds') / row.median('step_seconds'):.1%} | "
             f"{'' if trainer in (None, row) else spread(ratios(row, trainer), 2)} |"
         )
@@ -429,20 +438,25 @@ def findings(results: Results) -> list[str]:
             said.append(f"- {what}: {spread(ratios(row, other), 2)} times as fast{goal}")
 
     threads = max(row.threads for row in results.rows if row.processes == 1)
+    parts = results.settings["micro_batch_size"]
     for data, name in (("squad", "SQuAD"), ("mlm", "MLM + NSP")):
 
-        def ours(layout: str, precision: str, data: str = data) -> Row | None:
-            return results.find(1, threads, loop="ours", data=data, layout=layout, precision=precision)
+        def ours(layout: str, precision: str, parts: object = None, data: str = data) -> Row | None:
+            fields = {"layout": layout, "precision": precision, "micro_batch_size": parts}
+            return results.find(1, threads, loop="ours", data=data, **fields)
 
-        def theirs(precision: str, data: str = data) -> Row | None:
-            return results.find(1, threads, loop="Trainer", data=data, layout="shuffled", precision=precision)
+        def theirs(precision: str, parts: object = None, data: str = data) -> Row | None:
+            fields = {"layout": "shuffled", "precision": precision, "micro_batch_size": parts}
+            return results.find(1, threads, loop="Trainer", data=data, **fields)
 
         for precision in ("fp32", "bf16"):
+            what = f"{name}, our loop with {precision}, batches of like length in micro-batches of {parts}, against"
             for other in ("fp32", "bf16"):
-                what = f"{name}, our loop with {precision} and bucketing against the Trainer with {other}"
                 goal = f"; goal {GOAL}" if precision == "bf16" else ""
-                compared(what, ours("bucketed", precision), theirs(other), goal)
-        compared(f"{name}, bf16 against fp32", ours("bucketed", "bf16"), ours("bucketed", "fp32"))
+                compared(f"{what} the Trainer with {other}", ours("bucketed", precision, parts), theirs(other), goal)
+            compared(f"{what} the Trainer's", ours("bucketed", precision, parts), theirs(precision, parts))
+            compared(f"{what} whole ones", ours("bucketed", precision, parts), ours("bucketed", precision))
+        compared(f"{name}, bf16 against fp32", ours("bucketed", "bf16", parts), ours("bucketed", "fp32", parts))
         compiled = results.find(1, threads, loop="ours", data=data, layout="bucketed", compile=True)
         compared(f"{name}, bucketed, compiled against not, fp32", compiled, ours("bucketed", "fp32"))
         for layout in ("bucketed", "packed"):
@@ -472,8 +486,10 @@ def cost_models(results: Results) -> list[tuple[str, CostModel, Row]]:
     """For each precision the model of this machine, one worker being one process, and the row of most processes."""
     found = []
     seconds = statistics.median(results.all_reduce_seconds)
+    parts = results.settings["micro_batch_size"]
     for precision in ("fp32", "bf16"):
         fields: dict[str, Any] = {"loop": "ours", "data": "squad", "layout": "bucketed", "precision": precision}
+        fields |= {"micro_batch_size": parts}
         together = results.find(results.workers, **fields)
         if together and (one := results.find(1, together.threads, **fields)):
             ring = 2 * (results.workers - 1) / results.workers * results.gradient_bytes
@@ -488,7 +504,10 @@ def cost_models(results: Results) -> list[tuple[str, CostModel, Row]]:
 
 
 def draw(results: Results, directory: Path) -> list[Path]:
-    """The figures: training time against workers, single against mixed precision, and against the ``Trainer``."""
+    """The figures: training time against workers, against the ``Trainer``, and single against mixed precision.
+
+    The last is drawn where both were measured.
+    """
     note = f"{results.machine}; {results.date}; BERT {results.settings['config']}"
     times, precisions, trainer = (
         directory / f"training_{name}.png" for name in ("time_and_workers", "precision", "and_trainer")
@@ -511,16 +530,20 @@ def draw(results: Results, directory: Path) -> list[Path]:
         name = "SQuAD" if contender.data == "squad" else "MLM + NSP"
         if contender.optimizer == "lamb" or contender.compression == "fp16":
             continue
-        if not contender.compile and (contender.layout == "bucketed" or contender.loop == "Trainer"):
+        parts = f", in {contender.micro_batch_size}s" if contender.micro_batch_size else ""
+        if parts:
             who = f"{name}\n{contender.loop}\n{contender.layout}\n{row.processes} x {row.threads}"
             bars.setdefault(who, {})[contender.precision] = row.rates
         if row.processes == 1 and row.threads == threads:
-            series = f"{contender.loop}, {contender.layout}{', compiled' if contender.compile else ''}"
+            series = f"{contender.loop}, {contender.layout}{parts}{', compiled' if contender.compile else ''}"
             versus.setdefault(f"{name}, {contender.precision}", {})[series] = row.rates
-    both = {who: rates for who, rates in bars.items() if len(rates) > 1}
-    plot_speeds(precisions, both, "Single and mixed precision", note)
     plot_speeds(trainer, versus, "Our loop and the Hugging Face Trainer, one process", note)
-    return [times, precisions, trainer]
+    both = {who: rates for who, rates in bars.items() if len(rates) > 1}
+    if not both:
+        return [times, trainer]
+    title = f"Single and mixed precision, in micro-batches of {results.settings['micro_batch_size']}"
+    plot_speeds(precisions, both, title, note)
+    return [times, trainer, precisions]
 
 
 def ratios(row: Row, other: Row) -> list[float]:

@@ -165,13 +165,14 @@ def not_negative(text: str) -> int:
 
 def make_model(args: argparse.Namespace, shards: ShardSet) -> "PretrainingBert":
     """The model to start from: that of ``--init``, else a new one for the tokenizer of the shards."""
+    attention = attention_implementation(args.attention, args.precision, args.dropout)
     if args.init:
-        return load_model(PretrainingBert, encoder_source(args.init), dropout=args.dropout, attention=args.attention)
+        return load_model(PretrainingBert, encoder_source(args.init), dropout=args.dropout, attention=attention)
     vocabulary = -(-shards.manifest.vocab_size // args.pad_vocabulary) * args.pad_vocabulary
     config = new_config(args.config, vocabulary)
     config.pad_token_id = shards.manifest.special_tokens["[PAD]"]
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
-    config._attn_implementation = attention_implementation(args.attention)
+    config._attn_implementation = attention
     return PretrainingBert(config)
 
 

@@ -79,9 +79,9 @@ def plot_speeds(path: Path, groups: Mapping[str, Mapping[str, Sequence[float]]],
         title: of the figure.
         note: below it: machine and date.
     """
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot(ylabel="sequences per second", title=title)
     series = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    figure = Figure(figsize=(max(9, 0.4 * len(groups) * len(series)), 5), layout="constrained")
+    axes = figure.add_subplot(ylabel="sequences per second", title=title)
     width = 0.8 / len(series)
     for number, name in enumerate(series):
         drawn: list[tuple[float, Sequence[float]]] = [
@@ -98,6 +98,6 @@ def plot_speeds(path: Path, groups: Mapping[str, Mapping[str, Sequence[float]]],
         axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.supxlabel(note, fontsize=8)
     figure.savefig(path, dpi=120)

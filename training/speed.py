@@ -63,7 +63,7 @@ class Contender:
     precision: Precision = "fp32"
     optimizer: OptimizerName = "adamw"
     batch_size: int = 32  # sequences of one process in a step
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = None  # that it computes at once; None: all of them
     compression: Compression = "none"
     compile: bool = False
 
@@ -100,7 +100,8 @@ class Workload:
         """The config, with the attention that the loop takes by itself."""
         config = BertConfig.from_dict(self.config.to_dict())
         if contender.loop == "ours":
-            config._attn_implementation = attention_implementation("auto")
+            dropout = config.attention_probs_dropout_prob
+            config._attn_implementation = attention_implementation("auto", contender.precision, dropout)
         return config
 
     def task(self, contender: Contender, batch_size: int) -> Task[Any, Any]:
@@ -257,6 +258,7 @@ def _measure_trainer(contender: Contender, workload: Workload, steps: int, warm_
     else:
         collate = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=MAX_SEQ_LEN)
     model, examples = workload.model(contender), workload.examples(contender)
+    at_once = contender.micro_batch_size or contender.batch_size
     clock = _TrainerClock()
 
     def run(count: int) -> None:
@@ -264,7 +266,8 @@ def _measure_trainer(contender: Contender, workload: Workload, steps: int, warm_
             arguments = TrainingArguments(
                 output_dir=output,
                 max_steps=count,
-                per_device_train_batch_size=contender.batch_size,
+                per_device_train_batch_size=at_once,
+                gradient_accumulation_steps=contender.batch_size // at_once,
                 use_cpu=not torch.cuda.is_available(),
                 bf16=contender.precision == "bf16",
                 save_strategy="no",
