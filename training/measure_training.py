@@ -441,26 +441,24 @@ def findings(results: Results) -> list[str]:
     parts = results.settings["micro_batch_size"]
     for data, name in (("squad", "SQuAD"), ("mlm", "MLM + NSP")):
 
-        def ours(layout: str, precision: str, parts: object = None, data: str = data) -> Row | None:
-            fields = {"layout": layout, "precision": precision, "micro_batch_size": parts}
-            return results.find(1, threads, loop="ours", data=data, **fields)
+        def found(loop: str, layout: str, precision: str, parts: object = None, data: str = data) -> Row | None:
+            fields = {"data": data, "layout": layout, "precision": precision, "micro_batch_size": parts}
+            return results.find(1, threads, loop=loop, **fields)
 
-        def theirs(precision: str, parts: object = None, data: str = data) -> Row | None:
-            fields = {"layout": "shuffled", "precision": precision, "micro_batch_size": parts}
-            return results.find(1, threads, loop="Trainer", data=data, **fields)
-
-        for precision in ("fp32", "bf16"):
+        best = {precision: found("ours", "bucketed", precision, parts) for precision in ("fp32", "bf16")}
+        for precision, row in best.items():
             what = f"{name}, our loop with {precision}, batches of like length in micro-batches of {parts}, against"
-            for other in ("fp32", "bf16"):
+            for other in best:
                 goal = f"; goal {GOAL}" if precision == "bf16" else ""
-                compared(f"{what} the Trainer with {other}", ours("bucketed", precision, parts), theirs(other), goal)
-            compared(f"{what} the Trainer's", ours("bucketed", precision, parts), theirs(precision, parts))
-            compared(f"{what} whole ones", ours("bucketed", precision, parts), ours("bucketed", precision))
-        compared(f"{name}, bf16 against fp32", ours("bucketed", "bf16", parts), ours("bucketed", "fp32", parts))
+                compared(f"{what} the Trainer with {other}", row, found("Trainer", "shuffled", other), goal)
+            compared(f"{what} the Trainer's", row, found("Trainer", "shuffled", precision, parts))
+            compared(f"{what} whole ones", row, found("ours", "bucketed", precision))
+        compared(f"{name}, bf16 against fp32", best["bf16"], best["fp32"])
         compiled = results.find(1, threads, loop="ours", data=data, layout="bucketed", compile=True)
-        compared(f"{name}, bucketed, compiled against not, fp32", compiled, ours("bucketed", "fp32"))
+        compared(f"{name}, bucketed, compiled against not, fp32", compiled, found("ours", "bucketed", "fp32"))
+        shuffled = found("ours", "shuffled", "fp32")
         for layout in ("bucketed", "packed"):
-            compared(f"{name}, {layout} against shuffled, fp32", ours(layout, "fp32"), ours("shuffled", "fp32"))
+            compared(f"{name}, {layout} against shuffled, fp32", found("ours", layout, "fp32"), shuffled)
     padded = results.find(1, loop="Trainer", data="squad", layout="padded to the maximum")
     bucketed = results.find(1, threads, loop="ours", data="squad", layout="bucketed")
     compared("SQuAD, fp32, against the Trainer that pads all windows to 384 tokens", bucketed, padded)
@@ -486,10 +484,9 @@ def cost_models(results: Results) -> list[tuple[str, CostModel, Row]]:
     """For each precision the model of this machine, one worker being one process, and the row of most processes."""
     found = []
     seconds = statistics.median(results.all_reduce_seconds)
-    parts = results.settings["micro_batch_size"]
+    same: dict[str, Any] = {"loop": "ours", "data": "squad", "layout": "bucketed"}
     for precision in ("fp32", "bf16"):
-        fields: dict[str, Any] = {"loop": "ours", "data": "squad", "layout": "bucketed", "precision": precision}
-        fields |= {"micro_batch_size": parts}
+        fields = same | {"precision": precision, "micro_batch_size": results.settings["micro_batch_size"]}
         together = results.find(results.workers, **fields)
         if together and (one := results.find(1, together.threads, **fields)):
             ring = 2 * (results.workers - 1) / results.workers * results.gradient_bytes
