@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,8 @@ from training.checkpoints import save_json, save_tensors
 from training.loop import Precision, fraction
 
 _Model = TypeVar("_Model", bound=BertPreTrainedModel)
+
+Attention = Literal["sdpa", "eager"]  # as transformers calls fused attention and plain matrix products
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
@@ -38,7 +40,7 @@ def encoder_source(init: str) -> str:
     return init
 
 
-def load_model(kind: type[_Model], source: str, *, dropout: float, attention: str, **config: Any) -> _Model:
+def load_model(kind: type[_Model], source: str, *, dropout: float, attention: Attention, **config: Any) -> _Model:
     """Load an encoder from safetensors, never from a pickle, under a new or its own head.
 
     Args:
@@ -74,8 +76,8 @@ def load_model(kind: type[_Model], source: str, *, dropout: float, attention: st
     return model
 
 
-def attention_implementation(attention: str, precision: Precision, dropout: float) -> str:
-    """What transformers calls the choice of ``--attention``; ``auto`` takes the faster one, ``sdpa`` or ``eager``."""
+def attention_implementation(attention: Attention | Literal["auto"], precision: Precision, dropout: float) -> Attention:
+    """The choice of ``--attention``; ``auto`` takes the faster one."""
     if attention != "auto":
         return attention
     # Without dropout torch takes its flash attention on a CPU too. In bf16 that one's backward pass costs more than the
