@@ -19,7 +19,7 @@ from transformers import BertForQuestionAnswering
 from bertqa.manifest import BundleMismatch, Settings
 from bertqa.squad import MalformedSquad, read_squad
 from engine_builder.checkpoint import BertConfig, InvalidCheckpoint, read_weights
-from training.encoders import load_model, load_tokenizer
+from training.encoders import EncoderOptions, load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,12 +122,12 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
     ],
 )
 def test_a_job_refuses_an_encoder_that_is_corrupt(tmp_path: Path, spoil: Callable[[Path], None], said: str) -> None:
-    checkpoint = write_checkpoint(tmp_path)
+    checkpoint, options = write_checkpoint(tmp_path), EncoderOptions(0.1, 0.1, "eager")
     without("qa_outputs.bias")(checkpoint)  # a head may be new
-    load_model(BertForQuestionAnswering, str(checkpoint), dropout=0.1, attention="eager")
+    load_model(BertForQuestionAnswering, str(checkpoint), options)
     spoil(checkpoint)
     with pytest.raises(SystemExit) as caught:
-        load_model(BertForQuestionAnswering, str(checkpoint), dropout=0.1, attention="eager")
+        load_model(BertForQuestionAnswering, str(checkpoint), options)
     assert str(checkpoint) in str(caught.value)
     assert said in str(caught.value)
 

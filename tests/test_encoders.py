@@ -1,5 +1,6 @@
 """A checkpoint that training wrote: transformers reads it, and tokenizes as its tokenizer.json does."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
-from training.encoders import attention_implementation, tokenizer_config, write_checkpoint
+from training.encoders import (
+    EncoderOptions,
+    add_encoder_arguments,
+    attention_implementation,
+    tokenizer_config,
+    write_checkpoint,
+)
 from training.loop import Precision
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "minilm-l6-squad"
@@ -61,7 +68,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             max_position_embeddings=40,
         )
         model = BertForQuestionAnswering(config)
-        write_checkpoint(directory, type(model), config, model.state_dict(), tokenizer.to_str())
+        write_checkpoint(directory, type(model).__name__, config, model.state_dict(), tokenizer.to_str())
         BertForQuestionAnswering.from_pretrained(directory)
     return Tokenizer.from_file(str(directory / "tokenizer.json")), AutoTokenizer.from_pretrained(directory)
 
@@ -108,3 +115,17 @@ def test_the_attention_by_default(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert attention_implementation("auto", precision, dropout) == chosen
     assert attention_implementation("eager", precision, dropout) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("flags", "dropout", "attention_dropout"),
+    [([], 0.1, 0.1), (["--dropout", "0.2"], 0.2, 0.2), (["--attention-dropout", "0"], 0.1, 0.0)],
+)
+def test_dropout_of_attention_is_that_of_all_by_default(
+    flags: list[str], dropout: float, attention_dropout: float
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_encoder_arguments(parser)
+    parser.set_defaults(precision="fp32")
+    options = EncoderOptions.of(parser.parse_args(flags))
+    assert (options.dropout, options.attention_dropout, options.attention) == (dropout, attention_dropout, "sdpa")

@@ -136,6 +136,23 @@ def test_squad_v2_is_trained_on_its_own_unanswerable_questions(data: Path, encod
     assert all(example.references for example in read_squad(output / "gate.json"))
 
 
+def test_no_epoch_measures_and_completes_what_there_is(
+    trained: tuple[Path, list[float]], data: Path, tmp_path: Path
+) -> None:
+    output, given = tmp_path / "checkpoint", load_file(trained[0] / "model.safetensors")
+    job = [*FLAGS, "--train", str(data), "--init", str(trained[0]), "--output", str(output), "--epochs", "0"]
+    main(parse_args(job))
+    written = load_file(output / "model.safetensors")
+    assert written.keys() == given.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in given.items())
+    assert not (output / "metrics.jsonl").read_text()
+    for name in ("gate.json", "calibration.json", "config.json", "tokenizer.json"):
+        assert json.loads((output / name).read_text()) == json.loads((trained[0] / name).read_text()), name
+    before, after = (Settings.of_checkpoint(path) for path in (trained[0], output))
+    assert after.null_threshold == pytest.approx(before.null_threshold, abs=0.01)  # fitted with fp32 weights, now fp16
+    assert json.loads((output / "training_report.json").read_text())["held_back"]["total"] == 16
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -271,7 +288,7 @@ def test_flops_are_those_of_the_matrix_products(encoder: Path) -> None:
     assert bert_flops(model.config, batch.lengths, 2 * 32 * 48) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("flags", [["--batch-size", "0"], ["--epochs", "0"], ["--negatives", "2"], ["--warmup", "1"]])
+@pytest.mark.parametrize("flags", [["--batch-size", "0"], ["--epochs", "-1"], ["--negatives", "2"], ["--warmup", "1"]])
 def test_flags_out_of_range_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_args(["--train", "t", "--output", "o", *flags])

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering
 
-from training.encoders import load_model
+from training.encoders import EncoderOptions, load_model
 from training.masked_lm import Item, Masked, MaskedBatch, MaskedPairs, collate
 from training.metrics import read_metrics
 from training.pretrain import PHASES, PretrainingBert, attention_of, main, parse_args
@@ -27,6 +27,7 @@ from training.shards import MANIFEST_FILE, Pair, ShardManifest, ShardSet, tokeni
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = 40
+EAGER = EncoderOptions(dropout=0.0, attention_dropout=0.0, attention="eager")
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CURVE = ("loss", "mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy", "held_out_mlm_loss", "held_out_nsp_loss")
 
@@ -161,7 +162,7 @@ def test_the_checkpoint_is_one_of_transformers_and_starts_fine_tuning(
     run: tuple[Path, list[dict[str, Any]]], shards: Path
 ) -> None:
     output, _ = run
-    ours = load_model(PretrainingBert, str(output), dropout=0.0, attention="eager")
+    ours = load_model(PretrainingBert, str(output), EAGER)
     loaded: Any = BertForPreTraining.from_pretrained(output, output_loading_info=True)
     theirs, report = loaded
     assert not any(report.values())
@@ -172,7 +173,7 @@ def test_the_checkpoint_is_one_of_transformers_and_starts_fine_tuning(
     assert torch.equal(state["model/bert.embeddings.word_embeddings.weight"], theirs.cls.predictions.decoder.weight)
     assert_equal_scores(ours, theirs, batch_of(range(6)))
 
-    answering = load_model(BertForQuestionAnswering, str(output), dropout=0.0, attention="eager")
+    answering = load_model(BertForQuestionAnswering, str(output), EAGER)
     ours_encoder = dict(ours.bert.encoder.named_parameters())
     assert all(torch.equal(ours_encoder[name], p) for name, p in answering.bert.encoder.named_parameters())
 

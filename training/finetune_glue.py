@@ -25,8 +25,8 @@ from training.batches import Batches
 from training.checkpoints import save_json
 from training.distributed import Workers, start_workers
 from training.encoders import (
+    EncoderOptions,
     add_encoder_arguments,
-    attention_implementation,
     bert_flops,
     encoder_source,
     half,
@@ -94,12 +94,11 @@ def main(args: argparse.Namespace) -> None:
     except GlueError as error:
         raise SystemExit(f"--data: {error}" if workers.rank == 0 else 1) from error
     torch.manual_seed(args.seed)
-    source = encoder_source(args.init)
+    source, encoder = encoder_source(args.init), EncoderOptions.of(args)
     model = load_model(
         BertForSequenceClassification,
         source,
-        dropout=args.dropout,
-        attention=attention_implementation(args.attention, args.precision, args.dropout),
+        encoder,
         id2label=dict(enumerate(glue.labels or ("score",))),
         label2id={label: number for number, label in enumerate(glue.labels or ("score",))},
     )
@@ -117,7 +116,8 @@ def main(args: argparse.Namespace) -> None:
     if workers.rank == 0:
         sizes = ", ".join(f"{name} {len(rows)}" for name, rows in sets.items())
         print(f"{glue.name}: {sizes} examples, {options.steps} steps", flush=True)
-    identity = {name: getattr(args, name) for name in ("task", "init", "dropout", "max_seq_len")}
+    identity = {name: getattr(args, name) for name in ("task", "init", "max_seq_len")}
+    identity |= encoder.identity()
     task = label_task(training, model.config, options)
     if not train(model, task, options, workers, args.output, identity | {"features": len(training)}):
         return
@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
             submission = f"{glue.name}{glue.sections[name.removeprefix('test')]}.tsv"
             write_submission(args.output / submission, glue, sets[name], predicted)
     if workers.rank == 0:
-        write_checkpoint(args.output, type(model), model.config, half(model), tokenizer.to_str())
+        write_checkpoint(args.output, type(model).__name__, model.config, half(model), tokenizer.to_str())
         save_json(args.output / "training_report.json", report)
         print(json.dumps(report, indent=1), flush=True)
 

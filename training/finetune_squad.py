@@ -36,8 +36,8 @@ from training.batches import Batches
 from training.checkpoints import save_json
 from training.distributed import Workers, start_workers
 from training.encoders import (
+    EncoderOptions,
     add_encoder_arguments,
-    attention_implementation,
     bert_flops,
     encoder_source,
     half,
@@ -53,7 +53,7 @@ from training.loop import (
     at_least_one,
     autocast,
     fraction,
-    positive,
+    not_negative,
     train,
 )
 from training.squad_features import (
@@ -71,7 +71,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and its resume state")
     parser.add_argument("--name", default="minilm-l6-squad", help="name of the checkpoint in manifests and replies")
-    parser.add_argument("--epochs", type=positive, default=2.0, help="passes over the windows; may be a fraction")
+    epochs_help = "passes over the windows; may be a fraction; 0 measures and completes what --init has"
+    parser.add_argument("--epochs", type=not_negative, default=2.0, help=epochs_help)
     add = parser.add_argument_group("data").add_argument
     add("--train", type=Path, required=True, help="SQuAD training file, v1.1 or v2.0")
     add("--dev", type=Path, help="SQuAD file to report on, once, at the end")
@@ -94,9 +95,8 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"--train, --dev: {error}") from error
     workers = start_workers()
     torch.manual_seed(args.seed)
-    source = encoder_source(args.init)
-    attention = attention_implementation(args.attention, args.precision, args.dropout)
-    model = load_model(BertForQuestionAnswering, source, dropout=args.dropout, attention=attention)
+    source, encoder = encoder_source(args.init), EncoderOptions.of(args)
+    model = load_model(BertForQuestionAnswering, source, encoder)
     torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
     maker = window_maker(args, source, model.config)
     training, held_back = hold_back_articles(documents["--train"], args.held_back_articles)
@@ -111,10 +111,11 @@ def main(args: argparse.Namespace) -> None:
         batches = Batches([len(feature.input_ids) for feature in features], args.batch_size, seed=args.seed)
     except ValueError as error:
         raise SystemExit(f"--train: {error}") from error
-    options = LoopOptions.of(args, max(round(args.epochs * batches.per_epoch), 1))
+    options = LoopOptions.of(args, max(round(args.epochs * batches.per_epoch), 1) if args.epochs else 0)
     if workers.rank == 0:
         print(f"{len(examples)} questions, {len(features)} windows, {options.steps} steps", flush=True)
-    identity = {name: getattr(args, name) for name in ("init", "dropout", "negatives", "max_seq_len", "overlap")}
+    identity = {name: getattr(args, name) for name in ("init", "negatives", "max_seq_len", "overlap")}
+    identity |= encoder.identity()
     task = span_task(features, batches, model.config)
     if not train(model, task, options, workers, args.output, identity | {"features": len(features)}):
         return
@@ -131,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
     if dev := documents.get("--dev"):
         report["dev"] = as_report(evaluate(dev, maker, predict, workers), null_threshold)
     if workers.rank == 0:
-        write_checkpoint(args.output, type(model), model.config, half(model), maker.tokenizer_json())
+        write_checkpoint(args.output, type(model).__name__, model.config, half(model), maker.tokenizer_json())
         settings = {name: getattr(args, name) for name in ("name", "max_seq_len", "overlap", "max_question_tokens")}
         Settings(**settings, null_threshold=round(null_threshold, 4)).write(args.output / SETTINGS_FILE)
         save_json(args.output / "training_report.json", report)

@@ -141,10 +141,22 @@ def at_least_one(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """An argument that is a count, or 0."""
+    return int(text) and at_least_one(text)
+
+
 def positive(text: str) -> float:
     """An argument that is a number above zero."""
     if not 0 < (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"must be above 0, not {value}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """An argument that is zero or a number above it."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or above, not {value}")
     return value
 
 

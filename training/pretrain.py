@@ -21,8 +21,8 @@ from transformers import BertConfig, BertForPreTraining
 from bertqa.manifest import TOKENIZER_FILE
 from training.distributed import Workers, start_workers
 from training.encoders import (
+    EncoderOptions,
     add_encoder_arguments,
-    attention_implementation,
     bert_flops,
     encoder_source,
     load_model,
@@ -35,6 +35,7 @@ from training.loop import (
     add_loop_arguments,
     at_least_one,
     autocast,
+    count,
     micro_batches,
     positive,
     to_device,
@@ -78,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--phase", type=int, choices=[1, 2], default=1, help="of the recipe, see the defaults below")
     length = parser.add_mutually_exclusive_group()
     steps_help = "default: 7038 in phase 1, 1563 in phase 2; 0 writes the model that a run starts from"
-    length.add_argument("--steps", type=not_negative, help=steps_help)
+    length.add_argument("--steps", type=count, help=steps_help)
     length.add_argument("--epochs", type=positive, help="passes over the shard set, in place of --steps")
     add = parser.add_argument_group("data").add_argument
     add("--shards", type=Path, required=True, help="shard set, made by python -m training.data shard")
@@ -118,11 +119,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Open the shards, check that they fit the model, train, and write the checkpoint."""
-    workers = start_workers()
+    workers, encoder = start_workers(), EncoderOptions.of(args)
     torch.manual_seed(args.seed)
     try:
         shards = ShardSet.open(args.shards, hashed=workers.rank == 0)
-        model = make_model(args, shards)
+        model = make_model(args, encoder, shards)
         check(args, shards, model.config)
         training, held_out = split(shards, args.held_out_shards)
     except (ShardError, ShardMismatch) as error:
@@ -148,31 +149,25 @@ def main(args: argparse.Namespace) -> None:
     task = pretraining_task(model.config, pairs, nsp=args.nsp)
     evaluate = evaluator(args, workers, model, task, held_out) if held_out else None
     task = replace(task, evaluate=evaluate, evaluate_every=args.evaluate_every)
-    identity = {name: getattr(args, name) for name in ("init", "config", "dropout", "packing", "nsp")}
-    identity |= {"shards": [shard.sha256 for shard in training.manifest.shards]}
+    identity = {name: getattr(args, name) for name in ("init", "config", "packing", "nsp")}
+    identity |= encoder.identity() | {"shards": [shard.sha256 for shard in training.manifest.shards]}
     complete = train(model, task, options, workers, args.output, identity)
     if (complete or args.stop_after) and workers.rank == 0:  # what has been learnt by then can be tried out
         # Parameters, not the state: the head's matrix is the embeddings', and stands there once.
         parameters = dict(model.named_parameters())
         tokenizer = (args.shards / TOKENIZER_FILE).read_text()
-        write_checkpoint(args.output, BertForPreTraining, model.config, parameters, tokenizer)
+        write_checkpoint(args.output, BertForPreTraining.__name__, model.config, parameters, tokenizer)
 
 
-def not_negative(text: str) -> int:
-    """An argument that is a count or 0."""
-    return int(text) and at_least_one(text)
-
-
-def make_model(args: argparse.Namespace, shards: ShardSet) -> "PretrainingBert":
+def make_model(args: argparse.Namespace, options: EncoderOptions, shards: ShardSet) -> "PretrainingBert":
     """The model to start from: that of ``--init``, else a new one for the tokenizer of the shards."""
-    attention = attention_implementation(args.attention, args.precision, args.dropout)
     if args.init:
-        return load_model(PretrainingBert, encoder_source(args.init), dropout=args.dropout, attention=attention)
+        return load_model(PretrainingBert, encoder_source(args.init), options)
     vocabulary = -(-shards.manifest.vocab_size // args.pad_vocabulary) * args.pad_vocabulary
     config = new_config(args.config, vocabulary)
     config.pad_token_id = shards.manifest.special_tokens["[PAD]"]
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
-    config._attn_implementation = attention
+    config.hidden_dropout_prob, config.attention_probs_dropout_prob = options.dropout, options.attention_dropout
+    config._attn_implementation = options.attention
     return PretrainingBert(config)
 
 

@@ -1,0 +1,117 @@
+"""Average the weights of checkpoints: a *model soup* (Wortsman et al. 2022).
+
+Runs that fine-tune one encoder, or go on from one another, end in one valley of the loss. The mean of their weights
+often answers better than any of them, and costs no more than one: it is a checkpoint like theirs. Measure it, fit its
+null threshold and complete it with ``python -m training.finetune_squad --epochs 0 --init DIR``.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import BertConfig
+
+from bertqa.manifest import TOKENIZER_FILE, WEIGHTS_FILE
+from training.checkpoints import CheckpointError, Tensors
+from training.encoders import write_checkpoint
+from training.loop import positive
+
+CONFIG_FILE = "config.json"
+FUNCTION = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+"""What two configs must have in common, beside the shapes of the weights, for these to mean the same in both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The files of one checkpoint."""
+
+    directory: Path
+    config: dict[str, Any]
+    architecture: str  # name of the model's class in transformers
+    tokenizer: str
+    weights: Tensors
+
+    @classmethod
+    def read(cls, directory: Path) -> "Checkpoint":
+        """Read a directory.
+
+        Raises:
+            SystemExit: a file is missing or corrupt.
+        """
+        name = CONFIG_FILE
+        try:
+            config = json.loads((directory / CONFIG_FILE).read_text())
+            architecture = str(config["architectures"][0])
+            name = TOKENIZER_FILE
+            tokenizer = (directory / TOKENIZER_FILE).read_text()
+            json.loads(tokenizer)
+            name = WEIGHTS_FILE
+            return cls(directory, config, architecture, tokenizer, load_file(directory / WEIGHTS_FILE))
+        except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
+            raise SystemExit(f"{directory}: {name} cannot be used ({error})") from error
+
+    def refuse_unlike(self, other: "Checkpoint") -> None:
+        """End the job, by what differs, where the weights of ``other`` mean something else than those of this one."""
+        if self.architecture != other.architecture:
+            raise SystemExit(f"{other.directory} is a {other.architecture}, {self.directory} a {self.architecture}")
+        for name in FUNCTION:
+            if (ours := self.config.get(name)) != (theirs := other.config.get(name)):
+                raise SystemExit(f"{other.directory}: {CONFIG_FILE}: {name} is {theirs}, in {self.directory} {ours}")
+        if json.loads(self.tokenizer) != json.loads(other.tokenizer):
+            raise SystemExit(f"{other.directory}: {TOKENIZER_FILE} is not that of {self.directory}")
+        ours, theirs = ({name: tuple(x.shape) for name, x in c.weights.items()} for c in (self, other))
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                shapes = f"{theirs.get(name)}, in {self.directory} {ours.get(name)}"
+                raise SystemExit(f"{other.directory}: {WEIGHTS_FILE}: the shape of {name} is {shapes}")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="DIR", help="two or more, of the same model")
+    parser.add_argument("--shares", type=positive, nargs="+", help="of each checkpoint, in proportion; default: equal")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the averaged checkpoint")
+    args = parser.parse_args(argv)
+    if len(args.checkpoints) < 2:
+        parser.error("DIR: give two or more, the mean of one is itself")
+    args.shares = args.shares or [1.0] * len(args.checkpoints)
+    if len(args.shares) != len(args.checkpoints):
+        parser.error(f"--shares: {len(args.shares)} for {len(args.checkpoints)} checkpoints")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Refuse checkpoints that are not of one model, average the others, and write the result."""
+    first, *others = (Checkpoint.read(directory) for directory in args.checkpoints)
+    for other in others:
+        first.refuse_unlike(other)
+    weights = mean([first.weights, *(other.weights for other in others)], args.shares)
+    try:
+        write_checkpoint(args.output, first.architecture, BertConfig.from_dict(first.config), weights, first.tokenizer)
+    except (OSError, CheckpointError) as error:
+        raise SystemExit(f"--output: {error}") from error
+
+
+def mean(weights: Sequence[Tensors], shares: Sequence[float]) -> Tensors:
+    """The weighted mean of tensors of the same names and shapes, in float32, whatever they are stored in.
+
+    Args:
+        weights: of each checkpoint.
+        shares: of each checkpoint, in proportion.
+    """
+    parts = [share / sum(shares) for share in shares]
+    return {
+        name: torch.stack([part * each[name].float() for part, each in zip(parts, weights, strict=True)]).sum(0)
+        for name in weights[0]
+    }
+
+
+if __name__ == "__main__":
+    main(parse_args())
