@@ -10,10 +10,9 @@ from conftest import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from test_corrupt_files import QUERY, change_json, cut, with_array, without
 
 from training.average import main, parse_args
-
-QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 
 
 def drawn(directory: Path, seed: int) -> Path:
@@ -42,38 +41,14 @@ def test_the_mean_is_that_of_every_weight(tmp_path_factory: pytest.TempPathFacto
     assert tokenizers[0] == tokenizers[1]
 
 
-def change_weights(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], None]:
-    def apply(checkpoint: Path) -> None:
-        weights = load_file(checkpoint / "model.safetensors")
-        change(weights)
-        save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-
-    return apply
-
-
-def change_json(name: str, **fields: object) -> Callable[[Path], None]:
-    def apply(checkpoint: Path) -> None:
-        contents = json.loads((checkpoint / name).read_text())
-        (checkpoint / name).write_text(json.dumps(contents | fields))
-
-    return apply
-
-
-def cut(name: str) -> Callable[[Path], None]:
-    def apply(checkpoint: Path) -> None:
-        (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-50])
-
-    return apply
-
-
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (
-            change_weights(lambda weights: weights.pop(QUERY)),
+            without(QUERY),
             rf"model.safetensors: the shape of {QUERY} is None, in",
         ),
-        (change_weights(lambda weights: weights.update({QUERY: np.zeros((3, 3))})), r"is \(3, 3\), in .*a \(32, 32\)"),
+        (with_array(QUERY, np.zeros((3, 3))), r"is \(3, 3\), in .*a \(32, 32\)"),
         (change_json("config.json", num_attention_heads=2), "b: config.json: num_attention_heads is 2, in .*a 4"),
         (change_json("config.json", architectures=["BertModel"]), "b is a BertModel, .*a a BertForQuestionAnswering"),
         (change_json("config.json", architectures=[]), "b: config.json cannot be used"),

@@ -19,10 +19,9 @@ from transformers import BertConfig
 
 from bertqa.manifest import TOKENIZER_FILE, WEIGHTS_FILE
 from training.checkpoints import CheckpointError, Tensors
-from training.encoders import write_checkpoint
+from training.encoders import CONFIG_FILE, write_checkpoint
 from training.loop import positive
 
-CONFIG_FILE = "config.json"
 FUNCTION = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 """What two configs must have in common, beside the shapes of the weights, for these to mean the same in both."""
 

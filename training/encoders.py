@@ -19,6 +19,7 @@ from training.loop import Precision, fraction
 
 _Model = TypeVar("_Model", bound=BertPreTrainedModel)
 
+CONFIG_FILE = "config.json"
 Attention = Literal["sdpa", "eager"]  # as transformers calls fused attention and plain matrix products
 
 
@@ -146,7 +147,7 @@ def write_checkpoint(
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_tensors(directory / WEIGHTS_FILE, contiguous, {"format": "pt"})
-    save_json(directory / "config.json", config.to_diff_dict() | {"architectures": [architecture]})
+    save_json(directory / CONFIG_FILE, config.to_diff_dict() | {"architectures": [architecture]})
     (directory / TOKENIZER_FILE).write_text(tokenizer)
     save_json(directory / "tokenizer_config.json", tokenizer_config(tokenizer, config.max_position_embeddings))
 
