@@ -407,9 +407,8 @@ class TritonModel:
         # A trial leaves time for a replica that is well.
         on_trial = len(tried) < len(self._replicas) and link.circuit.state is not State.CLOSED
         try:
-            reply = await getattr(link.replica, method)(
-                request, timeout=(deadline - sent) / (2 if on_trial else 1), metadata=tracing.metadata()
-            )
+            call = getattr(link.replica, method)(request, metadata=tracing.metadata())
+            reply = await _within((deadline - sent) / (2 if on_trial else 1), call)
             if reply is None:
                 raise ModelBroken("The engine's answer is no message of Triton's protocol.")
             result = read(reply) if read else reply
@@ -419,7 +418,7 @@ class TritonModel:
             if isinstance(failure, ModelOverloaded):
                 self._hedging.overloaded()
             raise failure from error
-        except ModelBroken as error:
+        except (ModelBroken, ModelTimeout) as error:
             link.note(error, sent)
             raise
         except grpc.aio.UsageError as error:
@@ -576,6 +575,33 @@ class _Link:
                 self.circuit.silent(sent, f"Triton at {self.replica.url} is silent.")
             case _:
                 self.circuit.failed(sent, failure.plain)
+
+
+async def _within(seconds: float, call: grpc.aio.UnaryUnaryCall[Any, Any]) -> Any:
+    """The reply of a call, which is cancelled when its time is over.
+
+    gRPC itself is told no timeout: it makes of it a moment of the wall clock, and of that one of the monotonic clock.
+    Where the wall clock jumps in between, the call would end at once, or as much too late as the jump was wide.
+
+    Raises:
+        ModelTimeout: the time is over.
+        grpc.aio.AioRpcError: the call failed.
+    """
+    is_late = False
+
+    def end() -> None:
+        nonlocal is_late
+        is_late = call.cancel()
+
+    timer = asyncio.get_running_loop().call_later(seconds, end)
+    try:
+        return await call
+    except asyncio.CancelledError:
+        if is_late:
+            raise ModelTimeout(_PASSED) from None
+        raise
+    finally:
+        timer.cancel()
 
 
 def _parsed(message: Any, content: bytes) -> Any:
