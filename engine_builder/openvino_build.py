@@ -114,7 +114,6 @@ def convert(onnx_file: Path, destination: Path, precision: Precision, calibratio
 
 
 def _quantize(model: ov.Model, calibration: Sequence[Window]) -> ov.Model:
-    os.environ.setdefault("NNCF_CI", "1")  # keeps it from reporting usage to its makers
     import nncf  # noqa: PLC0415  slow to import, and needed for int8 only
 
     logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would set handlers too, also those of others

@@ -9,13 +9,19 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
+
+# Where this module is to be had, OpenVINO reports every import to Google Analytics, and does so from a fork of Triton's
+# process: where no network answers, the fork lives on, and the engine's end waits for it.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+import openvino as ov  # noqa: E402
 
 _TAKEN_OVER = ctypes.c_char_p(b"used_dltensor")
 _log = logging.getLogger("bert_qa")
