@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from training.metrics import METRICS_FILE, Metrics, peak_flops, plot_loss, plot_runs, read_metrics
 
@@ -47,6 +48,27 @@ def test_the_loss_is_drawn_as_png(tmp_path: Path) -> None:
     write(tmp_path, 0, 5)
     plot_loss(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("terms", "drawn"), [([], ["loss"]), (["mlm"], ["loss"]), (["mlm", "nsp"], ["loss", "mlm_loss", "nsp_loss"])]
+)
+def test_a_single_term_is_the_loss_and_not_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms: list[str], drawn: list[str]
+) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def savefig(figure: Figure, path: Path, *, dpi: int) -> None:
+        figures.append(figure)
+        save(figure, path, dpi=dpi)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with Metrics(tmp_path, 0, 9) as metrics:
+        metrics.write(1, {"loss": 2.0, "mlm_accuracy": 0.5} | {f"{term}_loss": 1.0 for term in terms})
+    plot_loss(tmp_path)
+    [figure] = figures
+    assert [line.get_label() for line in figure.axes[0].lines] == drawn
 
 
 def test_runs_are_drawn_on_the_same_axes_unless_one_has_no_such_number(tmp_path: Path) -> None:

@@ -91,10 +91,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(directory: Path) -> None:
-    """Draw the loss and its terms over the steps, from ``metrics.jsonl`` into ``loss.png``."""
+    """Draw the loss over the steps, and its terms if there are several, from ``metrics.jsonl`` into ``loss.png``."""
     records = read_metrics(directory / METRICS_FILE)
     if records:
-        names = (name for name in records[-1] if name == "loss" or name.endswith("_loss"))
+        terms = [name for name in records[-1] if name.endswith("_loss")]
+        names = ["loss", *terms] if len(terms) > 1 else ["loss"]
         _plot(directory / LOSS_PLOT, ((name, records, name) for name in names))
 
 
