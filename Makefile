@@ -43,7 +43,7 @@ test: $(VENV)/test.stamp  ## Run all tests: real Triton, two Horovod processes, 
 
 chaos: $(VENV)/test.stamp  ## Break everything under load and print what became of the requests (SOAK_MINUTES=60)
 	-@$(PIP) --group fuzz
-	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests:. $(BIN)/python -m chaos --soak-minutes $(SOAK_MINUTES) $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.chaos --soak-minutes $(SOAK_MINUTES) $(ARGS)
 
 lint: $(VENV)/test.stamp  ## Check style and types
 	$(BIN)/ruff check

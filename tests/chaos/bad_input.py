@@ -21,18 +21,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 import hypothesis
 import numpy as np
 import schemathesis
-from conftest import FakeEngine, serving, toy_bundle
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
-from invariants import wrong_offsets, wrong_scores
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
 from schemathesis.engine.recorder import ScenarioRecorder
@@ -40,12 +37,14 @@ from tokenizers import Tokenizer
 
 from bertqa.spans import Logits
 from bertqa.windows import Window
-from chaos.report import Row, Size
 from service.app import create_app
 from service.settings import Settings
+from tests.chaos.report import Row, Size
+from tests.support.invariants import wrong_offsets, wrong_scores
+from tests.support.paths import CHECKPOINT, ROOT
+from tests.support.servers import serving
+from tests.support.toy_model import FakeEngine, toy_bundle
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CHECKPOINT = ROOT / "checkpoints" / "minilm-l6-squad"
 ROUND = 2_000
 """Inputs of one run of hypothesis, which becomes slow beyond."""
 REFUSALS = {400: "malformed_json", 413: "body_too_large", 415: "not_json", 422: "validation"}
@@ -598,13 +597,13 @@ def _generated(
 
 
 def fuzzed(count: int, seed: int) -> Row:
-    """Windows, spans and graphemes under `chaos.fuzz_decoding`, in a process of its own."""
+    """Windows, spans and graphemes under `tests.chaos.fuzz_decoding`, in a process of its own."""
     row = Row(fault="windows, spans and graphemes, fuzzed by atheris")
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
-            [sys.executable, "-m", "chaos.fuzz_decoding", str(count), str(seed)],
+            [sys.executable, "-m", "tests.chaos.fuzz_decoding", str(count), str(seed)],
             cwd=directory,  # libFuzzer leaves the input that broke a promise there
-            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             check=False,

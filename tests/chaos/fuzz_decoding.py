@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of windows, spans and graphemes: ``python -m chaos.fuzz_decoding COUNT SEED``.
+"""Coverage-guided fuzzing of windows, spans and graphemes: ``python -m tests.chaos.fuzz_decoding COUNT SEED``.
 
 A process of its own, for libFuzzer takes the whole process. Needs atheris, which is not built for every Python: see
 the group ``fuzz`` of pyproject.toml. Ends with one line of JSON: how many inputs, and how many were refused.
@@ -6,7 +6,6 @@ the group ``fuzz`` of pyproject.toml. Ends with one line of JSON: how many input
 
 import json
 import sys
-from pathlib import Path
 from typing import get_args
 
 import atheris
@@ -17,7 +16,9 @@ with atheris.instrument_imports(include=["bertqa.windows", "bertqa.spans", "bert
     from bertqa.windows import WindowMaker
 
 import numpy as np
-from invariants import (
+from tokenizers import Tokenizer
+
+from tests.support.invariants import (
     check_decoded,
     check_tokens_are_where_they_say,
     check_windows,
@@ -25,9 +26,7 @@ from invariants import (
     cut,
     of_either_unicode,
 )
-from tokenizers import Tokenizer
-
-CHECKPOINT = Path(__file__).resolve().parent.parent.parent / "checkpoints" / "minilm-l6-squad"
+from tests.support.paths import CHECKPOINT
 
 counts = {"inputs": 0, "refused": 0}
 

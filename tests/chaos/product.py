@@ -20,13 +20,14 @@ from typing import Any
 
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from chaos.bundles import Faults, publish
-from chaos.clients import DEADLINE_S, Asked, answer_of, questions
-from chaos.relay import Relay, relay
-from chaos.report import READY_S, Row, Size
 from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port, living_children
+from tests.chaos.clients import DEADLINE_S, Asked, answer_of, questions
+from tests.chaos.relay import Relay, relay
+from tests.chaos.report import READY_S, Row, Size
+from tests.support.bundles import Faults, publish
+from tests.support.paths import ROOT
+from tests.support.waiting import until
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = "127.0.0.1"
 SETTLE_S = 40.0
 """Seconds for what is left of a scenario to go away: connections that are kept for a while, replaced ones."""
@@ -48,20 +49,6 @@ def ask(host: str, port: int, path: str, body: object = None, *, timeout: float 
         return 0, HTTPMessage(), None
     finally:
         connection.close()
-
-
-def until(condition: Callable[[], object], why: str, seconds: float = 60.0) -> float:
-    """Wait for a condition, which is looked at every 20 ms; gives the seconds that it took.
-
-    Raises:
-        TimeoutError: it did not come true; says why that is bad.
-    """
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > seconds:
-            raise TimeoutError(f"{why} ({seconds:.0f} s)")
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 class Service:
