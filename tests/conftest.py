@@ -1,9 +1,11 @@
 """Fixtures of every test, and what is not run where something is missing."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import hypothesis
@@ -13,6 +15,7 @@ from fastapi import FastAPI
 from bertqa.manifest import Bundle
 from service.app import create_app
 from service.settings import Settings
+from tests.support.machine import machine
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine, toy_bundle
 
@@ -20,21 +23,57 @@ from tests.support.toy_model import FakeEngine, toy_bundle
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+MAY_BE_SKIPPED: frozenset[str] = frozenset()
+"""Tests that may be skipped in CI, by node id; any other skip there fails the run."""
+
+_SKIPPED: list[str] = []
 _NOT_RUN: dict[str, list[str]] = {}
-"""By what is missing."""
+"""Tests that this machine cannot run, by what it lacks."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU where there is none; the summary lists it."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
+    """Leave out what needs a GPU or root where there is none, and keep the tests of a file together."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    for marker, missing in (("gpu", _missing_gpu), ("root", _missing_root)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        lacks = missing() if marked else ""
+        if lacks:
+            items[:] = [item for item in items if item not in marked]
+            config.hook.pytest_deselected(items=marked)
+            _NOT_RUN[lacks] = [item.nodeid for item in marked]
+
+
+def _missing_gpu() -> str:
     from engine_builder.tensorrt_build import missing_parts
 
-    if missing := missing_parts():
-        items[:] = [item for item in items if item not in marked]
-        config.hook.pytest_deselected(items=marked)
-        _NOT_RUN[", ".join(missing)] = [item.nodeid for item in marked]
+    return ", ".join(missing_parts())
+
+
+def _missing_root() -> str:
+    return "" if os.geteuid() == 0 else "the rights of root"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note what was skipped."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _SKIPPED.append(report.nodeid.partition("@")[0])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell xdist's main process what was not run, and fail in CI if a test was skipped."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = _NOT_RUN
+    elif os.environ.get("CI") == "true" and set(_SKIPPED) - MAY_BE_SKIPPED and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of xdist did not run; each worker collects the same tests."""
+    _NOT_RUN.update(getattr(node, "workeroutput", {}).get("not_run", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -43,6 +82,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"NOT RUN: {len(names)} tests, for this machine has not {missing}")
         for name in names:
             terminalreporter.line(f"not run: {name}")
+    if os.environ.get("CI") == "true" and (skipped := set(_SKIPPED) - MAY_BE_SKIPPED):
+        terminalreporter.section("SKIPPED, which CI does not allow")
+        for name in sorted(skipped):
+            terminalreporter.line(f"skipped: {name}")
+
+
+@pytest.fixture(autouse=True)
+def _place_on_the_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let a test that is marked `alone` wait for the tests of xdist's other workers, and them for it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    shared = tmp_path_factory.getbasetemp().parent
+    with machine(shared, alone=request.node.get_closest_marker("alone") is not None):
+        yield
 
 
 @pytest.fixture(scope="session")

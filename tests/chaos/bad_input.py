@@ -606,6 +606,7 @@ def fuzzed(count: int, seed: int) -> Row:
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
+            timeout=120 + count / 100,
             check=False,
         )
     counts = json.loads(next((line for line in done.stdout.splitlines() if line.startswith("{")), "{}"))

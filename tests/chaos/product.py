@@ -20,12 +20,13 @@ from typing import Any
 
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port, living_children
+from service.embedded_triton import EmbeddedTriton, TritonPorts, living_children
 from tests.chaos.clients import DEADLINE_S, Asked, answer_of, questions
 from tests.chaos.relay import Relay, relay
 from tests.chaos.report import READY_S, Row, Size
 from tests.support.bundles import Faults, publish
 from tests.support.paths import ROOT
+from tests.support.ports import free_port, triton_ports
 from tests.support.waiting import until
 
 HOST = "127.0.0.1"
@@ -55,7 +56,7 @@ class Service:
     """A replica: `bertqa serve` with the processes under it."""
 
     def __init__(self, directory: Path, repository: Path, triton_url: str, **settings: object) -> None:
-        self.port = free_port(HOST, 0)
+        self.port = free_port(HOST)
         self._directory = directory
         self._command = [sys.executable, "-m", "service", f"--port={self.port}", f"--repository={repository}"]
         self._command += [f"--triton-url={triton_url}"]
@@ -185,7 +186,7 @@ class Product:
                 stack.enter_context(self._movable_clock())
             stack.callback(self._stop_tritons)
             for _ in range(self.layout.tritons):
-                self.tritons.append(self._triton(TritonPorts(0, 0, 0)))
+                self.tritons.append(self._triton(triton_ports()))
                 self.tritons[-1].start()
             urls = ",".join(triton.url for triton in self.tritons)
             if self.layout.relayed:
@@ -289,8 +290,8 @@ class Product:
     @contextlib.contextmanager
     def _balancer(self) -> Iterator[None]:
         """Debian's HAProxy with the configuration of the stack; the replicas by address, for there is no Docker DNS."""
-        self.balancer_port = free_port(HOST, 0)
-        self._balancer_metrics = free_port(HOST, 0, avoid=[self.balancer_port])
+        self.balancer_port = free_port(HOST)
+        self._balancer_metrics = free_port(HOST)
         text = (ROOT / "deploy" / "haproxy.cfg").read_text()
         servers = "\n".join(f"    server service-{n} {HOST}:{each.port}" for n, each in enumerate(self.services, 1))
         text = re.sub(r"^ *server-template .*$", servers, text, flags=re.MULTILINE)

@@ -38,7 +38,7 @@ def replica_killed(product: Product, size: Size) -> Row:
             else:
                 for process in (service.process.pid, worker):
                     os.kill(process, signal.SIGKILL)
-                service.process.wait()
+                service.process.wait(60)
                 service.start()
             row.injected += 1
             until(product.is_ready, f"not ready again; see {service.log}")

@@ -262,7 +262,7 @@ class Container:
         for child in descendants(self.process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-        self.process.wait()
+        self.process.wait(60)
 
 
 def descendants(pid: int) -> list[int]:
@@ -521,6 +521,7 @@ def until_it_answers(stack: Stack, *replicas: str) -> None:
     )
 
 
+@pytest.mark.triton
 def test_replicas_that_are_added_get_their_share(stack: Stack) -> None:
     first, second = "service-1", "service-2"
     with asking(stack):
@@ -540,6 +541,7 @@ def servers_up(stack: Stack) -> int:
     return int(float(found))
 
 
+@pytest.mark.triton
 def test_no_request_is_lost_when_a_replica_dies_or_is_stopped(stack: Stack) -> None:
     first, second = "service-1", "service-2"
     with asking(stack):
@@ -557,6 +559,7 @@ def test_no_request_is_lost_when_a_replica_dies_or_is_stopped(stack: Stack) -> N
     until(lambda: servers_up(stack) == 2, "the load balancer has not noticed")
 
 
+@pytest.mark.triton
 def test_load_balancer_speaks_as_the_service_does(stack: Stack) -> None:
     url = stack.url("lb", 8000)
     status, reply = get(url + "/metrics")
@@ -575,6 +578,7 @@ def test_load_balancer_speaks_as_the_service_does(stack: Stack) -> None:
     until(lambda: get(url + "/health/ready")[0] == 200, "no replica has come back")
 
 
+@pytest.mark.triton
 def test_versions_are_listed_and_looked_at_from_the_stack(stack: Stack) -> None:
     listed = stack.run("bertqa")
     assert listed.returncode == 0, listed.stderr
@@ -586,6 +590,7 @@ def test_versions_are_listed_and_looked_at_from_the_stack(stack: Stack) -> None:
     assert "answers 2 questions as when it was built" in looked.stdout
 
 
+@pytest.mark.triton
 def test_a_batch_is_answered_by_the_same_engine(stack: Stack) -> None:
     data = stack.directory / "volumes" / "data"
     data.mkdir(parents=True)
@@ -599,6 +604,7 @@ def test_a_batch_is_answered_by_the_same_engine(stack: Stack) -> None:
     assert [(row["row"], row["answer"]) for row in answers] == [(n, served["answers"][0]["text"]) for n in range(3)]
 
 
+@pytest.mark.triton
 def test_load_test_finds_no_fault(stack: Stack) -> None:
     done = stack.run("loadtest", "--users", "4", "--spawn-rate", "4", "--run-time", "3s")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -617,6 +623,7 @@ def query(stack: Stack, expression: str) -> list[float]:
     return [value for value in values if not math.isnan(value)]
 
 
+@pytest.mark.triton
 def test_every_panel_of_the_dashboard_has_data(stack: Stack) -> None:
     post(stack.url("lb", 8000) + "/v1/answer", {"question": ""})  # an error, to be seen among the errors
     expressions = {
@@ -639,6 +646,7 @@ def metrics_in(expression: str) -> list[str]:
     return re.findall(r"\b(?:bertqa|nv|haproxy|process)_\w+|\bup\b", expression)
 
 
+@pytest.mark.triton
 def test_every_metric_of_the_alerts_is_there(stack: Stack) -> None:
     (group,) = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())["groups"]
     wanted = {metric for rule in group["rules"] for metric in metrics_in(rule["expr"])} - GPU_ONLY

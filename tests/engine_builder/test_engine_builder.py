@@ -31,10 +31,11 @@ from engine_builder.checkpoint import InvalidCheckpoint
 from engine_builder.gate import GateFailed, Measured, check_f1, check_logits, measure
 from engine_builder.openvino_model import Engine, engine_sha256
 from engine_builder.publish import BuildRefused, Publication, publish
-from service.embedded_triton import FLAGS, EmbeddedTriton, TritonPorts
+from service.embedded_triton import FLAGS, EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import ROOT
+from tests.support.ports import triton_ports
 from tests.support.squad_files import CONTEXT, QUESTIONS, write_squad
 from tests.support.triton_servers import triton_with
 
@@ -326,6 +327,7 @@ def test_config_says_what_windows_send(options: BuildOptions) -> None:
     assert warmed == [[[length]] * 3 for length in manifest.buckets]
 
 
+@pytest.mark.triton
 def test_windows_of_one_length_are_computed_together(options: BuildOptions, tmp_path: Path) -> None:
     build(replace(options, max_batch_size=4, instances=2))
     bundle = Repository(options.repository).open()
@@ -347,7 +349,7 @@ def test_windows_of_one_length_are_computed_together(options: BuildOptions, tmp_
             await engine.close()
             await channel.close()
 
-    with EmbeddedTriton(options.repository, ports=TritonPorts(0, 0, 0), log_dir=tmp_path / "logs") as triton:
+    with EmbeddedTriton(options.repository, ports=triton_ports(), log_dir=tmp_path / "logs") as triton:
         logits, statistics = asyncio.run(ask(triton.url))
     for window, found in zip(windows, logits, strict=True):
         for own, together in zip(alone(window), found, strict=True):
@@ -381,7 +383,12 @@ def test_hub_checkpoints_need_the_hub_client(monkeypatch: pytest.MonkeyPatch) ->
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "engine_builder", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "engine_builder", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -402,7 +409,7 @@ def test_the_builder_needs_neither_torch_nor_transformers(options: BuildOptions)
     arguments = ["--checkpoint", options.checkpoint, "--repository", str(options.repository)]
     arguments += ["--target", "cpu", "--precision", "int8", "--max-f1-loss", "100"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert Repository(options.repository).open().manifest.precision == "int8"
@@ -422,7 +429,7 @@ def test_nobody_is_told_of_a_build_or_of_an_engine_that_starts(
     assert done.returncode == 0, done.stderr
     assert not (home / "intel").exists()
     engine = options.repository / "bert_qa" / "1" / "model.py"  # which Triton runs without this project
-    subprocess.run([sys.executable, str(engine)], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, str(engine)], cwd=tmp_path, check=True, timeout=60)
     assert not (home / "intel").exists()
 
 
@@ -435,6 +442,7 @@ def test_instances_and_gpus_reach_the_configuration(bundle: Bundle, tmp_path: Pa
     assert "count: 3 kind: KIND_GPU gpus: [ 0, 2 ]" in config
 
 
+@pytest.mark.triton
 def test_triton_takes_the_configuration_of_a_gpu_and_lacks_but_the_backend(bundle: Bundle, tmp_path: Path) -> None:
     built = tmp_path / "built"
     built.mkdir()

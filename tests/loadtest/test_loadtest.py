@@ -380,7 +380,7 @@ def test_the_balancer_has_the_stack_s_configuration(tmp_path: Path) -> None:
     path.write_text(servers.haproxy_config(text, 18_000, 18_405, ["127.0.0.1:1", "127.0.0.1:2"]))
     program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
     assert program, "apt-get install haproxy"
-    done = subprocess.run([program, "-c", "-f", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([program, "-c", "-f", str(path)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     kept = set(text.splitlines()) & set(path.read_text().splitlines())
     assert "    balance leastconn" in kept
@@ -522,6 +522,7 @@ def test_a_service_that_wants_a_key_gets_it(
         assert {each.outcome for each in run_locust(url, tmp_path, users=2, seconds=1)} == {"error 401 unauthorized"}
 
 
+@pytest.mark.triton
 def test_replicas_with_engines_of_their_own_before_a_real_balancer(bundle: Bundle, tmp_path: Path) -> None:
     """Triton, service and HAProxy, and the command from its beginning to its end."""
     publish_toy_bundle(Repository(tmp_path / "source"), bundle, 1)

@@ -10,11 +10,13 @@ from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch, changed_files
 from bertqa.repository import Repository
 from bertqa.spans import Decoded, decode
 from loadtest.sleeping_engine import write_repository
-from service.embedded_triton import EmbeddedTriton, TritonPorts
+from service.embedded_triton import EmbeddedTriton
 from service.triton import TritonModel
+from tests.support.ports import triton_ports
 from tests.support.repositories import publish_toy_bundle
 
 
+@pytest.mark.triton
 def test_it_sleeps_and_answers_with_the_first_word(bundle: Bundle, tmp_path: Path) -> None:
     publish_toy_bundle(Repository(tmp_path / "source"), bundle, 1)
     root = tmp_path / "sleeping"
@@ -39,7 +41,7 @@ def test_it_sleeps_and_answers_with_the_first_word(bundle: Bundle, tmp_path: Pat
         finally:
             await engine.close()
 
-    with EmbeddedTriton(root, ports=TritonPorts(0, 0, 0), log_dir=tmp_path / "logs") as triton:
+    with EmbeddedTriton(root, ports=triton_ports(), log_dir=tmp_path / "logs") as triton:
         decoded, seconds = asyncio.run(ask(triton.url))
     assert decoded.best is not None
     assert (decoded.best.text, decoded.best.start) == ("made", 0)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def bertqa(*words: str, stdin: str | None = None) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.triton
 def test_a_question_is_answered_by_the_real_model(served: tuple[str, Path]) -> None:
     url, repository = served
     reply = post(url, "/v1/answer", {"question": "Which country holds most of the forest?", "context": CONTEXT})
@@ -89,6 +91,7 @@ def test_a_question_is_answered_by_the_real_model(served: tuple[str, Path]) -> N
     assert reply["model"] == Repository(repository).open().manifest.identity
 
 
+@pytest.mark.triton
 def test_the_answer_is_found_in_a_long_text_and_among_several(served: tuple[str, Path]) -> None:
     url, _ = served
     filler = "The harbour was quiet that day, and the ships lay still in the morning fog. " * 120
@@ -103,12 +106,14 @@ def test_the_answer_is_found_in_a_long_text_and_among_several(served: tuple[str,
     assert reply["windows"] > 10
 
 
+@pytest.mark.triton
 def test_the_hugging_face_route_answers_too(served: tuple[str, Path]) -> None:
     url, _ = served
     reply = post(url, "/", {"inputs": {"question": "Which country holds most of the forest?", "context": CONTEXT}})
     assert (reply["answer"], reply["start"]) == ("Brazil", CONTEXT.index("Brazil"))
 
 
+@pytest.mark.triton
 def test_the_served_path_scores_what_the_builder_measured(served: tuple[str, Path], tmp_path: Path) -> None:
     url, repository = served
     manifest = Repository(repository).open().manifest
@@ -127,6 +132,7 @@ def test_the_served_path_scores_what_the_builder_measured(served: tuple[str, Pat
     assert "is below --min-f1 100.1" in failed.stderr
 
 
+@pytest.mark.triton
 def test_the_command_line_asks(served: tuple[str, Path], tmp_path: Path) -> None:
     url, _ = served
     question = "How many square kilometres does the basin encompass?"
@@ -147,6 +153,7 @@ def test_the_command_line_asks(served: tuple[str, Path], tmp_path: Path) -> None
     assert "does not seem to answer" in nothing.stderr
 
 
+@pytest.mark.triton
 def test_readiness_and_identity_are_those_of_the_loaded_engine(served: tuple[str, Path]) -> None:
     url, repository = served
     with DIRECT.open(url + "/health/ready", timeout=10) as response:
@@ -157,10 +164,11 @@ def test_readiness_and_identity_are_those_of_the_loaded_engine(served: tuple[str
         assert b"bertqa_" in response.read()
 
 
+@pytest.mark.triton
 def test_another_tokenizer_in_the_bundle_is_refused_with_the_fix(served: tuple[str, Path], tmp_path: Path) -> None:
     _, repository = served
     spoiled = tmp_path / "repository"
-    subprocess.run(["cp", "-r", str(repository), str(spoiled)], check=True)
+    shutil.copytree(repository, spoiled, symlinks=True)
     tokenizer = next(spoiled.glob("bert_qa/*/tokenizer.json"))
     tokenizer.write_text(tokenizer.read_text().replace('"lowercase":true', '"lowercase":false'))
     log = tmp_path / "serve.log"
@@ -188,6 +196,7 @@ def test_bad_use_of_the_command_line_is_said_plainly(tmp_path: Path) -> None:
     assert "data[0]: the field 'paragraphs' is missing" in refused.stderr
 
 
+@pytest.mark.triton
 def test_a_refused_request_ends_the_command_with_the_services_sentence(served: tuple[str, Path]) -> None:
     url, _ = served
     refused = bertqa("ask", "who?", "--context", "-", "--url", url, "--top-k", "1000", stdin="text")
@@ -198,6 +207,7 @@ def test_a_refused_request_ends_the_command_with_the_services_sentence(served: t
         post(url, "/v1/answer", {"question": "who?"})
 
 
+@pytest.mark.triton
 def test_sigterm_ends_everything_in_order(served: tuple[str, Path], tmp_path: Path) -> None:
     _, repository = served
     with serving(repository, tmp_path) as (url, process):

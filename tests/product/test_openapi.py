@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from service.triton import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnav
 from tests.support.asking import ASKED
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine, toy_bundle
+from tests.support.waiting import until
 
 BODIES = {
     "/v1/answer": ASKED,
@@ -145,8 +145,7 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(tmp_pa
         with ExitStack() as stack:
             for _ in range(MAX_CONNECTIONS):  # none is idle
                 stack.enter_context(operations.connection()).sendall(_request(key))
-            while answerer.models[None].in_progress < MAX_CONNECTIONS:
-                time.sleep(0.01)
+            until(lambda: answerer.models[None].in_progress == MAX_CONNECTIONS, "not all questions are being answered")
             operations.send()
     assert operations.given == operations.documented()
     if guarded:

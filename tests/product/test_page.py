@@ -22,6 +22,8 @@ from service.triton import ModelError, ModelOverloaded, ModelTimeout, ModelUnava
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
 
+pytestmark = pytest.mark.browser
+
 QUESTION = "Where was Horovod made?"
 TEXT = "Horovod was made at «Uber» and then given away."
 FLAGS = [

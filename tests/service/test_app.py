@@ -26,6 +26,7 @@ from service.triton import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnav
 from tests.support.asking import ASKED, problem
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
+from tests.support.waiting import until
 
 MakeApp = Callable[..., FastAPI]
 
@@ -301,9 +302,12 @@ def test_a_client_that_leaves_stops_the_engine(url: str, engine: FakeEngine) -> 
         assert engine.started.wait(10)
         assert not engine.cancelled.is_set()
     assert engine.cancelled.wait(10)
-    text = ""
-    while 'status="499"' not in text:  # counted when the handler has ended
-        text = httpx.get(f"{url}/metrics", trust_env=False).text
+
+    def scrape() -> str:
+        return httpx.get(f"{url}/metrics", trust_env=False).text
+
+    until(lambda: 'status="499"' in scrape(), "the request is not counted, though its handler has ended")
+    text = scrape()
     assert "bertqa_requests_in_flight 1.0" in text  # the scrape itself
 
 

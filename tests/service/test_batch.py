@@ -35,14 +35,16 @@ from service import batch
 from service.app import create_app
 from service.batch import JOURNAL_FILE, BatchRefused
 from service.batch_worker import ANSWER_COLUMNS, MODEL_KEY, Asking, Part, PartAnswerer, PartReader, Receipt
-from service.embedded_triton import EmbeddedTriton, TritonPorts
+from service.embedded_triton import EmbeddedTriton
 from service.settings import Settings
 from service.triton import Engine, ModelUnavailable
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import ROOT
+from tests.support.ports import triton_ports
 from tests.support.repositories import publish_toy_bundle
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
+from tests.support.waiting import until
 
 ASKING = Asking(
     question_column="question",
@@ -130,8 +132,8 @@ class Product:
         self.identity = Manifest.read(self.bundle / "manifest.json").identity
         (self.bundle.parent / "config.pbtxt").write_text(config(self.identity))
 
-    def triton(self, port: int = 0) -> EmbeddedTriton:
-        return EmbeddedTriton(self.repository, ports=TritonPorts(port, 0, 0), log_dir=self.directory / "logs")
+    def triton(self) -> EmbeddedTriton:
+        return EmbeddedTriton(self.repository, ports=triton_ports(), log_dir=self.directory / "logs")
 
 
 _SIGNS = {"OPENING": "«", "CLOSING": "»", "RAISE": RAISE, "NAN": NAN}
@@ -203,6 +205,7 @@ def answer_table(
 # A part
 
 
+@pytest.mark.triton
 def test_rows_are_answered_as_the_service_answers(product: Product, server: EmbeddedTriton, tmp_path: Path) -> None:
     long = "Nothing is said here. " * 40
     table = rows(
@@ -242,6 +245,7 @@ def test_rows_are_answered_as_the_service_answers(product: Product, server: Embe
     assert pq.read_schema(directory / "part.parquet").metadata[MODEL_KEY].decode() == product.identity
 
 
+@pytest.mark.triton
 def test_a_built_engine_gives_the_same_bytes_twice(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "tiny")
     text = "Ada Lovelace wrote the first program in London. "
@@ -259,7 +263,7 @@ def test_a_built_engine_gives_the_same_bytes_twice(tmp_path: Path) -> None:
     )
     pq.write_table(table, tmp_path / "rows.parquet")
     part = Part(name="part.parquet", source=str(tmp_path / "rows.parquet"), first=0, rows=99)
-    with EmbeddedTriton(repository, ports=TritonPorts(0, 0, 0), log_dir=tmp_path) as triton:
+    with EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path) as triton:
         receipts = []
         for _ in range(2):
             at = Settings(triton_url=triton.url)
@@ -274,6 +278,7 @@ def test_a_built_engine_gives_the_same_bytes_twice(tmp_path: Path) -> None:
         assert asked["context"][row["start"] : row["end"]] == row["answer"]
 
 
+@pytest.mark.triton
 def test_a_row_that_cannot_be_answered_says_which_field_is_wrong_and_the_others_are_answered(
     product: Product, server: EmbeddedTriton, tmp_path: Path
 ) -> None:
@@ -333,6 +338,7 @@ class MortalEngine(FakeEngine):
         return await super().predict(windows, deadline=deadline)
 
 
+@pytest.mark.triton
 def test_a_text_that_kills_the_engine_costs_its_own_row_alone(product: Product, bundle: Bundle, tmp_path: Path) -> None:
     asked = many(300).to_pylist()
     asked[100]["context"] = f"Never ask {CRASH} this"
@@ -345,6 +351,7 @@ def test_a_text_that_kills_the_engine_costs_its_own_row_alone(product: Product, 
     assert answers[:100] + answers[101:] == [f"Uber {number}" for number in range(300) if number != 100]
 
 
+@pytest.mark.triton
 def test_every_type_of_text_and_any_type_of_id(product: Product, server: EmbeddedTriton, tmp_path: Path) -> None:
     pairs = [("who?", "It was «Uber»."), (None, "x"), ("who?", "It was «Horovod».")]
     dictionary = pa.dictionary(pa.int32(), pa.string())
@@ -400,6 +407,7 @@ def test_a_part_is_its_slice_of_the_file_whatever_the_row_groups(groups: list[in
             assert reader.id_field.type == reader.ids.type
 
 
+@pytest.mark.triton
 def test_an_engine_that_is_away_for_a_while_is_waited_for(product: Product, tmp_path: Path) -> None:
     with product.triton() as triton:
         first = triton.pid
@@ -413,6 +421,7 @@ def test_an_engine_that_is_away_for_a_while_is_waited_for(product: Product, tmp_
     assert found["answer"].to_pylist() == [f"Uber {number}" for number in range(1500)]
 
 
+@pytest.mark.triton
 def test_an_engine_that_stays_away_or_broken_stops_the_job_and_nothing_is_written(
     product: Product, server: EmbeddedTriton, tmp_path: Path
 ) -> None:
@@ -456,9 +465,8 @@ def done(output: Path) -> int:
 
 
 def wait_for(process: "subprocess.Popen[str]", output: Path, parts: int) -> None:
-    while done(output) < parts:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    until(lambda: done(output) >= parts or process.poll() is not None, f"no {parts} parts are done", 240)
+    assert process.poll() is None, process.communicate(timeout=60)
 
 
 def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
@@ -469,6 +477,7 @@ def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.triton
 def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product: Product, tmp_path: Path) -> None:
     source, output, expected = tmp_path / "in", tmp_path / "out", tmp_path / "expected"
     (source / "deep.parquet").mkdir(parents=True)  # as Spark names what it writes
@@ -502,7 +511,7 @@ def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product
             others = psutil.Process(killed.pid).children(recursive=True)
         finally:
             killed.kill()
-            killed.communicate()
+            killed.communicate(timeout=60)
         assert len(others) > 5
         _, alive = psutil.wait_procs(others, timeout=120)
         assert not alive  # Ray ends with the job
@@ -554,6 +563,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "answered", answered)
 
 
+@pytest.mark.triton
 @pytest.mark.usefixtures("without_ray")
 def test_a_job_that_was_stopped_keeps_what_is_done(
     product: Product, server: EmbeddedTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -593,6 +603,7 @@ def refused(words: list[str]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.triton
 def test_what_cannot_be_begun_is_refused_by_name(product: Product, tmp_path: Path) -> None:
     source, output = tmp_path / "in.parquet", tmp_path / "out"
     pq.write_table(many(3), source)
@@ -619,6 +630,7 @@ def test_what_cannot_be_begun_is_refused_by_name(product: Product, tmp_path: Pat
     assert not output.exists()
 
 
+@pytest.mark.triton
 @pytest.mark.usefixtures("without_ray")
 def test_another_job_is_not_mixed_in(product: Product, server: EmbeddedTriton, tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
@@ -639,7 +651,9 @@ def test_another_job_is_not_mixed_in(product: Product, server: EmbeddedTriton, t
 
 def test_what_must_be_installed_is_said() -> None:
     program = "import sys; sys.modules['ray'] = None; import service.batch"
-    failed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    failed = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert failed.returncode == 1
     assert "batch jobs need: pip install" in failed.stderr
     assert failed.stderr.count("\n") == 1

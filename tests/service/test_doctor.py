@@ -100,7 +100,12 @@ def test_the_exit_code_says_whether_something_fails(
     )
     publish()
     done = subprocess.run(
-        [sys.executable, "-m", "bertqa.cli", "doctor", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bertqa.cli", "doctor", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert all(line[:4] in ("ok  ", "WARN") for line in done.stdout.splitlines())

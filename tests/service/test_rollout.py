@@ -23,13 +23,16 @@ import pytest
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
 from service import doctor, rollout
-from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port
+from service.embedded_triton import EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.bundles import CONTEXT, break_engine, expect_another_answer, flip, publish
 from tests.support.certificates import certificates, tls_flags
 from tests.support.paths import ROOT
+from tests.support.ports import free_port, triton_ports
 from tests.support.triton_servers import triton_with
 from tests.support.waiting import until
+
+pytestmark = pytest.mark.triton
 
 
 @dataclass
@@ -63,7 +66,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Product]:
     for seed in (1, 2):
         publish(repository, directory, seed)
     with contextlib.ExitStack() as stack:
-        triton = EmbeddedTriton(repository.root, ports=TritonPorts(0, 0, 0), log_dir=directory / "logs")
+        triton = EmbeddedTriton(repository.root, ports=triton_ports(), log_dir=directory / "logs")
         stack.enter_context(triton)
         urls = [stack.enter_context(service(repository.root, triton.url)) for _ in range(2)]
         until(lambda: all(httpx.get(f"{url}/health/ready", trust_env=False).status_code == 200 for url in urls))
@@ -73,7 +76,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Product]:
 @contextlib.contextmanager
 def service(repository: Path, triton_url: str) -> Iterator[str]:
     """A service in a process of its own."""
-    port = free_port("127.0.0.1", 0)
+    port = free_port()
     command = [sys.executable, "-m", "uvicorn", "--factory", "service.app:create_app", f"--port={port}"]
     environment = {"BERTQA_REPOSITORY": str(repository), "BERTQA_TRITON_URL": triton_url}
     with subprocess.Popen(

@@ -53,11 +53,11 @@ from tests.support.certificates import certificates, tls_flags
 from tests.support.checkpoints import write_checkpoint
 from tests.support.name_server import Names
 from tests.support.paths import ROOT
+from tests.support.ports import triton_ports
 from tests.support.repositories import publish_toy_bundle
 from tests.support.triton_servers import triton_with
 from tests.support.waiting import until
 
-ANY_PORTS = TritonPorts(0, 0, 0)
 T = TypeVar("T")
 
 SLEEP, NAN, SHAPE, RAISE, CRASH = range(60_001, 60_006)
@@ -181,13 +181,14 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedTriton]:
-    with EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path_factory.mktemp("logs")) as started:
+    with EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path_factory.mktemp("logs")) as started:
         yield started
 
 
 # The client
 
 
+@pytest.mark.triton
 def test_many_windows_of_several_requests_side_by_side(server: EmbeddedTriton) -> None:
     requests = [[window(length=length, seed=seed) for length in (64, 128, 384)] * 5 for seed in range(8)]
 
@@ -202,6 +203,7 @@ def test_no_window_needs_no_engine() -> None:
     assert run("127.0.0.1:1", lambda model: model.predict([], deadline=soon())) == []
 
 
+@pytest.mark.triton
 def test_ready_and_parameters(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         await model.check_ready(deadline=soon())
@@ -210,6 +212,7 @@ def test_ready_and_parameters(server: EmbeddedTriton) -> None:
     run(server.url, scenario)
 
 
+@pytest.mark.triton
 def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         slow = asyncio.create_task(model.predict([window(SLEEP, 1500)], deadline=soon()))
@@ -227,6 +230,7 @@ def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(serv
     run(server.url, scenario)
 
 
+@pytest.mark.triton
 def test_one_window_failing_cancels_the_others(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         with pytest.raises(ModelBroken, match="no such bucket"):
@@ -236,6 +240,7 @@ def test_one_window_failing_cancels_the_others(server: EmbeddedTriton) -> None:
     run(server.url, scenario)
 
 
+@pytest.mark.triton
 def test_cancelling_the_caller_gives_every_place_back(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         requests = [asyncio.create_task(model.predict([window(SLEEP, 200)] * 20, deadline=soon())) for _ in range(3)]
@@ -249,6 +254,7 @@ def test_cancelling_the_caller_gives_every_place_back(server: EmbeddedTriton) ->
     run(server.url, scenario, max_in_flight=4)
 
 
+@pytest.mark.triton
 def test_a_question_of_one_window_does_not_wait_for_those_of_a_long_text(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         await model.model_parameters(deadline=soon())  # says that there is one instance
@@ -264,6 +270,7 @@ def test_a_question_of_one_window_does_not_wait_for_those_of_a_long_text(server:
     run(server.url, scenario)
 
 
+@pytest.mark.triton
 def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         with pytest.raises(ModelOverloaded, match="queue"):
@@ -273,16 +280,19 @@ def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
     run(server.url, scenario, max_in_flight=40)
 
 
+@pytest.mark.triton
 def test_nan_is_broken(server: EmbeddedTriton) -> None:
     with pytest.raises(ModelBroken, match="'start_logits' holds NaN"):
         run(server.url, lambda model: model.predict([window(NAN)], deadline=soon()))
 
 
+@pytest.mark.triton
 def test_wrong_shape_is_broken(server: EmbeddedTriton) -> None:
     with pytest.raises(ModelBroken, match=r"'end_logits' is not FP32 \[1, 64\]: FP32 \[1, 63\] in 252 bytes"):
         run(server.url, lambda model: model.predict([window(SHAPE)], deadline=soon()))
 
 
+@pytest.mark.triton
 def test_what_is_not_there_is_unavailable(server: EmbeddedTriton) -> None:
     async def asked(model: TritonModel) -> None:
         with pytest.raises(ModelUnavailable, match="bert_de"):
@@ -304,6 +314,7 @@ def test_what_is_not_there_is_unavailable(server: EmbeddedTriton) -> None:
     run(server.url, closed)
 
 
+@pytest.mark.triton
 def test_a_dead_replica_is_passed_over(server: EmbeddedTriton) -> None:
     windows = [window(seed=seed) for seed in range(6)]
     assert_right(windows, run(f"127.0.0.1:1,{server.url}", lambda model: model.predict(windows, deadline=soon())))
@@ -316,6 +327,7 @@ def test_bounds_are_checked() -> None:
         TritonModel(["127.0.0.1:1"], max_in_flight=0)
 
 
+@pytest.mark.triton
 def test_two_calls_for_each_instance_at_each_address(server: EmbeddedTriton) -> None:
     async def places(model: TritonModel) -> tuple[int, int]:
         await model.model_parameters(deadline=soon())
@@ -327,6 +339,7 @@ def test_two_calls_for_each_instance_at_each_address(server: EmbeddedTriton) -> 
     assert run(server.url, places, max_in_flight=7) == (7, 7)
 
 
+@pytest.mark.triton
 def test_a_name_server_that_hangs_holds_up_no_question(server: EmbeddedTriton, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up: list[str] = []
 
@@ -915,6 +928,7 @@ def test_replicas_that_are_all_replaced_at_once_are_found_before_a_client_gives_
 # The embedded server
 
 
+@pytest.mark.triton
 def test_model_whose_process_dies_is_started_again(repository: Path, tmp_path: Path) -> None:
     said: list[str] = []
 
@@ -925,28 +939,31 @@ def test_model_whose_process_dies_is_started_again(repository: Path, tmp_path: P
             await asyncio.sleep(0.1)
         await until_answered(model)
 
-    with EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path, report=said.append) as server:
+    with EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path, report=said.append) as server:
         run(server.url, scenario)
 
 
+@pytest.mark.triton
 def test_paths_with_spaces(tmp_path: Path) -> None:
     directory = tmp_path / "it's my project"
     spaced = write_repository(directory / "model repository")
-    with EmbeddedTriton(spaced, ports=ANY_PORTS, log_dir=directory / "the logs", ready_timeout_s=60) as server:
+    with EmbeddedTriton(spaced, ports=triton_ports(), log_dir=directory / "the logs", ready_timeout_s=60) as server:
         assert run(server.url, lambda model: model.model_parameters(deadline=soon())) == {"identity_1": "toy"}
         assert server.log_file.stat().st_size
 
 
+@pytest.mark.triton
 def test_logs_that_cannot_be_written_are_named(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TritonError, match=r"file/logs: no directory for logs \(Not a directory\); choose another"):
-        EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path / "file" / "logs").start()
+        EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path / "file" / "logs").start()
 
 
+@pytest.mark.triton
 def test_killed_server_is_restarted_and_two_live_side_by_side(repository: Path, tmp_path: Path) -> None:
     said: list[str] = []
     with (
-        EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path) as other,
+        EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path) as other,
         EmbeddedTriton(repository, ports=other.ports, log_dir=tmp_path, report=said.append) as killed,
     ):
         assert not {killed.ports.grpc, killed.ports.http} & {other.ports.grpc, other.ports.http}
@@ -969,6 +986,7 @@ def test_killed_server_is_restarted_and_two_live_side_by_side(repository: Path, 
     assert not list(Path("/dev/shm").glob(f"bertqa_{os.getpid()}_{id(killed):x}_*"))
 
 
+@pytest.mark.triton
 def test_port_taken_by_something_else(repository: Path, tmp_path: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         taken = listener.getsockname()[1]
@@ -979,23 +997,26 @@ def test_port_taken_by_something_else(repository: Path, tmp_path: Path) -> None:
             assert moved.log_file.name == f"triton-{moved.ports.grpc}.log"
 
 
+@pytest.mark.triton
 def test_model_that_cannot_be_loaded_gives_the_reason(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = write_repository(tmp_path / "broken")
     (broken / "bert_qa" / "config.pbtxt").write_text('name: "bert_qa" bakcend: "python"')
     with pytest.raises(TritonError, match=r"could not be loaded|ended with exit code 1 \(.*bakcend"):
-        EmbeddedTriton(broken, ports=ANY_PORTS, log_dir=tmp_path).start()
+        EmbeddedTriton(broken, ports=triton_ports(), log_dir=tmp_path).start()
     monkeypatch.setenv("TOY_MODEL_FAILS", "1")
     with pytest.raises(TritonError, match=r"could not be loaded: .*engine\.bin is not there.*; see .*\.log"):
-        EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path).start()
+        EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path).start()
 
 
+@pytest.mark.triton
 def test_start_that_takes_too_long_is_given_up(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(TritonError, match="is not ready after 0 s"):
-        EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path, ready_timeout_s=0).start()
+        EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path, ready_timeout_s=0).start()
 
 
+@pytest.mark.triton
 def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TritonError, match=r"holds no built version; run .*engine_builder"):
         EmbeddedTriton(tmp_path, log_dir=tmp_path).start()
@@ -1019,6 +1040,7 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
+@pytest.mark.triton
 def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     repository = write_repository(tmp_path / "repository")
     program = (
@@ -1058,6 +1080,7 @@ def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
     until(lambda: not processes_with(str(tmp_path)))
 
 
+@pytest.mark.triton
 def test_launcher_serves_and_ends_in_order(bundle: Bundle, tmp_path: Path) -> None:
     directory = publish_toy_bundle(Repository(tmp_path / "model_repository"), bundle, 1)
     write_repository(tmp_path / "model_repository", Manifest.read(directory / "manifest.json").identity)
@@ -1088,6 +1111,7 @@ def test_launcher_serves_and_ends_in_order(bundle: Bundle, tmp_path: Path) -> No
     until(lambda: not processes_with(str(tmp_path)))
 
 
+@pytest.mark.triton
 def test_every_line_of_the_launcher_and_its_children_is_json(tmp_path: Path) -> None:
     """The builder's, the service's, and those of gRPC's core, which knows no log."""
     checkpoint = write_checkpoint(tmp_path / "tiny")
@@ -1126,6 +1150,7 @@ def test_every_line_of_the_launcher_and_its_children_is_json(tmp_path: Path) -> 
 # Who may ask Triton: APIs that are closed, and TLS
 
 
+@pytest.mark.triton
 def test_apis_that_nobody_needs_are_closed(server: EmbeddedTriton) -> None:
     async def refused(method: str, request: Any) -> None:
         async with grpc.aio.insecure_channel(server.url) as channel:
@@ -1163,6 +1188,7 @@ def test_apis_that_nobody_needs_are_closed(server: EmbeddedTriton) -> None:
     assert_right([window()], run(server.url, lambda model: model.predict([window()], deadline=soon())))
 
 
+@pytest.mark.triton
 def test_an_embedded_triton_listens_on_the_loopback_interface_alone(server: EmbeddedTriton) -> None:
     ports, listening = {server.ports.grpc, server.ports.http, server.ports.metrics}, set()
     for table in ("tcp", "tcp6"):
@@ -1180,6 +1206,7 @@ def test_an_embedded_triton_listens_on_the_loopback_interface_alone(server: Embe
     }
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("mutual", [False, True], ids=["tls", "mutual"])
 def test_tls_to_triton(tmp_path: Path, repository: Path, mutual: bool) -> None:
     files = certificates(tmp_path)

@@ -14,7 +14,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bertqa.windows import OUTPUT_NAMES
 from service import embedded_triton
-from service.embedded_triton import TritonPorts, find_triton
+from service.embedded_triton import find_triton
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 
@@ -24,8 +25,8 @@ def triton_with(tmp_path: Path, repository: Path, *flags: str) -> Iterator[str]:
     cache = tmp_path / "cache"
     cache.mkdir()
     installation = find_triton(cache)
-    ports = TritonPorts(0, 0, 0).free()
-    command = [str(installation.binary), f"--model-repository={repository}", f"--grpc-port={ports.grpc}"]
+    port = free_port()
+    command = [str(installation.binary), f"--model-repository={repository}", f"--grpc-port={port}"]
     command += ["--grpc-address=127.0.0.1", "--allow-http=false", "--allow-metrics=false", *flags]
     if installation.backends:
         command.append(f"--backend-directory={installation.backends}")
@@ -35,7 +36,7 @@ def triton_with(tmp_path: Path, repository: Path, *flags: str) -> Iterator[str]:
         )
     try:
         until(lambda: b"Started GRPCInferenceService" in (tmp_path / "log").read_bytes() or process.poll() is not None)
-        yield f"localhost:{ports.grpc}"
+        yield f"localhost:{port}"
     finally:
         embedded_triton.end_session(process, 10)
 

@@ -355,7 +355,9 @@ for kind in ("plain", "nvlamb", "adamw"):
         assert torch.equal(one, other), (kind, one, other)
 print("equal")
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.stdout == "equal\n", done.stdout + done.stderr
 
 

@@ -394,6 +394,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.horovod
 def test_gradients_are_reduced_once_per_step_however_many_micro_batches_it_has(whole: Path) -> None:
     done = json.loads((whole / "done.json").read_text())
     assert done["finished"]
@@ -401,6 +402,7 @@ def test_gradients_are_reduced_once_per_step_however_many_micro_batches_it_has(w
     assert len(done["reductions"]) == 40 * len(list(Toy(0.0).parameters()))
 
 
+@pytest.mark.horovod
 def test_one_two_and_three_processes_have_the_same_loss_curve(whole: Path, tmp_path: Path) -> None:
     run_alone(tmp_path / "one", dropout=0.1, micro_batch_size=2)
     # A batch of 12 in pieces of 2 is dealt out without a rest; dropout, too, is that of the pieces.
@@ -412,6 +414,7 @@ def test_one_two_and_three_processes_have_the_same_loss_curve(whole: Path, tmp_p
             assert loss == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.horovod
 def test_a_process_without_a_share_changes_nothing(tmp_path: Path) -> None:
     run_alone(tmp_path / "one", batch_size=2)
     with Job(tmp_path / "three", "--batch-size", "2", processes=3) as job:
@@ -421,6 +424,7 @@ def test_a_process_without_a_share_changes_nothing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.horovod
 def test_a_run_that_was_signalled_and_killed_ends_as_an_undisturbed_one(whole: Path, tmp_path: Path) -> None:
     flags = ["--micro-batch-size", "2", "--dropout", "0.1"]
     with Job(tmp_path, *flags) as job:
@@ -448,6 +452,7 @@ def test_a_run_that_was_signalled_and_killed_ends_as_an_undisturbed_one(whole: P
     assert set(losses(tmp_path)[-3:]) <= set(losses(whole))
 
 
+@pytest.mark.horovod
 def test_an_elastic_run_survives_the_loss_of_a_process_and_takes_a_new_one(tmp_path: Path) -> None:
     run_alone(tmp_path / "one", micro_batch_size=2)
     hosts, script = tmp_path / "hosts.txt", tmp_path / "discover.sh"

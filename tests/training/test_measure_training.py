@@ -84,6 +84,7 @@ def test_results_of_another_comparison_are_refused_and_kept(
     assert len(launches.plans) == 3
 
 
+@pytest.mark.horovod
 def test_a_real_comparison(tmp_path: Path) -> None:
     """The Trainer, our loop, one process and two of Horovod's: all of them train."""
     main(parse_args(["--quick", "--precisions", "fp32", "--output", str(tmp_path)]))

@@ -113,6 +113,7 @@ def run(shards: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return output, pretrain(shards, output, "--config", config)
 
 
+@pytest.mark.horovod
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_number_of_processes_does_not_change_the_loss_curve(
     processes: int, run: tuple[Path, list[dict[str, Any]]], shards: Path, config: Path, tmp_path: Path

@@ -221,7 +221,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(shard_set: ShardSet, corpus: Pat
         time.sleep(0.001)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(60)
     assert psutil.wait_procs(children, timeout=60)[1] == []  # nobody goes on without it
     with pytest.raises(ShardError, match=rf"no complete shard set, {MANIFEST_FILE} is missing"):
         ShardSet.open(output)
