@@ -20,7 +20,6 @@ from bertqa.spans import Answer, Decoded
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
 from tests.support.paths import ROOT
-from training.batches import Batches
 from training.encoders import bert_flops
 from training.finetune_squad import as_report, fit_null_threshold, main, parse_args, span_loss
 from training.squad_features import Feature, collate, hold_back_articles, make_features, negatives
@@ -200,13 +199,6 @@ def test_a_batch_is_padded_and_lets_only_cls_and_context_be_answers() -> None:
         allowed = {0, *range(feature.context_offset, tokens - 1)}
         assert set(batch.allowed[row].nonzero().flatten().tolist()) == allowed
         assert int(batch.starts[row]) in allowed
-
-
-def test_batches_hold_features_of_like_length() -> None:
-    lengths = np.random.default_rng(0).integers(50, 380, 4096).tolist()
-    batches = Batches(lengths, 32, seed=0)
-    padded = sum(max(lengths[i] for i in batches(step)) * 32 for step in range(batches.per_epoch))
-    assert padded / sum(lengths) < 1.06
 
 
 def test_negatives_share_the_article_but_not_the_answer() -> None:

@@ -13,10 +13,10 @@ from training.batches import Batches, pack
 from training.masked_lm import Item, Masked, MaskedBatch, MaskedPairs, Masker, block_diagonal, collate
 from training.shards import MANIFEST_FILE, Pair, ShardManifest, ShardSet, tokenizer_sha256, write_shard
 
-PAD, UNK, CLS, SEP, MASK = range(5)
+PAD, UNK, CLS, SEP, MASK = 7, 0, 52, 11, 89  # anywhere in the vocabulary, and no padding by accident
 SPECIAL = {"[PAD]": PAD, "[UNK]": UNK, "[CLS]": CLS, "[SEP]": SEP, "[MASK]": MASK}
 VOCABULARY = 90
-REPLACEMENTS = np.arange(5, VOCABULARY, dtype=np.int32)
+REPLACEMENTS = np.array([token for token in range(VOCABULARY) if token not in SPECIAL.values()], np.int32)
 
 
 def masker(*, max_predictions: int = 20, seed: int = 1) -> Masker:
@@ -144,14 +144,14 @@ def sequences(sizes: list[int]) -> list[Masked]:
 @given(st.lists(st.integers(5, 64), min_size=1, max_size=20), st.booleans())
 def test_a_batch_holds_every_sequence_once_with_its_targets(sizes: list[int], packed: bool) -> None:
     given_ = sequences(sizes)
-    batch = collate(given_, row_tokens=64 if packed else None)
+    batch = collate(given_, row_tokens=64 if packed else None, pad_id=PAD)
     rows, length = batch.input_ids.shape
     assert rows <= len(sizes)
     assert length % 8 == 0
     assert length <= 64
     assert sum(batch.lengths) == sum(sizes) == int(batch.attention_mask.sum())
     assert torch.equal(batch.attention_mask, (batch.sequence_ids > 0).long())
-    assert int(batch.input_ids[batch.attention_mask == 0].sum()) == PAD
+    assert set(batch.input_ids[batch.attention_mask == 0].tolist()) <= {PAD}
     found = []
     ids, segments, positions, numbers = (
         tensor.flatten() for tensor in (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.sequence_ids)
@@ -322,6 +322,22 @@ def shard_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     )
     manifest.write(directory / MANIFEST_FILE)
     return ShardSet.open(directory)
+
+
+def test_a_run_masks_and_pads_by_the_special_tokens_of_its_set(shard_set: ShardSet) -> None:
+    run = MaskedPairs(shard_set, batch_size=16, seed=3)
+    shown: list[int] = []
+    for step in range(100):
+        batch = run.collate(run.items(step))
+        padding = batch.attention_mask == 0
+        assert set(batch.input_ids[padding].tolist()) <= {PAD}
+        assert not (batch.input_ids[~padding] == PAD).any()
+        kept = batch.input_ids.flatten()[batch.masked_positions]
+        shown += kept[kept != batch.labels].tolist()
+    assert shown.count(MASK) / len(shown) == pytest.approx(8 / 9, abs=0.02)
+    assert set(shown) == {MASK, *REPLACEMENTS.tolist()}, "a token is replaced by [MASK] or by any that is not special"
+    other = MaskedPairs(shard_set, batch_size=16, seed=4).collate(run.items(0))
+    assert other.masked_positions.tolist() != run.collate(run.items(0)).masked_positions.tolist(), "by the run's seed"
 
 
 @pytest.mark.parametrize("packed", [False, True])
