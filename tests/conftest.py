@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy and torch are loaded: a worker has a core, not all of them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import httpx
 import hypothesis
 import pytest

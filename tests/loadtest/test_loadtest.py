@@ -441,6 +441,7 @@ def stalling() -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.alone
 def test_a_stall_is_seen_by_all_who_were_due_in_it(stalling: str, tmp_path: Path) -> None:
     """Of three seconds one is lost: a third of the requests waits, evenly from no time to a second."""
     write_requests(tmp_path / "requests.jsonl", make_requests(toy_examples(), "short", 12))
@@ -453,6 +454,7 @@ def test_a_stall_is_seen_by_all_who_were_due_in_it(stalling: str, tmp_path: Path
     assert np.mean(waited > 0.5) == pytest.approx(1 / 6, abs=0.08)
 
 
+@pytest.mark.alone
 def test_a_closed_loop_is_slowed_down_by_a_stall(stalling: str, tmp_path: Path) -> None:
     """What the fixed rate is there for: one client sends one request into the second that is lost."""
     write_requests(tmp_path / "requests.jsonl", make_requests(toy_examples(), "short", 12))
@@ -462,6 +464,7 @@ def test_a_closed_loop_is_slowed_down_by_a_stall(stalling: str, tmp_path: Path) 
     assert np.percentile(waited, 95) < 0.25
 
 
+@pytest.mark.alone
 def test_several_processes_make_one_load(url: str, tmp_path: Path) -> None:
     write_requests(tmp_path / "requests.jsonl", sweep.answered(url, make_requests(toy_examples(), "short", 12)))
     samples = run_locust(url, tmp_path, users=2, rate=40, seconds=2, processes=2)

@@ -87,7 +87,7 @@ def test_results_of_another_comparison_are_refused_and_kept(
 @pytest.mark.horovod
 def test_a_real_comparison(tmp_path: Path) -> None:
     """The Trainer, our loop, one process and two of Horovod's: all of them train."""
-    main(parse_args(["--quick", "--precisions", "fp32", "--output", str(tmp_path)]))
+    main(parse_args(["--quick", "--no-compile", "--precisions", "fp32", "--output", str(tmp_path)]))
     results = Results.read(tmp_path / RESULTS_FILE)
     assert {row.processes for row in results.rows} == {1, 2}
     assert all(rate > 0 for row in results.rows for rate in row.rates)
