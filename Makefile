@@ -101,7 +101,18 @@ clean:  ## Remove the environment and everything generated
 	rm -rf $(VENV) $(PEERS) .venv-fast-* logs runs tests/javascript/node_modules
 	find model_repository -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 
-$(VENV)/serve.stamp: pyproject.toml constraints.txt
+# What a set-up was made of, by content: a .venv that CI kept for the same contents is taken as it is, whatever the age of
+# the files in a fresh checkout.
+serve_INPUTS := pyproject.toml constraints.txt
+train_INPUTS := training/install_horovod.sh
+loadtest_INPUTS := tests/install_servers.sh
+test_INPUTS := tests/javascript/package-lock.json $(wildcard tests/install_*.sh)
+.PHONY: FORCE
+.PRECIOUS: $(VENV)/%.inputs
+$(VENV)/%.inputs: FORCE
+	@mkdir -p $(VENV); sha256sum $($*_INPUTS) | cmp --silent - $@ || sha256sum $($*_INPUTS) > $@
+
+$(VENV)/serve.stamp: $(VENV)/serve.inputs
 	@$(PYTHON) -c "$$CHECK_PYTHON"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
@@ -109,17 +120,17 @@ $(VENV)/serve.stamp: pyproject.toml constraints.txt
 	$(PIP) --no-deps nvidia-pytriton
 	@touch $@
 
-$(VENV)/train.stamp: $(VENV)/serve.stamp training/install_horovod.sh
+$(VENV)/train.stamp: $(VENV)/serve.stamp $(VENV)/train.inputs
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --group horovod-build --editable '.[training]'
 	training/install_horovod.sh $(VENV)
 	@touch $@
 
-$(VENV)/loadtest.stamp: $(VENV)/serve.stamp tests/install_servers.sh
+$(VENV)/loadtest.stamp: $(VENV)/serve.stamp $(VENV)/loadtest.inputs
 	$(PIP) --editable '.[loadtest]'
 	tests/install_servers.sh
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json $(wildcard tests/install_*.sh)
+$(VENV)/test.stamp: $(VENV)/train.stamp $(VENV)/test.inputs
 	$(PIP) --group dev --editable '.[batch,loadtest,tensorboard,tensorrt,tracing]'
 	tests/install_browser.sh
 	tests/install_servers.sh
