@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,10 +32,15 @@ import pytest
 import yaml
 
 from service import embedded_triton
+from service.app import create_app
+from service.protocol import BoundedProtocol
+from service.settings import Settings
 from tests.support.checkpoints import write_checkpoint
 from tests.support.name_server import Names
 from tests.support.paths import ROOT
+from tests.support.servers import serving
 from tests.support.squad_files import write_squad
+from tests.support.toy_model import FakeEngine, toy_bundle
 from tests.support.waiting import until
 
 BIN = Path(sys.executable).parent
@@ -175,6 +181,81 @@ def test_load_balancer_configuration_is_valid_as_it_is() -> None:
     (threads,) = re.findall(r"^ +nbthread (\d+)$", (ROOT / "deploy" / "haproxy.cfg").read_text(), re.MULTILINE)
     # By default there is one for each core, of which a machine may have more than the container's processes.
     assert int(threads) < compose()["lb"]["deploy"]["resources"]["limits"]["pids"] / 2
+
+
+@pytest.fixture(scope="module")
+def behind_load_balancer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of HAProxy with our configuration, but for addresses and checks, before a toy service."""
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(2)]
+    bundle = toy_bundle()
+    app = create_app(Settings(), engine=FakeEngine(bundle.manifest.identity), bundle=bundle)
+    with serving(app, http=BoundedProtocol) as url:
+        text = (ROOT / "deploy" / "haproxy.cfg").read_text()
+        text = text.replace("bind :8000", f"bind 127.0.0.1:{ports[0]}").replace(":8405", f"127.0.0.1:{ports[1]}")
+        server = f"server one {urllib.parse.urlsplit(url).netloc}"
+        text = re.sub("^ +server-template .*$", f"    {server}", text, flags=re.MULTILINE)
+        text = text.replace("    parse-resolv-conf\n", "")
+        configuration = tmp_path_factory.mktemp("haproxy") / "haproxy.cfg"
+        configuration.write_text(text)
+        process = subprocess.Popen(["haproxy", "-f", str(configuration)], env={**os.environ, "PATH": PATH})
+        try:
+            until(lambda: raw_get(ports[0], "/health/live").startswith(b"HTTP/1.1 200 "), "HAProxy does not answer")
+            yield ports[0]
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def raw_get(port: int, target: str) -> bytes:
+    """The reply to a request whose target no client library has touched; empty if nobody listens."""
+    received = b""
+    with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/metrics",
+        "/metrics?x=1",
+        "/metrics#x",
+        "/metrics/",
+        "/%6detrics",
+        "/%6Detric%73",
+        "/%6d%65%74%72%69%63%73",
+        "//metrics",
+        "/./metrics",
+        "/%2e/metrics",
+        "/.%2f/metrics",
+        "/%2fmetrics",
+        "/../metrics",
+        "/static/../metrics",
+        "/static/%2e%2e/%6detrics",
+        "http://x/metrics",
+        "http://x/%6detrics",
+        "/%256detrics",
+        "/%25%36detrics",
+        "/metrics%00",
+        "/metrics%20",
+        "/metrics%zz",
+        "/metrics;x",
+        "/METRICS",
+    ],
+)
+def test_load_balancer_shows_nobody_the_metrics(behind_load_balancer: int, target: str) -> None:
+    received = raw_get(behind_load_balancer, target)
+    assert re.match(rb"HTTP/1.1 40[04] ", received), received[:100]
+    assert b"bertqa_" not in received
+
+
+def test_load_balancer_lets_other_paths_pass(behind_load_balancer: int) -> None:
+    for target in ("/info", "/health/live", "/%69nfo", "/v1/models", "/static/index.html", "/"):
+        assert raw_get(behind_load_balancer, target).startswith(b"HTTP/1.1 200 "), target
+    assert raw_get(behind_load_balancer, "/models/metrics").startswith(b"HTTP/1.1 405 ")  # a model may be called so
 
 
 def test_every_alert_fires_when_all_goes_wrong_and_none_when_all_is_well() -> None:

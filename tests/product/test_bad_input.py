@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.app import create_app
+from service.errors import MalformedBody
+from service.exchange import MAX_VALUES, parse_json
 from service.settings import Settings
 from service.triton import ModelBroken, ModelTimeout
 from tests.chaos import bad_input, who_may_ask
@@ -66,7 +70,7 @@ LARGE = "x" * 10 * MB
         ({"top_k": LARGE}, "top_k"),
         ({LARGE: 1}, "x" * 60),
         ({"top_k": [LARGE] * 2}, "top_k"),
-        ({"context": None, "contexts": [1] * MB}, "contexts[0]"),
+        ({"context": None, "contexts": [1] * 10_000}, "contexts[0]"),
     ],
     ids=range(11),
 )
@@ -89,6 +93,50 @@ def test_large_values_elsewhere(service: Service) -> None:
     assert reply.json()["windows"] > 64 * 5
 
 
+@pytest.mark.parametrize(
+    "values",
+    [b"[" + b"{}," * MB + b"{}]", b"[" + b'"",' * MB + b'""]', b'[{"a":"[,"},' * MB, b'"\\\\",' * MB, b'["\\"",' * MB],
+    ids=range(5),
+)
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(service: Service, values: bytes) -> None:
+    for prefix in (b"", b'{"contexts": '):
+        assert "at most 20,000 values together" in refused(service.ask(b"/v1/answer", prefix + values, JSON), 400)
+
+
+def test_values_are_counted_outside_of_texts(service: Service) -> None:
+    texts = ["[{},[]," * 100, '"' * 500, "\\" * 500, '\\"' * 300, "{" * 900]
+    body = json.dumps({"question": "who?", "contexts": texts * 12})
+    assert len(body) > MAX_VALUES
+    reply = service.ask(b"/v1/answer", body.encode(), JSON)
+    assert reply.status == 200, reply.body
+    for count, kept in ((MAX_VALUES, True), (MAX_VALUES + 1, False)):
+        body = json.dumps([1] * count)
+        if kept:
+            assert parse_json(body.encode()) == [1] * count
+        else:
+            with pytest.raises(MalformedBody, match="at most 20,000 values together"):
+                parse_json(body.encode())
+
+
+JSON_VALUES = st.recursive(
+    st.text('a"\\[]{},:é') | st.integers(), lambda each: st.lists(each) | st.dictionaries(st.text('a"\\{,'), each)
+)
+
+
+@given(JSON_VALUES, st.booleans())
+def test_as_many_values_are_counted_as_there_are(value: object, escaped: bool) -> None:
+    def count(value: object) -> int:
+        if not isinstance(value, list | dict):
+            return 0
+        return max(len(value), 1) + sum(map(count, value.values() if isinstance(value, dict) else value))
+
+    body, values = json.dumps(value, ensure_ascii=escaped).encode(), count(value)
+    if values:
+        assert parse_json(body, max_values=values) == value
+        with pytest.raises(MalformedBody, match="values together"):
+            parse_json(body, max_values=values - 1)
+
+
 @pytest.mark.parametrize("depth", [50, 400, 700, 900, 930, 950, 970, 2_000, 200_000])
 @pytest.mark.parametrize("name", ["context", "top_k", "offset_unit", "model", "unknown"])
 def test_values_nested_at_any_depth(service: Service, depth: int, name: str) -> None:
@@ -96,7 +144,8 @@ def test_values_nested_at_any_depth(service: Service, depth: int, name: str) -> 
     nested = b"[" * depth + b"]" * depth
     reply = service.ask(b"/v1/answer", b'{"question": "who?", "%s": %s}' % (name.encode(), nested), JSON)
     if reply.status == 400:
-        assert "nested too deeply" in refused(reply, 400)
+        error = refused(reply, 400)
+        assert ("values together" if depth > MAX_VALUES else "nested too deeply") in error
     else:
         refused(reply, 422, "context" if name == "context" else reply.json()["field"])
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from select import select
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,7 +17,7 @@ from service.app import create_app
 from service.keys import new_key
 from service.metrics import Metrics
 from service.models import Models, Served
-from service.protocol import MAX_HEAD_BYTES, BoundedProtocol
+from service.protocol import MAX_HEAD_BYTES, SMALL_BODY_BYTES, BoundedProtocol
 from service.settings import Settings
 from service.triton import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
 from tests.support.asking import ASKED
@@ -76,13 +77,27 @@ class Operations:
                 self.note((method, path), client.request(method, path.format(model_id=model), **options))  # type: ignore[arg-type]
 
     def send(self, unfinished: str = "") -> None:
-        """Write to every operation what is no whole request, with its method and path put in."""
+        """Write to every operation an incomplete request, with its method and path put in."""
         with ExitStack() as stack:
             connections = [(each, stack.enter_context(self.connection())) for each in self]
             for (method, path), connection in connections:
                 connection.sendall(unfinished.format(method=method, path=path).encode())
             for operation, connection in connections:
                 self.note(operation, _read(connection))
+
+    def crowd(self, key: str | None) -> None:
+        """Send every operation that takes a body two that do not end, of which one alone has room."""
+        size = MAX_BODY - SMALL_BODY_BYTES
+        for method, path in self:
+            if method != "POST":
+                continue
+            head = f"POST {path.format(model_id=MODEL_NAME)} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {MAX_BODY}\r\nauthorization: Bearer {key}\r\n\r\n"
+            with self.connection() as first, self.connection() as second:
+                for connection in (first, second):
+                    connection.sendall(head.encode() + b" " * size)
+                (refused,), _, _ = select([first, second], [], [], 30)
+                self.note((method, path), _read(refused))
 
     @contextmanager
     def connection(self) -> Iterator[socket.socket]:
@@ -104,7 +119,10 @@ def _read(connection: socket.socket) -> httpx.Response:
 
 
 @pytest.mark.parametrize("guarded", [False, True])
-def test_every_operation_gives_the_errors_that_are_described_and_no_other(tmp_path: Path, guarded: bool) -> None:
+def test_every_operation_gives_the_errors_that_are_described_and_no_other(
+    tmp_path: Path, guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.protocol.MAX_BODIES_BYTES", 0)  # then one body of the largest size has room
     bundle = toy_bundle()
     engine = FakeEngine(bundle.manifest.identity)
     settings: dict[str, object] = {"arrival_s": 2.0, "max_connections": MAX_CONNECTIONS, "max_body_bytes": MAX_BODY}
@@ -133,6 +151,7 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(tmp_pa
         operations.send("{method} {path} HTTP/1.1\r\nno colon\r\n\r\n")
         operations.send("{method} {path} HTTP/1.1\r\nx: " + "x" * MAX_HEAD_BYTES + "\r\n\r\n")
         operations.send("{method} {path} HTTP/1.1\r\nhost: x\r\n")  # and nothing more
+        operations.crowd(key)
         # what may be wrong with the engine, the bundle and the process
         for failure in (ModelOverloaded, ModelBroken, ModelTimeout, ModelUnavailable):
             engine.failure = failure("as asked")
@@ -156,5 +175,5 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(tmp_pa
 
 def _request(key: str | None) -> bytes:
     body = json.dumps(ASKED).encode()
-    head = f"POST /v1/answer HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    head = f"POST /v1/answer HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     return f"{head}authorization: Bearer {key}\r\n\r\n".encode() + body

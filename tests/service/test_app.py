@@ -114,6 +114,11 @@ def test_many_questions_in_one_call(client: httpx.Client, engine: FakeEngine) ->
     assert [each["answers"][0]["text"] for each in body["results"]] == ["Uber", "home"]
     assert body["results"][1]["answers"][0]["start"] == 5
     assert body["timings"]["total_ms"] > 0
+    for each in body["results"]:  # as in a reply to one question, but for the time of the whole call
+        assert "explain" not in each
+        assert each["timings"].keys() == {"tokenize_ms", "infer_ms", "decode_ms"}
+    explained = client.post("/v1/answers", json={"questions": [ASKED, {**ASKED, "explain": True}]}).json()
+    assert ["explain" in each for each in explained["results"]] == [False, True]
     before = engine.windows
     for bad, field in (
         ({"question": " "}, "questions[1].question"),

@@ -10,7 +10,9 @@ from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
 from bertqa.manifest import Bundle
-from service.hugging_face import Inputs, Parameters, to_question
+from bertqa.spans import Answer, Decoded
+from service.answering import Question, Result
+from service.hugging_face import Inputs, Parameters, to_answer, to_question
 from service.metrics import Metrics
 from service.models import Served
 from tests.support.toy_model import FakeEngine
@@ -182,3 +184,37 @@ def test_parameters_become_ours(bundle: Bundle, engine: FakeEngine) -> None:
     assert question(max_seq_len=512) == (64, 16, 16, 15), "clipped to what the engine can"
     assert question(max_seq_len=1) == (32, 16, 6, 15), "and to what it does not get faster below"
     assert question(max_question_len=60) == (64, 60, 0, 15), "a default makes room for what was asked for"
+
+
+def test_equal_texts_are_merged_as_the_pipeline_does(bundle: Bundle, engine: FakeEngine) -> None:
+    """transformers 5.2: `get_answer` compares in lower case, adds up the scores, and keeps the first position."""
+    question = Question(model=Served(bundle, engine, Metrics()), question="a", contexts=("b",), top_k=5)
+    found = [("Uber", 0.3, 10), ("NVIDIA", 0.25, 30), ("uber", 0.2, 50), ("nvidia", 0.15, 70), ("UBER.", 0.05, 90)]
+    answers = tuple(Answer(text, score, start, start + len(text), 0) for text, score, start in found)
+
+    def answer(*, null_score: float = 0.1, has_answer: bool = True, **parameters: object) -> Any:
+        decoded = Decoded(answers, has_answer, null_score, 0.0)
+        result = Result(question, (), (), decoded, 0.0, 0.0, 0.0)
+        return to_answer(result, Parameters(**parameters))  # type: ignore[arg-type]
+
+    merged = answer()
+    assert [span["answer"] for span in merged] == ["Uber", "NVIDIA", "UBER."]
+    assert [span["score"] for span in merged] == pytest.approx([0.5, 0.4, 0.05])
+    assert [(span["start"], span["end"]) for span in merged] == [(10, 14), (30, 36), (90, 95)]
+    with_null = answer(handle_impossible_answer=True)
+    assert [span["answer"] for span in with_null] == ["Uber", "NVIDIA", "", "UBER."]
+    answers = answers[1:4]  # the second and the fourth together are better than the third
+    assert [span["answer"] for span in answer()] == ["NVIDIA", "uber"]
+
+
+def test_spans_of_one_text_are_merged_over_http(shared_client: httpx.Client) -> None:
+    body = {
+        "inputs": {"question": "who", "context": "uber Uber uber"},
+        "parameters": {"top_k": 20, "max_answer_len": 1},
+    }
+    (span,) = shared_client.post("/", json=body).json()
+    assert (span["answer"].lower(), 0 < span["score"] <= 1) == ("uber", True)
+    own = {"question": "who", "context": "uber Uber uber", "top_k": 20, "max_answer_tokens": 1}
+    answers = shared_client.post("/v1/answer", json=own).json()["answers"]
+    assert len(answers) == 3, "our own API keeps every occurrence"
+    assert span["score"] == pytest.approx(sum(answer["score"] for answer in answers))

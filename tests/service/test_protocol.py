@@ -7,9 +7,11 @@ process has before, meanwhile and after.
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -22,10 +24,12 @@ from fastapi import FastAPI
 from uvicorn.server import ServerState
 
 from service.app import create_app
-from service.protocol import MAX_HEAD_BYTES, BoundedProtocol
+from service.protocol import MAX_BODIES_BYTES, MAX_HEAD_BYTES, MAX_PIPELINED, BoundedProtocol
 from service.settings import Settings
+from service.transport import MAX_UNREAD_BYTES
 from tests.support.asking import ASKED, problem
 from tests.support.paths import ROOT
+from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine, toy_bundle
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -96,6 +100,49 @@ def test_what_is_written_at_once_leaves_at_once(request_bytes: bytes, pieces: li
     assert [write.rpartition(b"\r\n")[2] for write in transport.writes] == pieces
 
 
+def test_all_requests_of_a_connection_end_with_it() -> None:
+    ended, begun = [], []
+
+    async def waiting(scope: dict[str, Any], receive: Callable[[], Awaitable[dict[str, Any]]], send: Send) -> None:
+        begun.append(scope["path"])
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        ended.append(scope["path"])
+
+    async def scenario() -> None:
+        config = uvicorn.Config(waiting, log_config=None, ws="none", lifespan="off")
+        config.load()
+        protocol = BoundedProtocol(config, ServerState(), {})
+        protocol.connection_made(Recorder())
+        protocol.data_received(GET.replace(b"/", b"/first", 1) + GET)
+        await asyncio.sleep(0.05)
+        protocol.connection_lost(None)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(scenario())
+    assert begun == ended == ["/first"]
+
+
+def test_a_reply_leaves_before_it_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = toy_bundle()
+    app = create_app(Settings(), engine=FakeEngine(bundle.manifest.identity), bundle=bundle)
+    taken, in_time = threading.Event(), []
+
+    def count(route: str, *_: object) -> None:
+        if route == "/info":
+            in_time.append(taken.wait(5))
+
+    with (
+        serving(app, http=BoundedProtocol, loop="uvloop") as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=30) as client,
+    ):
+        client.get("/health/live")
+        monkeypatch.setattr(app.state.metrics, "requested", count)
+        assert client.get("/info").status_code == 200
+        taken.set()
+    assert in_time == [True]
+
+
 # Slow and hostile clients
 
 ARRIVAL_S, MAX_CONNECTIONS, MAX_BODY = 1.5, 40, 100_000
@@ -122,6 +169,11 @@ class ServerProcess:
     def open_files(self) -> int:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
+    def peak_memory(self) -> int:
+        """Bytes of resident memory at most so far."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
     def connections(self) -> int:
         found = next(
             line for line in self.client.get("/metrics").text.splitlines() if line[:18] == "bertqa_connections"
@@ -135,10 +187,34 @@ class ServerProcess:
             assert answered.json()["answers"][0]["text"] == "Uber"
 
 
+def roomy_app() -> FastAPI:
+    """The same with default settings."""
+    bundle = toy_bundle()
+    return create_app(Settings(), engine=FakeEngine(bundle.manifest.identity), bundle=bundle)
+
+
+def large_app() -> Callable[..., Awaitable[None]]:
+    """Replies of 16 MiB to all but what `ServerProcess` asks."""
+    toy = roomy_app()
+
+    async def answer(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan" or scope["path"] != "/large":
+            await toy(scope, receive, send)
+            return
+        headers = [(b"content-length", b"%d" % LARGE)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": os.urandom(1) * LARGE})
+
+    return answer
+
+
+LARGE = 16 << 20
+
+
 @contextlib.contextmanager
-def server_process() -> Iterator[ServerProcess]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        command = [sys.executable, "-m", "uvicorn", f"{__name__}:toy_app", "--factory", "--loop=uvloop"]
+def server_process(factory: str = "toy_app") -> Iterator[ServerProcess]:
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        command = [sys.executable, "-m", "uvicorn", f"{__name__}:{factory}", "--factory", "--loop=uvloop"]
         command += ["--http=service.protocol:BoundedProtocol", "--ws=none", "--log-level=error"]
         process = subprocess.Popen(
             [*command, f"--fd={listener.fileno()}"],
@@ -307,11 +383,39 @@ def test_a_reply_that_nobody_takes_is_not_kept(server: ServerProcess) -> None:
         (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400, "malformed_http"),
         (HEAD + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400, "malformed_http"),
         (HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n", 400, "malformed_http"),
+        (HEAD + b"content-length: 2\r\ncontent-length: 2\r\n\r\n{}", 400, "malformed_http"),
+        (HEAD + b"transfer-encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 400, "malformed_http"),
+        (HEAD + b"transfer-encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400, "malformed_http"),
+        (HEAD + b"transfer-encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n", 400, "malformed_http"),
+        (HEAD + b"transfer-encoding: identity\r\n\r\n", 400, "malformed_http"),
+        (
+            HEAD.replace(b"1.1", b"1.0") + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+            400,
+            "malformed_http",
+        ),
+        (HEAD + b"host: x\r\ncontent-length: 2\r\n\r\n{}", 400, "malformed_http"),
+        (b"GET /health/live HTTP/1.1\r\n\r\n", 400, "malformed_http"),
         (b"GET / HTTP/1.1\r\nx: " + b"y" * MAX_HEAD_BYTES + b"\r\n\r\n", 431, "head_too_large"),
         (b"GET /" + b"y" * MAX_HEAD_BYTES + b" HTTP/1.1\r\n\r\n", 431, "head_too_large"),
         (b"GET / HTTP/1.1\r\n" + b"a:b\r\n" * 7000 + b"\r\n", 431, "head_too_large"),
     ],
-    ids=["tls", "no colon", "two lengths", "chunk", "header", "address", "headers"],
+    ids=[
+        "tls",
+        "no colon",
+        "length and chunks",
+        "chunk",
+        "two lengths",
+        "gzip",
+        "chunked twice",
+        "two encodings",
+        "identity",
+        "chunks in 1.0",
+        "two hosts",
+        "no host",
+        "header",
+        "address",
+        "headers",
+    ],
 )
 def test_what_is_not_http_is_refused(server: ServerProcess, sent: bytes, status: int, error_type: str) -> None:
     with server.connect() as connection:
@@ -327,11 +431,115 @@ def test_pipelined_requests_are_answered_in_order_and_bounded(server: ServerProc
         while received.count(b"HTTP/1.1 ") < 4 or not received.endswith(b"}"):
             received += connection.recv(65536)
         assert [part[:3] for part in received.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"404", b"200"]
+
+
+@pytest.mark.parametrize("times", [1, 50])
+def test_one_request_too_many_is_refused_after_those_before_it_are_answered(server: ServerProcess, times: int) -> None:
     with server.connect() as connection:
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-            for _ in range(50):
-                connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n" * 1000)
-        assert read_all(connection).count(b"HTTP/1.1 ") < 100
+            for _ in range(times):  # all are sent, whether anybody reads them or not
+                connection.sendall(b"GET /info HTTP/1.1\r\nhost: x\r\n\r\n" * 1000)
+        replies = read_all(connection).split(b"HTTP/1.1 ")[1:]
+    assert [reply[:3] for reply in replies] == [b"200"] * (MAX_PIPELINED + 1) + [b"400"]
+    refusal(b"HTTP/1.1 " + replies[-1], 400, "malformed_http")
+
+
+@pytest.mark.parametrize(
+    ("broken", "last"),
+    [
+        (b"no request\r\n\r\n", b"400"),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nx: " + b"y" * MAX_HEAD_BYTES + b"\r\n\r\n", b"431"),
+    ],
+    ids=["head", "body", "large"],
+)
+def test_what_is_not_http_is_refused_in_its_turn(server: ServerProcess, broken: bytes, last: bytes) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"GET /info HTTP/1.1\r\nhost: x\r\n\r\n" * 3 + broken + b"more" * 10_000)
+        replies = read_all(connection).split(b"HTTP/1.1 ")[1:]
+    assert [reply[:3] for reply in replies] == [b"200", b"200", b"200", last]
+
+
+UPGRADES = {
+    "h2c": b"connection: Upgrade, HTTP2-Settings\r\nhttp2-settings: AAMAAABkAAQCAAAAAAIAAAAA\r\nupgrade: h2c\r\n",
+    "websocket": b"connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n",
+}
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.1])
+@pytest.mark.parametrize("framing", ["length", "chunked", "drip"])
+@pytest.mark.parametrize("protocol", UPGRADES)
+def test_an_upgrade_is_ignored_and_the_body_is_not(
+    server: ServerProcess, protocol: str, framing: str, pause_s: float
+) -> None:
+    body = json.dumps(ASKED).encode()
+    head = HEAD + UPGRADES[protocol]
+    if framing == "length":
+        pieces = [head + b"content-length: %d\r\n\r\n" % len(body), body]
+    else:
+        size = 7 if framing == "drip" else len(body)
+        chunks = [body[at : at + size] for at in range(0, len(body), size)]
+        pieces = [head + b"transfer-encoding: chunked\r\n\r\n", *(b"%x\r\n%b\r\n" % (len(c), c) for c in chunks)]
+        pieces.append(b"0\r\nx-trailer: y\r\n\r\n")
+    pieces.append(b"GET /health/live HTTP/1.1\r\nhost: x\r\n" + UPGRADES[protocol] + b"\r\n")
+    pieces.append(b"GET /info HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    with server.connect() as connection:
+        if pause_s:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause_s if framing == "length" else 0.01)
+        else:
+            connection.sendall(b"".join(pieces))
+        replies = read_all(connection).split(b"HTTP/1.1 ")[1:]
+    assert [reply[:3] for reply in replies] == [b"200"] * 3
+    assert json.loads(replies[0].partition(b"\r\n\r\n")[2])["answers"][0]["text"] == "Uber"
+
+
+def test_curl_asks_with_http2(server: ServerProcess) -> None:
+    command = ["curl", "--silent", "--show-error", "--http2", "--json", json.dumps(ASKED), "--max-time", "20"]
+    url = f"http://127.0.0.1:{server.port}/v1/answer"
+    done = subprocess.run([*command, url, url], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"text":"Uber"') == 2
+
+
+def test_replies_that_nobody_reads_are_bounded_over_all_connections() -> None:
+    with server_process("large_app") as server, contextlib.ExitStack() as stack:
+        before = server.peak_memory()
+        silent = [stack.enter_context(server.connect()) for _ in range(14)]
+        for connection in silent:
+            connection.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n" * 4)
+            time.sleep(0.1)
+        with server.connect() as reader:  # who reads, gets all
+            reader.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert len(read_all(reader).partition(b"\r\n\r\n")[2]) == LARGE
+        server.answers()
+        grown = server.peak_memory() - before
+        print(f"memory of {len(silent)} replies of {LARGE:,} bytes that nobody reads: +{grown:,} bytes")
+        assert grown < MAX_UNREAD_BYTES + 3 * LARGE  # the next one, and what the allocator keeps
+        assert server.connections() >= 2  # those that fit are kept
+
+
+def test_bodies_that_arrive_are_bounded_over_all_connections() -> None:
+    size = 2 << 20
+    with server_process("roomy_app") as server, contextlib.ExitStack() as stack:
+        before = server.peak_memory()
+        slow = [stack.enter_context(server.connect()) for _ in range(60)]
+        for connection in slow:
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                connection.sendall(HEAD + b"content-length: %d\r\n\r\n" % size + b" " * (size - 10))
+        server.answers()  # who sends a little is not kept out
+        grown = server.peak_memory() - before
+        print(f"memory of {len(slow)} bodies of {size:,} bytes that do not end: +{grown:,} bytes")
+        assert grown < MAX_BODIES_BYTES + (16 << 20)
+        kept = MAX_BODIES_BYTES // size
+        for connection in slow[: len(slow) - kept - 1]:
+            refused = read_all(connection)
+            refusal(refused, 503, "bodies_overloaded")
+            assert b"retry-after: 1\r\n" in refused
+        for connection in slow[-kept:]:  # the last ones may end
+            connection.sendall(b"{}" + b" " * 8)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 422 ")
 
 
 def test_a_connection_is_closed_when_it_is_no_longer_used(server: ServerProcess) -> None:
