@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
-from service import errors, hugging_face, logs, tracing, v1
+from service import errors, hugging_face, tracing, v1
 from service.answering import Answerer
 from service.edge import Edge
 from service.exchange import DEADLINE_HEADER, answerer_of
@@ -35,9 +35,10 @@ from service.hedging import Hedging
 from service.keys import Guard, Keyring, needs_key
 from service.metrics import Metrics
 from service.models import Follower, Models, Served
+from service.observability import logging as logs
+from service.runtime.shutdown import Shutdown
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.settings import Settings
-from service.shutdown import Shutdown
 from service.triton import Engine, ModelError, TritonModel, tls_credentials
 
 log = logging.getLogger("bertqa.service")

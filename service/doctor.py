@@ -28,8 +28,15 @@ from bertqa.manifest import QUESTIONS_FILE, Bundle, BundleMismatch, Manifest, ch
 from bertqa.repository import CONFIG_FILE, Repository
 from bertqa.triton_config import Serving
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
-from service.embedded_triton import LOOPBACK, TritonError, TritonInstallation, TritonPorts, find_triton, free_port
 from service.rollout import PROJECT, RolloutFailed, Servers, ask, tls_of
+from service.runtime.triton_process import (
+    LOOPBACK,
+    TritonError,
+    TritonInstallation,
+    TritonPorts,
+    find_triton,
+    free_port,
+)
 from service.settings import Settings
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import BodyTooLarge, SlowRequest, error_response
 from service.metrics import Metrics
 from service.record import RequestRecord, current_record, route_of
+from service.runtime.shutdown import Shutdown
 from service.settings import Settings
-from service.shutdown import Shutdown
 from service.triton import request_id as triton_request_id
 
 log = logging.getLogger("bertqa.service")

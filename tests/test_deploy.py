@@ -33,7 +33,7 @@ from conftest import write_checkpoint
 from test_engine_builder import write_squad
 from test_triton import Names
 
-from service import embedded_triton
+from service.runtime import triton_process as embedded_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

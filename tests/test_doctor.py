@@ -20,8 +20,9 @@ from tritonclient.grpc import model_config_pb2
 from bertqa.manifest import MODEL_NAME, Bundle, Manifest, sha256_of
 from bertqa.repository import Repository
 from bertqa.triton_config import Serving
-from service import doctor, embedded_triton
+from service import doctor
 from service.doctor import Finding
+from service.runtime import triton_process as embedded_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 Publish = Callable[..., Path]

@@ -13,9 +13,9 @@ import yaml
 
 from bertqa.triton_config import Serving
 from engine_builder import __main__ as engine_builder
-from service import __main__ as launcher
-from service import embedded_triton
 from service.metrics import Metrics
+from service.runtime import launcher
+from service.runtime import triton_process as embedded_triton
 from service.settings import Settings
 from service.triton import CALLS_PER_WINDOW
 

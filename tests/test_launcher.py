@@ -10,8 +10,8 @@ import pytest
 from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch, sha256_of
 from bertqa.repository import Repository
 from bertqa.triton_config import Serving
-from service import __main__ as launcher
-from service.__main__ import LaunchError, ensure_engine, settle
+from service.runtime import launcher
+from service.runtime.launcher import LaunchError, ensure_engine, settle
 
 Add = Callable[..., Path]
 

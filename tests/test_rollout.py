@@ -25,7 +25,7 @@ from test_triton import certificates, tls_flags, triton_with
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
 from service import doctor, rollout
-from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port
+from service.runtime.triton_process import EmbeddedTriton, TritonPorts, free_port
 from service.triton import TritonModel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, TOKENIZER_FILE, Bundle, B
 from bertqa.repository import Repository
 from bertqa.spans import Decoded, decode
 from loadtest.sleeping_engine import write_repository
-from service.embedded_triton import EmbeddedTriton, TritonPorts
+from service.runtime.triton_process import EmbeddedTriton, TritonPorts
 from service.triton import TritonModel
 
 

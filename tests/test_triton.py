@@ -37,10 +37,11 @@ from bertqa.spans import Logits
 from bertqa.squad import Example, Reference, as_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from engine_builder.publish import NO_CACHE
-from service import embedded_triton, triton
+from service import triton
 from service.circuit import FAILURES, Circuit, State
-from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
 from service.hedging import SHARE, Hedging, saved
+from service.runtime import triton_process as embedded_triton
+from service.runtime.triton_process import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
 from service.settings import Settings
 from service.triton import (
     ModelBroken,
@@ -1053,7 +1054,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     repository = write_repository(tmp_path / "repository")
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from service.embedded_triton import EmbeddedTriton, TritonPorts\n"
+        "from service.runtime.triton_process import EmbeddedTriton, TritonPorts\n"
         "triton = EmbeddedTriton(Path(sys.argv[1]), ports=TritonPorts(0, 0, 0), log_dir=Path(sys.argv[2]))\n"
         "triton.start(); time.sleep(600)"
     )
@@ -1071,7 +1072,7 @@ def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
     (builder / "__init__.py").touch()
     (builder / "__main__.py").write_text("import sys, time; print('building', flush=True); time.sleep(600)")
     program = (
-        "import sys; from pathlib import Path; from service import __main__ as launcher\n"
+        "import sys; from pathlib import Path; from service.runtime import launcher\n"
         "launcher.PROJECT = Path(sys.argv[1])\n"
         "sys.exit(launcher.main(launcher.parse_args(['--repository', sys.argv[1], '--checkpoint', sys.argv[1]])))"
     )

@@ -14,7 +14,7 @@ from test_tracing import Triton, listening
 from tritonclient.grpc import service_pb2_grpc
 
 from bertqa.manifest import Bundle
-from service.embedded_triton import living_children
+from service.runtime.triton_process import living_children
 
 ROOT = Path(__file__).resolve().parent.parent
 

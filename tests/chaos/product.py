@@ -24,7 +24,7 @@ from chaos.bundles import Faults, publish
 from chaos.clients import DEADLINE_S, Asked, answer_of, questions
 from chaos.relay import Relay, relay
 from chaos.report import READY_S, Row, Size
-from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port, living_children
+from service.runtime.triton_process import EmbeddedTriton, TritonPorts, free_port, living_children
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = "127.0.0.1"

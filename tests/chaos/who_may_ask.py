@@ -31,7 +31,7 @@ from chaos.bad_input import (
 )
 from chaos.report import Row, Size
 from service.keys import new_key
-from service.logs import JsonFormatter
+from service.observability.logging import JsonFormatter
 
 GUARDED = {**REFUSALS, 401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 429: "rate_limited"}
 CROSS_ORIGIN = {**GUARDED, 400: "cross_origin"}

@@ -3,7 +3,7 @@
 The server is ``tritonserver`` on PATH with its own backends, or else the one inside the ``nvidia-pytriton`` wheel. Only
 files of the wheel are used: nothing of the package is imported, so none of its dependencies are needed.
 
-``python -m service.embedded_triton`` runs one in the foreground, as the container does that has nothing else in it.
+``python -m service.runtime.triton_process`` runs one in the foreground, as the container does that has nothing else.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from service import logs
+from service.observability import logging as logs
 from service.settings import Settings
 
 LOOPBACK = "127.0.0.1"
@@ -634,7 +634,7 @@ def end_session(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m service.embedded_triton",
+        prog="python -m service.runtime.triton_process",
         description="Run one Triton server in the foreground, restarted when it dies; its log goes to standard error.",
     )
     parser.add_argument(
