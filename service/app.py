@@ -36,7 +36,7 @@ from service.keys import Guard, Keyring, needs_key
 from service.metrics import Metrics
 from service.models import Follower, Models, Served
 from service.observability import logging as logs
-from service.runtime.shutdown import Shutdown
+from service.runtime.shutdown import Shutdown, clean_up
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.settings import Settings
 from service.triton import Engine, ModelError, TritonModel, tls_credentials
@@ -111,8 +111,8 @@ def create_app(
                 task.cancel()
             if engine is None:
                 await triton.close()
-            await asyncio.to_thread(tracing.stop)
-            await asyncio.to_thread(logs.flush)
+            await clean_up(tracing.stop)
+            await clean_up(logs.flush)
 
     app = _Application(
         title="bertqa",

@@ -36,7 +36,8 @@ from service import batch
 from service.app import create_app
 from service.batch import JOURNAL_FILE, BatchRefused
 from service.batch_worker import ANSWER_COLUMNS, MODEL_KEY, Asking, Part, PartAnswerer, PartReader, Receipt
-from service.runtime.triton_process import EmbeddedTriton, TritonPorts
+from service.runtime.ports import TritonPorts
+from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 from service.triton import Engine, ModelUnavailable
 

@@ -33,7 +33,8 @@ from conftest import write_checkpoint
 from test_engine_builder import write_squad
 from test_triton import Names
 
-from service.runtime import triton_process as embedded_triton
+from service.runtime.processes import living_children
+from service.runtime.triton_process import FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -172,7 +173,7 @@ def test_dockerfile_is_clean_and_copies_what_there_is() -> None:
 
 def test_gpu_triton_has_the_flags_of_the_embedded_one() -> None:
     flags = [flag for flag in compose()["triton-gpu"]["command"][1:] if not flag.startswith("--model-repository=")]
-    assert sorted(flags) == sorted(embedded_triton.FLAGS)
+    assert sorted(flags) == sorted(FLAGS)
 
 
 def test_load_balancer_configuration_is_valid_as_it_is() -> None:
@@ -273,7 +274,7 @@ class Container:
 
 def descendants(pid: int) -> list[int]:
     """A process and all that came of it, the youngest first."""
-    children = embedded_triton.living_children(pid)
+    children = living_children(pid)
     return [*(grandchild for child in children for grandchild in descendants(child)), pid]
 
 

@@ -33,7 +33,8 @@ from engine_builder.checkpoint import InvalidCheckpoint
 from engine_builder.gate import GateFailed, Measured, check_f1, check_logits, measure
 from engine_builder.openvino_model import Engine, engine_sha256
 from engine_builder.publish import BuildRefused, Publication, publish
-from service.runtime.triton_process import FLAGS, EmbeddedTriton, TritonPorts
+from service.runtime.ports import TritonPorts
+from service.runtime.triton_process import FLAGS, EmbeddedTriton
 from service.triton import TritonModel
 
 ROOT = Path(__file__).resolve().parent.parent

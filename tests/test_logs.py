@@ -359,7 +359,7 @@ def test_launcher_names_a_bad_setting(name: str, value: str, problem: str) -> No
 
 
 def test_triton_alone_in_its_container_needs_no_package_of_the_service() -> None:
-    program = "import sys, service.runtime.triton_process; print({'grpc', 'starlette', 'numpy'} & sys.modules.keys())"
+    program = "import sys, service.runtime.triton; print({'grpc', 'starlette', 'numpy'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -25,7 +25,8 @@ from test_triton import certificates, tls_flags, triton_with
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
 from service import doctor, rollout
-from service.runtime.triton_process import EmbeddedTriton, TritonPorts, free_port
+from service.runtime.ports import TritonPorts, free_port
+from service.runtime.triton_process import EmbeddedTriton
 from service.triton import TritonModel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,8 @@ from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, TOKENIZER_FILE, Bundle, B
 from bertqa.repository import Repository
 from bertqa.spans import Decoded, decode
 from loadtest.sleeping_engine import write_repository
-from service.runtime.triton_process import EmbeddedTriton, TritonPorts
+from service.runtime.ports import TritonPorts
+from service.runtime.triton_process import EmbeddedTriton
 from service.triton import TritonModel
 
 

@@ -40,8 +40,11 @@ from engine_builder.publish import NO_CACHE
 from service import triton
 from service.circuit import FAILURES, Circuit, State
 from service.hedging import SHARE, Hedging, saved
-from service.runtime import triton_process as embedded_triton
-from service.runtime.triton_process import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
+from service.runtime import triton_install
+from service.runtime.ports import TritonPorts, free_port
+from service.runtime.processes import end_session
+from service.runtime.triton_install import TritonError, find_triton
+from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 from service.triton import (
     ModelBroken,
@@ -974,8 +977,14 @@ def test_logs_that_cannot_be_written_are_named(repository: Path, tmp_path: Path)
         EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path / "file" / "logs").start()
 
 
+def shared_memory() -> set[Path]:
+    """Files of this process in shared memory."""
+    return set(Path("/dev/shm").glob(f"bertqa_{os.getpid()}_*"))
+
+
 def test_killed_server_is_restarted_and_two_live_side_by_side(repository: Path, tmp_path: Path) -> None:
     said: list[str] = []
+    before = shared_memory()  # of the server that other tests share
     with (
         EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path) as other,
         EmbeddedTriton(repository, ports=other.ports, log_dir=tmp_path, report=said.append) as killed,
@@ -997,7 +1006,7 @@ def test_killed_server_is_restarted_and_two_live_side_by_side(repository: Path, 
         assert_right([window()], run(other.url, lambda model: model.predict([window()], deadline=soon())))
         pids = [process for process in (killed.pid, other.pid) if process]
     assert not any(Path(f"/proc/{process}").exists() for process in pids)
-    assert not list(Path("/dev/shm").glob(f"bertqa_{os.getpid()}_{id(killed):x}_*"))
+    assert shared_memory() <= before
 
 
 def test_port_taken_by_something_else(repository: Path, tmp_path: Path) -> None:
@@ -1031,10 +1040,10 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(TritonError, match=r"holds no built version; run .*engine_builder"):
         EmbeddedTriton(tmp_path, log_dir=tmp_path).start()
     monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr(embedded_triton, "_PYTHON", "3.7")
+    monkeypatch.setattr(triton_install, "_PYTHON", "3.7")
     with pytest.raises(TritonError, match=r"with Python 3\.8, 3\.9, 3\.10.* this is Python 3\.7"):
         find_triton(tmp_path / "cache")
-    monkeypatch.setattr(embedded_triton, "WHEEL", "no-such-wheel")
+    monkeypatch.setattr(triton_install, "WHEEL", "no-such-wheel")
     with pytest.raises(TritonError, match="pip install --no-deps"):
         find_triton(tmp_path / "cache")
 
@@ -1054,7 +1063,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     repository = write_repository(tmp_path / "repository")
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from service.runtime.triton_process import EmbeddedTriton, TritonPorts\n"
+        "from service.runtime.ports import TritonPorts\nfrom service.runtime.triton_process import EmbeddedTriton\n"
         "triton = EmbeddedTriton(Path(sys.argv[1]), ports=TritonPorts(0, 0, 0), log_dir=Path(sys.argv[2]))\n"
         "triton.start(); time.sleep(600)"
     )
@@ -1072,9 +1081,10 @@ def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
     (builder / "__init__.py").touch()
     (builder / "__main__.py").write_text("import sys, time; print('building', flush=True); time.sleep(600)")
     program = (
-        "import sys; from pathlib import Path; from service.runtime import launcher\n"
-        "launcher.PROJECT = Path(sys.argv[1])\n"
-        "sys.exit(launcher.main(launcher.parse_args(['--repository', sys.argv[1], '--checkpoint', sys.argv[1]])))"
+        "import sys; from pathlib import Path; from service import __main__ as command\n"
+        "from service.runtime import engine; engine.PROJECT = Path(sys.argv[1])\n"
+        "options = ['--port=0', '--repository', sys.argv[1], '--checkpoint', sys.argv[1]]\n"
+        "sys.exit(command.launch(command.parse_args(options)))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -1264,7 +1274,7 @@ def triton_with(tmp_path: Path, repository: Path, *flags: str) -> Iterator[str]:
         until(lambda: b"Started GRPCInferenceService" in (tmp_path / "log").read_bytes() or process.poll() is not None)
         yield f"localhost:{ports.grpc}"
     finally:
-        embedded_triton.end_session(process, 10)
+        end_session(process, 10)
 
 
 @pytest.mark.parametrize("mutual", [False, True], ids=["tls", "mutual"])

@@ -14,7 +14,7 @@ from test_tracing import Triton, listening
 from tritonclient.grpc import service_pb2_grpc
 
 from bertqa.manifest import Bundle
-from service.runtime.triton_process import living_children
+from service.runtime.processes import living_children
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,7 +44,7 @@ def test_one_scrape_tells_of_all_workers_and_of_one_that_died(bundle: Bundle, tm
                 assert launcher.wait(60) == 0
             finally:
                 launcher.kill()
-    assert not list(tmp_path.glob("bertqa-service-*")), "the files they count in are gone"
+    assert not list(tmp_path.glob("bertqa*")), "the files they count in are gone"
 
 
 def check(url: str, launcher: int, bundle: Bundle) -> None:

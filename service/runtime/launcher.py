@@ -1,257 +1,180 @@
-"""Start everything that answering needs and keep it alive: Triton with the engine, and the REST service before it.
+"""Start everything that answering needs and keep it alive: Triton with the engine, and the REST service in front of it.
 
-``python -m service`` builds the engine first where there is none yet. Ctrl-C or SIGTERM ends the service, which drains,
-then Triton.
+The launcher builds the engine first if there is none. On Ctrl-C or SIGTERM it ends the service, which finishes the
+requests that it has accepted, and then Triton.
 """
 
-import argparse
 import contextlib
 import http.client
 import logging
 import os
 import resource
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bertqa.manifest import MODEL_NAME, WEIGHTS_FILE, BundleMismatch, OtherFormat, changed_files, rebuild, sha256_of
+from bertqa.manifest import BundleMismatch
 from bertqa.repository import ChangeRefused, Repository
 from service.observability import logging as logs
-from service.runtime.triton_process import (
-    EmbeddedTriton,
-    TritonError,
-    TritonPorts,
-    die_with_parent,
-    end_session,
-    free_port,
-    restart_pauses,
-)
+from service.runtime.child import child
+from service.runtime.engine import PROJECT, LaunchError, ensure_engine, settle
+from service.runtime.leftovers import Claim, remove_leftovers
+from service.runtime.ports import LOOPBACK, PortError, TritonPorts, hold_port
+from service.runtime.processes import restart_pauses
+from service.runtime.shutdown import DRAIN_S
+from service.runtime.triton_install import TritonError
+from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 
 log = logging.getLogger(logs.LAUNCHER)
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
-DRAIN_S = 15
-"""Seconds that requests in progress get when the service is told to end."""
+FAILED, WRONG_USE = 1, 2
+"""Exit codes: something could not be started; the command has to be changed."""
 OPEN_FILES = 16_384
-"""That a process of the service may have, where the system lets us say so."""
+"""Files that a process of the service may have open, where the system lets us set that."""
+
 _READY_TIMEOUT_S = 60.0
+_LATE_S = 2  # after the drain, before the service is killed
+_TRITON_PATIENCE_S = 3.0  # once the service has ended, nobody waits for Triton's answers
 
 
-class LaunchError(RuntimeError):
-    """The service cannot be started; the message says why and what to do."""
+class UsageError(LaunchError):
+    """The options cannot work as they are."""
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bertqa serve", description="Serve a BERT question-answering model over REST."
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port, or the next free one (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="processes of the REST service (default: %(default)s)")
-    parser.add_argument(
-        "--repository",
-        type=Path,
-        default=PROJECT / "model_repository",
-        help="Triton model repository with the engine (default: that of the project)",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="build the engine from this directory if the repository has none of it (default: any engine will do, and "
-        "where there is none, it is built from the one in checkpoints/)",
-    )
-    parser.add_argument(
-        "--triton-url",
-        metavar="HOST:PORT",
-        help="gRPC address of a running Triton, or several with commas; without it one is started",
-    )
-    parser.add_argument(
-        "--triton-grpc-port", type=int, default=TritonPorts.grpc, help="of the one started (default: %(default)s)"
-    )
-    parser.add_argument("--log-dir", type=Path, default=Path("logs"), help="for Triton's log (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers: must be at least 1")
-    for name in ("port", "triton_grpc_port"):
-        if not 0 <= getattr(args, name) <= 65535:
-            parser.error(f"--{name.replace('_', '-')}: must be from 0 to 65535")
-    return args
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """What ``bertqa serve`` was asked to do."""
+
+    host: str = LOOPBACK
+    """Address to listen on; 0.0.0.0 for all."""
+
+    port: int = 8000
+    """Port to listen on; 0 takes any free one."""
+
+    workers: int = 1
+    """Processes of the REST service."""
+
+    repository: Path = PROJECT / "model_repository"
+    """Triton model repository with the engine."""
+
+    checkpoint: Path | None = None
+    """Directory to build the engine from if the repository has none of it; without one, any engine will do."""
+
+    triton_url: str | None = None
+    """gRPC addresses host:port of running Tritons, separated by commas; without one, a server is started."""
+
+    triton_grpc_port: int | None = None
+    """gRPC port of the server that is started, 0 for any free one; without one, 8001 or the next free port."""
+
+    log_dir: Path = Path("logs")
+    """Directory for Triton's log."""
 
 
-def main(args: argparse.Namespace) -> int:
+def launch(options: ServeOptions) -> int:
     """Run until told to end; returns the process's exit code."""
     try:
-        logs.configure(Settings.from_environment(os.environ))
+        settings = Settings.from_environment(os.environ)
+        logs.configure(settings)
     except ValueError as error:
         print(f"bertqa: error: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        ensure_engine(args.repository, args.checkpoint, stopping)
-        if stopping.is_set():
-            log.info("ended")
-            return 0
-        port = free_port(args.host, args.port)
-        if port != args.port and args.port:
-            log.info("port %d is taken, using %d", args.port, port)
-        with contextlib.ExitStack() as stack:
-            url = args.triton_url
-            if not url:
-                settle(Repository(args.repository))
-                ports = TritonPorts(grpc=args.triton_grpc_port)
-                triton = EmbeddedTriton(
-                    args.repository, ports=ports, avoid_ports=(port,), log_dir=args.log_dir, report=log.info
-                )
-                stack.callback(triton.stop)
-                triton.start(stopping)
-                url = triton.url
-            if not stopping.is_set():
-                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bertqa-service-")))
-                serve(args, port, url, stopping, scratch)
+        _run(options, settings, stopping)
+    except UsageError as error:
+        log.error("error: %s", error)
+        return WRONG_USE
     except (LaunchError, TritonError, BundleMismatch, ChangeRefused) as error:
         log.error("error: %s", error)
-        return 1
+        return FAILED
     log.info("ended")
     return 0
 
 
-def ensure_engine(root: Path, checkpoint: Path | None, stopping: threading.Event) -> None:
-    """See to it that the repository holds an engine of the checkpoint, or any if none is named, and that it answers.
-
-    One that was built before is taken up again; else one is built for the CPU. Ends the build if `stopping` is set.
-
-    Raises:
-        LaunchError: there is no checkpoint to build from, or the builder failed.
-        BundleMismatch: the version in the repository is not whole.
-    """
-    repository = Repository(root)
-    models = repository.serving()
-    reason = f"no engine in {root} yet"
-    if checkpoint is None and models:
-        for model in models:
-            repository.open(model)
-        return
-    if MODEL_NAME in models and checkpoint:
-        found = _version_of(repository, sha256_of(checkpoint / WEIGHTS_FILE), models[MODEL_NAME].active)
-        if found:
-            repository.open(MODEL_NAME, found)
-            if found != models[MODEL_NAME].active:
-                repository.activate(MODEL_NAME, found, alone=True)
-            return
-        reason = f"the engines in {root} are of other checkpoints, or of an earlier release"
-    if checkpoint is None:
-        weights = sorted(path.parent for path in PROJECT.glob(f"checkpoints/*/{WEIGHTS_FILE}"))
-        if len(weights) != 1:
-            raise LaunchError(
-                f"{root / MODEL_NAME}: holds no built version, and checkpoints/ holds {len(weights)} checkpoints "
-                "to build one from; name one with --checkpoint DIR"
+def _run(options: ServeOptions, settings: Settings, stopping: threading.Event) -> None:
+    with contextlib.ExitStack() as stack:
+        port = _hold(stack, options.host, options.port, "--port")
+        if options.triton_grpc_port:
+            if options.triton_grpc_port == port:
+                raise UsageError(f"--port and --triton-grpc-port: both are {port}")
+            with contextlib.ExitStack() as briefly:
+                _hold(briefly, LOOPBACK, options.triton_grpc_port, "--triton-grpc-port")
+        if options.triton_url and not Repository(options.repository).serving():
+            raise UsageError(
+                f"--repository {options.repository}: holds no model; with --triton-url, nothing is built: name the "
+                "model repository of that Triton, or a copy of it"
             )
-        checkpoint = weights[0]
-    log.info("%s: building one from %s, once", reason, checkpoint)
-    command = [sys.executable, "-m", "engine_builder", "--checkpoint", str(checkpoint.resolve()), "--target", "cpu"]
-    command += ["--repository", str(root.resolve())]
-    with _child(command, os.environ, logs.BUILDER, end_s=DRAIN_S, cwd=PROJECT) as builder:
-        while builder.poll() is None and not stopping.wait(0.1):
-            pass
-    if builder.returncode and not stopping.is_set():
-        raise LaunchError(f"the engine could not be built (exit code {builder.returncode}); its output is above")
-    if not stopping.is_set():
-        repository.activate(MODEL_NAME, repository.versions(MODEL_NAME)[-1], alone=True)
+        for path in remove_leftovers():
+            log.info("removed %s, left by a process that was killed", path)
+        ensure_engine(options.repository, options.checkpoint, stopping)
+        url = options.triton_url
+        if not url and not stopping.is_set():
+            url = _start_triton(stack, options, port, stopping)
+        if url and not stopping.is_set():
+            scratch = stack.enter_context(Claim.directory()).path
+            _serve(options, settings, port, url, stopping, scratch)
 
 
-def _version_of(repository: Repository, checkpoint_sha256: str, active: int) -> int | None:
-    """The active version if it was built from the checkpoint, else the latest one that was."""
-    for version in (active, *reversed(repository.versions(MODEL_NAME))):
-        with contextlib.suppress(OtherFormat):
-            if repository.manifest(MODEL_NAME, version).checkpoint_sha256 == checkpoint_sha256:
-                return version
-    return None
+def _hold(stack: contextlib.ExitStack, host: str, port: int, option: str) -> int:
+    """Keep a port for the service until the stack ends; gives its number."""
+    try:
+        held = stack.enter_context(hold_port(host, port, option))
+    except PortError as error:
+        raise UsageError(str(error)) from None
+    return int(held.getsockname()[1])
 
 
-def settle(repository: Repository) -> None:
-    """Make the repository fit for a Triton that is about to start: it would load all versions of a model or none.
-
-    What is loaded beside the active version and is not whole any more is left out; a configuration that was not
-    generated from what is there now is written anew.
-
-    Raises:
-        BundleMismatch: an active version is not whole.
-        ChangeRefused: something must change, and the repository cannot be written to.
-    """
-    for model, serving in repository.serving().items():
-        for version in serving.loaded:
-            try:
-                manifest = repository.manifest(model, version)
-                if changed := changed_files(repository.directory(model, version), manifest):
-                    mend = rebuild(manifest.target)
-                    raise BundleMismatch(f"{model} {version}: {changed[0]} is not as it was published; {mend}")
-            except BundleMismatch as error:
-                if version == serving.active:
-                    raise
-                log.warning("%s; going on without it", error)
-                repository.unload(model, version)
-        if not repository.is_configured(model):
-            repository.configure(model)
+def _start_triton(stack: contextlib.ExitStack, options: ServeOptions, port: int, stopping: threading.Event) -> str:
+    """Start the embedded server, which the stack ends; gives its gRPC address."""
+    settle(Repository(options.repository))
+    wanted = TritonPorts.grpc if options.triton_grpc_port is None else options.triton_grpc_port
+    triton = EmbeddedTriton(
+        options.repository,
+        ports=TritonPorts(grpc=wanted),
+        avoid_ports=(port,),
+        log_dir=options.log_dir,
+        report=log.info,
+    )
+    stack.callback(triton.stop, _TRITON_PATIENCE_S)
+    triton.start(stopping)
+    return triton.url
 
 
-def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: threading.Event, scratch: Path) -> None:
+def _serve(
+    options: ServeOptions, settings: Settings, port: int, triton_url: str, stopping: threading.Event, scratch: Path
+) -> None:
     """Run the REST service, restarting it when it dies, until `stopping` is set; `scratch` is an empty directory.
 
     Raises:
-        LaunchError: it did not start the first time, or its settings are none.
+        LaunchError: it did not start the first time.
     """
-    try:
-        patience_s = Settings.from_environment(os.environ).shutdown_delay_s + DRAIN_S + 5
-    except ValueError as error:
-        raise LaunchError(str(error)) from None
-    command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", f"--app-dir={PROJECT}"]
-    command += [
-        f"--host={args.host}",
-        f"--port={port}",
-        f"--workers={args.workers}",
-        "--loop=uvloop",
-        "--http=service.protocol:BoundedProtocol",
-    ]
-    command += [
-        f"--timeout-graceful-shutdown={DRAIN_S}",
-        "--no-access-log",
-        "--no-server-header",
-        "--log-level=warning",
-    ]
-    # A shell's usual limit of 1024 open files is fewer than a process may have connections.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < OPEN_FILES <= hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
+    _allow_open_files()
+    command = _uvicorn(options, port)
     environment = os.environ | {
         "BERTQA_TRITON_URL": triton_url,
-        "BERTQA_REPOSITORY": str(args.repository.resolve()),
+        "BERTQA_REPOSITORY": str(options.repository.resolve()),
     }
-    if not args.triton_url:  # our own speaks no TLS, whatever another one would want
+    if not options.triton_url:  # our own speaks no TLS, whatever another one would want
         environment |= dict.fromkeys(("BERTQA_TRITON_TLS_CA", "BERTQA_TRITON_TLS_CERT", "BERTQA_TRITON_TLS_KEY"), "")
+    end_s = settings.shutdown_delay_s + DRAIN_S + _LATE_S
     for start, pause in enumerate(restart_pauses()):
         if stopping.wait(pause):
             return
-        if args.workers > 1:  # they count in files, which must be new with them
+        if options.workers > 1:  # they count in files, which must be new with them
             environment["PROMETHEUS_MULTIPROC_DIR"] = str(scratch / str(start))
             (scratch / str(start)).mkdir()
         began, ready = time.monotonic(), False
-        with _child(command, environment, logs.OUTPUT, end_s=patience_s) as process:
+        with child(command, environment, logs.OUTPUT, end_s=end_s) as process:
             while process.poll() is None and not stopping.wait(0.5 if ready else 0.1):
-                if not ready and _is_ready(args.host, port):
+                if not ready and _is_ready(options.host, port):
                     ready = True
-                    log.info("ready at http://%s:%d", _reachable(args.host), port)
+                    log.info("ready at http://%s:%d", _reachable(options.host), port)
                 elif not start and not ready and time.monotonic() - began > _READY_TIMEOUT_S:
                     raise LaunchError(f"the service was not ready after {_READY_TIMEOUT_S:.0f} s")
         if stopping.is_set():
@@ -261,46 +184,19 @@ def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: thread
         log.warning("the service ended with exit code %s; restarting", process.returncode)
 
 
-@contextlib.contextmanager
-def _child(
-    command: Sequence[str], environment: Mapping[str, str], logger: str, *, end_s: float, cwd: Path | None = None
-) -> "Iterator[subprocess.Popen[bytes]]":
-    """A process that ends with us, and has so many seconds to do so.
-
-    Where the log is JSON, so is each line that it writes, whoever in it does: gRPC's core writes past every log. The
-    service's own log goes past us, to where ours goes, so that it waits for nobody and knows what is lost.
-    """
-    settings = Settings.from_environment(environment)
-    options: dict[str, Any] = {}
-    if settings.log_format == "json":
-        environment = {**environment, "BERTQA_LOG_TO": "stdout", "TQDM_DISABLE": "1"}
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        if logger == logs.OUTPUT:
-            options = {"stdout": logs.DESCRIPTORS[settings.log_to], "stderr": subprocess.PIPE}
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environment,
-        start_new_session=True,  # Ctrl-C comes to us alone, and we end things in order
-        preexec_fn=die_with_parent(signal.SIGTERM),  # noqa: PLW1509  calls nothing that takes a lock
-        **options,
-    )
-    reader = threading.Thread(target=_log_lines, args=(process, logger), name="lines", daemon=True)
-    reader.start()
-    try:
-        yield process
-    finally:
-        end_session(process, end_s)
-        reader.join(5)
+def _uvicorn(options: ServeOptions, port: int) -> list[str]:
+    command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", f"--app-dir={PROJECT}"]
+    command += [f"--host={options.host}", f"--port={port}", f"--workers={options.workers}"]
+    command += ["--loop=uvloop", "--http=service.protocol:BoundedProtocol"]
+    command += [f"--timeout-graceful-shutdown={DRAIN_S}"]
+    return [*command, "--no-access-log", "--no-server-header", "--log-level=warning"]
 
 
-def _log_lines(process: "subprocess.Popen[bytes]", logger: str) -> None:
-    level = logging.WARNING if logger == logs.OUTPUT else logging.INFO
-    for output in filter(None, (process.stderr, process.stdout)):
-        with output:
-            for line in output:
-                if text := line.decode(errors="replace").strip():
-                    logging.getLogger(logger).log(level, "%s", text)
+def _allow_open_files() -> None:
+    # A shell's usual limit of 1024 open files is fewer than a process may have connections.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < OPEN_FILES <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
 
 
 def _is_ready(host: str, port: int) -> bool:

@@ -24,7 +24,9 @@ from chaos.bundles import Faults, publish
 from chaos.clients import DEADLINE_S, Asked, answer_of, questions
 from chaos.relay import Relay, relay
 from chaos.report import READY_S, Row, Size
-from service.runtime.triton_process import EmbeddedTriton, TritonPorts, free_port, living_children
+from service.runtime.ports import TritonPorts, free_port
+from service.runtime.processes import living_children
+from service.runtime.triton_process import EmbeddedTriton
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = "127.0.0.1"

@@ -11,7 +11,7 @@ from chaos.clients import load
 from chaos.faults import Scenario
 from chaos.product import PATIENT, Layout, Product, Service, ask, until
 from chaos.report import Row, Size
-from service.runtime.triton_process import living_children
+from service.runtime.processes import living_children
 
 SHUTDOWN_DELAY_S = 3
 """HAProxy's checks take at most 2.5 s to notice."""
