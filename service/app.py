@@ -36,6 +36,7 @@ from service.keys import Guard, Keyring, needs_key
 from service.metrics import Metrics
 from service.models import Follower, Models, Served
 from service.observability import logging as logs
+from service.observability.readiness import ReadinessLog
 from service.runtime.shutdown import Shutdown, clean_up
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.settings import Settings
@@ -124,7 +125,7 @@ def create_app(
         docs_url=None,  # FastAPI's pages load their scripts from a CDN
         redoc_url=None,
     )
-    app.state.metrics, app.state.shutdown = metrics, shutdown
+    app.state.metrics, app.state.shutdown, app.state.readiness = metrics, shutdown, ReadinessLog()
     # The last one added is the first that a request meets.
     if keyring:
         app.add_middleware(Guard, keyring=keyring, metrics=metrics, settings=settings)
@@ -248,7 +249,9 @@ async def _ready(request: Request, model: str | None = None) -> Health:
     if request.app.state.shutdown.has_begun:
         raise errors.Stopping("The service is about to end; ask another replica.")
     answerer = answerer_of(request)
-    await answerer.check_ready(answerer.models[model], time.monotonic() + PROBE_S)
+    probed = answerer.models[model]
+    with request.app.state.readiness.probing(probed.bundle.model):
+        await answerer.check_ready(probed, time.monotonic() + PROBE_S)
     return Health(status="ready")
 
 
