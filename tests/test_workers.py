@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -45,6 +46,39 @@ def test_one_scrape_tells_of_all_workers_and_of_one_that_died(bundle: Bundle, tm
             finally:
                 launcher.kill()
     assert not list(tmp_path.glob("bertqa*")), "the files they count in are gone"
+
+
+def test_with_a_shutdown_delay_every_worker_answers_until_it_is_over(bundle: Bundle, tmp_path: Path) -> None:
+    write_models(tmp_path / "models", bundle)
+    triton = Triton(bundle.manifest.identity)
+    with listening(service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, triton) as address:
+        command = [sys.executable, "-m", "service", "--port=0", "--workers=2", f"--triton-url={address}"]
+        with subprocess.Popen(
+            [*command, f"--repository={tmp_path / 'models'}"],
+            cwd=ROOT,
+            env={**os.environ, "BERTQA_SHUTDOWN_DELAY_S": "4"},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as launcher:
+            try:
+                assert launcher.stderr
+                found = next(filter(None, (re.search(r"http://\S+", line) for line in launcher.stderr)))
+                url = found[0]
+                (uvicorn,) = living_children(launcher.pid)
+                until(lambda: len(serving(uvicorn)) == 2)
+                ask = partial(httpx.post, f"{url}/v1/answer", json=ASKED, trust_env=False, timeout=30)
+                launcher.send_signal(signal.SIGTERM)
+                began = time.monotonic()
+                statuses, readiness = [], []
+                while time.monotonic() - began < 2.5:  # connections of their own, so that both workers get some
+                    statuses.append(ask().status_code)
+                    readiness.append(httpx.get(f"{url}/health/ready", trust_env=False, timeout=30).status_code)
+                assert {*statuses} == {200}, "accepted until the delay is over"
+                assert {*readiness[-10:]} == {503}, "load balancers are told by every worker"
+                assert launcher.wait(60) == 0
+                assert time.monotonic() - began < 4 + 10, "nothing is held, so the drain is short"
+            finally:
+                launcher.kill()
 
 
 def check(url: str, launcher: int, bundle: Bundle) -> None:
