@@ -9,14 +9,17 @@ import os
 import re
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import Mock
@@ -1059,7 +1062,7 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
-def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = write_repository(tmp_path / "repository")
     program = (
         "import sys, time; from pathlib import Path\n"
@@ -1067,12 +1070,22 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
         "triton = EmbeddedTriton(Path(sys.argv[1]), ports=TritonPorts(0, 0, 0), log_dir=Path(sys.argv[2]))\n"
         "triton.start(); time.sleep(600)"
     )
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(repository), str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-c", program, str(repository), str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
     ) as launcher:
         until(lambda: len(processes_with(str(repository))) >= 3 or launcher.poll() is not None)  # + server and stub
         launcher.kill()
     until(lambda: not processes_with(str(repository)))
+    left = {*Path("/dev/shm").glob(f"bertqa_{launcher.pid}_*"), *temporary.iterdir()}
+    assert {path.parent for path in left} == {Path("/dev/shm"), temporary}, "nobody was there to remove them"
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with EmbeddedTriton(repository, ports=ANY_PORTS, log_dir=tmp_path):  # the next start
+        assert not any(path.exists() for path in left)
 
 
 def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
@@ -1202,6 +1215,60 @@ def test_apis_that_nobody_needs_are_closed(server: EmbeddedTriton) -> None:
             assert response.status >= 400, path
             assert "restricted" in said or "polling is enabled" in said, (path, said)
     assert_right([window()], run(server.url, lambda model: model.predict([window()], deadline=soon())))
+
+
+def raw_http(port: int, header: bytes) -> bytes:
+    """The reply to a request over HTTP/1.1 with a header that no library would send."""
+    request = b"GET /v2/systemsharedmemory/status HTTP/1.1\r\nhost: x\r\n%b\r\nconnection: close\r\n\r\n" % header
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request)
+        return b"".join(iter(partial(connection.recv, 65536), b""))
+
+
+def raw_grpc(port: int, name: bytes, value: bytes) -> bytes:
+    """The same over HTTP/2, frame by frame; returns what came within a second."""
+
+    def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
+        return len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + content
+
+    headers = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/inference.GRPCInferenceService/SystemSharedMemoryStatus",
+        b":authority": b"x",
+        b"content-type": b"application/grpc",
+        b"te": b"trailers",
+        name: value,
+    }
+    block = b"".join(b"\0%c%b%c%b" % (len(key), key, len(text), text) for key, text in headers.items())
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+        connection.sendall(frame(1, 4, 1, block) + frame(0, 1, 1, bytes(5)))
+        received = bytearray()
+        with contextlib.suppress(TimeoutError):
+            while chunk := connection.recv(65536):
+                received += chunk
+                if len(received) > 1_000_000:
+                    break
+        return bytes(received)
+
+
+def test_what_other_users_can_read_about_an_embedded_triton_opens_nothing(server: EmbeddedTriton) -> None:
+    regions = [path for path in shared_memory() if path.stat().st_size]
+    assert regions, "the Python backend's"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in shared_memory()} == {0o600}
+    arguments = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
+    keys = {argument.split(":", 1)[1] for argument in arguments if "restricted" in argument}
+    assert keys
+    for key in keys:
+        name, value = key.encode().split(b"=")
+        for header in (b"%b: %b", b"%b:%b", b"%b : %b", b'"%b": %b'):
+            assert raw_http(server.ports.http, header % (name, value)).startswith(b"HTTP/1.1 403"), header
+        for prefix in (b"", b"triton-grpc-protocol-"):
+            reply = raw_grpc(server.ports.grpc, prefix + name, value)
+            assert reply
+            assert b"grpc-status\x010" not in reply, "not a success"
+    assert b"restricted" in raw_grpc(server.ports.grpc, b"x-other", b"none"), "so a request as such is understood"
 
 
 def test_an_embedded_triton_listens_on_the_loopback_interface_alone(server: EmbeddedTriton) -> None:

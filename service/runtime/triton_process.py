@@ -17,6 +17,7 @@ from service.observability import logging as logs
 from service.runtime import triton_log
 from service.runtime.leftovers import Claim, remove_leftovers
 from service.runtime.ports import LOOPBACK, PortError, TritonPorts
+from service.runtime.private_memory import UMASK, private_memory
 from service.runtime.processes import die_with_parent, end_session, restart_pauses
 from service.runtime.triton_install import TritonError, TritonInstallation, find_triton
 from service.runtime.triton_log import Death
@@ -289,15 +290,21 @@ class EmbeddedTriton:
             command.append(f"--backend-config=python,shm-region-prefix-name={self._shared_memory.path.name}_")
         if installation.backends:
             command.append(f"--backend-directory={installation.backends}")
+        die, hide = die_with_parent(signal.SIGKILL), private_memory()
+
+        def prepare() -> None:
+            die()
+            hide()
+
         return subprocess.Popen(
             command,
             env={**os.environ, **installation.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            umask=0o077,  # its shared memory holds token ids
+            umask=UMASK,
             start_new_session=True,  # Ctrl-C is for the launcher, which lets the service drain first
-            preexec_fn=die_with_parent(signal.SIGKILL),  # noqa: PLW1509  calls nothing that takes a lock
+            preexec_fn=prepare,  # noqa: PLW1509  calls nothing that takes a lock
         )
 
     def _read_log(self, process: "subprocess.Popen[bytes]") -> None:
