@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def test_readiness_and_identity_are_those_of_the_loaded_engine(served: tuple[str
 def test_another_tokenizer_in_the_bundle_is_refused_with_the_fix(served: tuple[str, Path], tmp_path: Path) -> None:
     _, repository = served
     spoiled = tmp_path / "repository"
-    subprocess.run(["cp", "-r", str(repository), str(spoiled)], check=True)
+    shutil.copytree(repository, spoiled)
     tokenizer = next(spoiled.glob("bert_qa/*/tokenizer.json"))
     tokenizer.write_text(tokenizer.read_text().replace('"lowercase":true', '"lowercase":false'))
     log = tmp_path / "serve.log"

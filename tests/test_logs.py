@@ -22,6 +22,7 @@ import pytest
 from bertqa.manifest import MODEL_NAME, Bundle, sha256_of
 from bertqa.repository import Repository
 from service.observability import logging as logs
+from service.runtime.ports import hold_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CANARY = "Kanarienvogel"
@@ -99,18 +100,20 @@ def write_models(directory: Path, bundle: Bundle) -> None:
 def serving(
     directory: Path, identity: str, stderr: IO[bytes], **environment: str
 ) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    held = hold_port("127.0.0.1", 0, "--port")
+    port = held.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "--factory", "faulty:app", f"--port={port}", "--log-level=info"]
     own = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", directory))), "IDENTITY": identity}
     own |= {"BERTQA_REPOSITORY": str(directory / "models")}
-    with subprocess.Popen(
-        [*command, "--no-access-log"],
-        env={**os.environ, **own, **environment},
-        stdout=stderr,
-        stderr=stderr,
-    ) as process:
+    with (
+        held,
+        subprocess.Popen(
+            [*command, "--no-access-log"],
+            env={**os.environ, **own, **environment},
+            stdout=stderr,
+            stderr=stderr,
+        ) as process,
+    ):
         try:
             url, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
             while not is_ready(url):
@@ -360,7 +363,9 @@ def test_launcher_names_a_bad_setting(name: str, value: str, problem: str) -> No
 
 def test_triton_alone_in_its_container_needs_no_package_of_the_service() -> None:
     program = "import sys, service.runtime.triton; print({'grpc', 'starlette', 'numpy'} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout == "set()\n"
 
 

@@ -21,5 +21,5 @@ def test_a_child_and_its_children_cannot_open_files_up_to_others(tmp_path: Path)
     )
     files = [tmp_path / "child", tmp_path / "grandchild"]
     command = [sys.executable, "-c", program, *map(str, files)]
-    subprocess.run(command, check=True, timeout=60, umask=UMASK, preexec_fn=private_memory())  # noqa: PLW1509
+    subprocess.run(command, check=True, timeout=60, umask=UMASK, preexec_fn=private_memory())
     assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [0o600, 0o600]

@@ -1292,7 +1292,7 @@ def certificates(directory: Path) -> Path:
     """An authority, and of it a server's and a client's certificate; and a second authority that knows neither."""
 
     def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
+        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True, timeout=60)
 
     for name in ("ca", "other"):
         openssl(

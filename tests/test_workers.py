@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import grpc
 import httpx
 from test_logs import ASKED, until, write_models
 from test_tracing import Triton, listening
 from tritonclient.grpc import service_pb2_grpc
 
 from bertqa.manifest import Bundle
+from service.runtime.ports import hold_port
 from service.runtime.processes import living_children
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +49,33 @@ def test_one_scrape_tells_of_all_workers_and_of_one_that_died(bundle: Bundle, tm
             finally:
                 launcher.kill()
     assert not list(tmp_path.glob("bertqa*")), "the files they count in are gone"
+
+
+def test_a_triton_that_is_not_there_is_reported_once_and_when_it_comes(bundle: Bundle, tmp_path: Path) -> None:
+    write_models(tmp_path / "models", bundle)
+    triton, log = Triton(bundle.manifest.identity), tmp_path / "log"
+    with hold_port("127.0.0.1", 0, "--port") as held, log.open("wb") as output:
+        port = held.getsockname()[1]
+        command = [sys.executable, "-m", "service", "--port=0", f"--triton-url=127.0.0.1:{port}"]
+        with subprocess.Popen(
+            [*command, f"--repository={tmp_path / 'models'}"], cwd=ROOT, stdout=output, stderr=output
+        ) as launcher:
+            try:
+                until(lambda: "not ready (model bert_qa): No connection to Triton" in log.read_text())
+                time.sleep(4)  # in which the launcher asks some thirty times
+                assert len(log.read_text().splitlines()) == 2, "at the start, and of the first probe"
+                server = grpc.server(ThreadPoolExecutor(4))
+                service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
+                server.add_insecure_port(f"127.0.0.1:{port}")
+                server.start()
+                until(lambda: "ready at http://" in log.read_text())
+                assert "ready again (model bert_qa)" in log.read_text()
+                launcher.send_signal(signal.SIGTERM)
+                assert launcher.wait(60) == 0
+                server.stop(None).wait()
+            finally:
+                launcher.kill()
+    assert len(log.read_text().splitlines()) <= 8, log.read_text()
 
 
 def test_with_a_shutdown_delay_every_worker_answers_until_it_is_over(bundle: Bundle, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from chaos.bundles import Faults, publish
 from chaos.clients import DEADLINE_S, Asked, answer_of, questions
 from chaos.relay import Relay, relay
 from chaos.report import READY_S, Row, Size
-from service.runtime.ports import TritonPorts, free_port
+from service.runtime.ports import TritonPorts, free_port, hold_port
 from service.runtime.processes import living_children
 from service.runtime.triton_process import EmbeddedTriton
 
@@ -70,7 +70,8 @@ class Service:
     """A replica: `bertqa serve` with the processes under it."""
 
     def __init__(self, directory: Path, repository: Path, triton_url: str, **settings: object) -> None:
-        self.port = free_port(HOST, 0)
+        self._held = hold_port(HOST, 0, "--port")  # also while no replica is there
+        self.port = int(self._held.getsockname()[1])
         self._directory = directory
         self._command = [sys.executable, "-m", "service", f"--port={self.port}", f"--repository={repository}"]
         self._command += [f"--triton-url={triton_url}"]
