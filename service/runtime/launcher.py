@@ -37,7 +37,7 @@ OPEN_FILES = 16_384
 """Files that a process of the service may have open, where the system lets us set that."""
 
 _READY_TIMEOUT_S = 60.0
-_LATE_S = 2  # after the drain, before the service is killed
+_LATE_S = 4  # after the drain, before the service is killed: more than its clean-up takes
 _TRITON_PATIENCE_S = 3.0  # once the service has ended, nobody waits for Triton's answers
 
 

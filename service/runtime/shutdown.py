@@ -13,7 +13,7 @@ from types import FrameType
 
 DRAIN_S = 15
 """Seconds that requests in progress get once the service no longer accepts any."""
-CLEANUP_S = 2.0
+CLEANUP_S = 1.5
 """Seconds that a step of the clean-up after the last request gets."""
 
 
