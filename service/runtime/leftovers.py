@@ -54,7 +54,8 @@ class Claim:
     def clear(self) -> None:
         """Remove what others have made under the prefix; our own file or directory stays."""
         for path in self.path.parent.glob(f"{self.path.name}?*"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it has just gone, or belongs to another user
+                path.unlink()
 
     def remove(self) -> None:
         """Remove everything; safe to call again."""
