@@ -20,15 +20,17 @@ from typing import Any
 
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from chaos.bundles import Faults, publish
-from chaos.clients import DEADLINE_S, Asked, answer_of, questions
-from chaos.relay import Relay, relay
-from chaos.report import READY_S, Row, Size
-from service.runtime.ports import TritonPorts, free_port, hold_port
+from service.runtime.ports import TritonPorts, hold_port
 from service.runtime.processes import living_children
 from service.runtime.triton_process import EmbeddedTriton
+from tests.chaos.clients import DEADLINE_S, Asked, answer_of, questions
+from tests.chaos.relay import Relay, relay
+from tests.chaos.report import READY_S, Row, Size
+from tests.support.bundles import Faults, publish
+from tests.support.paths import ROOT
+from tests.support.ports import free_port, triton_ports
+from tests.support.waiting import until
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = "127.0.0.1"
 SETTLE_S = 40.0
 """Seconds for what is left of a scenario to go away: connections that are kept for a while, replaced ones."""
@@ -50,20 +52,6 @@ def ask(host: str, port: int, path: str, body: object = None, *, timeout: float 
         return 0, HTTPMessage(), None
     finally:
         connection.close()
-
-
-def until(condition: Callable[[], object], why: str, seconds: float = 60.0) -> float:
-    """Wait for a condition, which is looked at every 20 ms; gives the seconds that it took.
-
-    Raises:
-        TimeoutError: it did not come true; says why that is bad.
-    """
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > seconds:
-            raise TimeoutError(f"{why} ({seconds:.0f} s)")
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 class Service:
@@ -201,7 +189,7 @@ class Product:
                 stack.enter_context(self._movable_clock())
             stack.callback(self._stop_tritons)
             for _ in range(self.layout.tritons):
-                self.tritons.append(self._triton(TritonPorts(0, 0, 0)))
+                self.tritons.append(self._triton(triton_ports()))
                 self.tritons[-1].start()
             urls = ",".join(triton.url for triton in self.tritons)
             if self.layout.relayed:
@@ -273,7 +261,9 @@ class Product:
     @contextlib.contextmanager
     def _movable_clock(self) -> Iterator[None]:
         """Let libfaketime tell the wall clock to every process that is started, but not the monotonic one."""
-        libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+        # where Debian, Arch, Fedora and its own Makefile put it
+        places = ("lib/*/faketime", "lib/faketime", "lib64/faketime", "local/lib/faketime")
+        libraries = [found for place in places for found in Path("/usr").glob(f"{place}/libfaketimeMT.so.1")]
         assert libraries, "libfaketime is needed; see tests/install_servers.sh"
         self.set_clock(0)
         ours = {
@@ -305,8 +295,8 @@ class Product:
     @contextlib.contextmanager
     def _balancer(self) -> Iterator[None]:
         """Debian's HAProxy with the configuration of the stack; the replicas by address, for there is no Docker DNS."""
-        self.balancer_port = free_port(HOST, 0)
-        self._balancer_metrics = free_port(HOST, 0, avoid=[self.balancer_port])
+        self.balancer_port = free_port(HOST)
+        self._balancer_metrics = free_port(HOST)
         text = (ROOT / "deploy" / "haproxy.cfg").read_text()
         servers = "\n".join(f"    server service-{n} {HOST}:{each.port}" for n, each in enumerate(self.services, 1))
         text = re.sub(r"^ *server-template .*$", servers, text, flags=re.MULTILINE)
