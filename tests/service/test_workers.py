@@ -75,7 +75,7 @@ def test_a_triton_that_is_not_there_is_reported_once_and_when_it_comes(bundle: B
                 server.add_insecure_port(f"127.0.0.1:{port}")
                 server.start()
                 until(lambda: "ready at http://" in log.read_text())
-                assert "ready again (model bert_qa)" in log.read_text()
+                until(lambda: "ready again (model bert_qa)" in log.read_text())
                 launcher.send_signal(signal.SIGTERM)
                 assert launcher.wait(60) == 0
                 server.stop(None).wait()
