@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
-from service import errors, hugging_face, logs, tracing, v1
+from service import errors, hugging_face, tracing, v1
 from service.answering import Answerer
 from service.edge import Edge
 from service.exchange import DEADLINE_HEADER, answerer_of
@@ -35,9 +35,11 @@ from service.hedging import Hedging
 from service.keys import Guard, Keyring, needs_key
 from service.metrics import Metrics
 from service.models import Follower, Models, Served
+from service.observability import logging as logs
+from service.observability.readiness import ReadinessLog
+from service.runtime.shutdown import Shutdown, clean_up
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.settings import Settings
-from service.shutdown import Shutdown
 from service.triton import Engine, ModelError, TritonModel, tls_credentials
 
 log = logging.getLogger("bertqa.service")
@@ -110,8 +112,8 @@ def create_app(
                 task.cancel()
             if engine is None:
                 await triton.close()
-            await asyncio.to_thread(tracing.stop)
-            await asyncio.to_thread(logs.flush)
+            await clean_up(tracing.stop)
+            await clean_up(logs.flush)
 
     app = _Application(
         title="bertqa",
@@ -123,7 +125,7 @@ def create_app(
         docs_url=None,  # FastAPI's pages load their scripts from a CDN
         redoc_url=None,
     )
-    app.state.metrics, app.state.shutdown = metrics, shutdown
+    app.state.metrics, app.state.shutdown, app.state.readiness = metrics, shutdown, ReadinessLog()
     # The last one added is the first that a request meets.
     if keyring:
         app.add_middleware(Guard, keyring=keyring, metrics=metrics, settings=settings)
@@ -247,7 +249,9 @@ async def _ready(request: Request, model: str | None = None) -> Health:
     if request.app.state.shutdown.has_begun:
         raise errors.Stopping("The service is about to end; ask another replica.")
     answerer = answerer_of(request)
-    await answerer.check_ready(answerer.models[model], time.monotonic() + PROBE_S)
+    probed = answerer.models[model]
+    with request.app.state.readiness.probing(probed.bundle.model):
+        await answerer.check_ready(probed, time.monotonic() + PROBE_S)
     return Health(status="ready")
 
 

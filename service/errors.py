@@ -35,6 +35,7 @@ from starlette.types import Scope
 
 from bertqa.manifest import BundleMismatch
 from bertqa.spans import InvalidLogits
+from service.observability import readiness
 from service.record import current_record, route_of
 from service.schemas import Problem
 from service.triton import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
@@ -267,7 +268,7 @@ def respond(scope: Scope, error: Exception) -> Response:
     field, headers = getattr(error, "field", None), getattr(error, "headers", None)
     if isinstance(error, ModelOverloaded):  # counted, but not logged one by one: refusing must stay cheap
         headers = {"retry-after": str(max(math.ceil(error.retry_after_s), 1))}
-    elif status >= 500 and not isinstance(error, BodiesOverloaded):
+    elif status >= 500 and not isinstance(error, BodiesOverloaded) and route_of(scope) != readiness.ROUTE:
         told = error if current_record.get().keeps_texts else getattr(error, "plain", error)
         log.warning("%s %s: %s: %s", scope["method"], route_of(scope), error_type, told)
     return error_response(status, error_type, str(error), field=field, headers=headers)

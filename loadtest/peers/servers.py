@@ -36,7 +36,7 @@ def servers(python: Path, checkpoint: Path, directory: Path) -> dict[str, Server
     """
     uvicorn = [str(python), "-m", "uvicorn", "--host", HOST, "--port", "{port}", "--no-access-log"]
     bentoml = [str(python.parent / "bentoml"), "serve", "--host", HOST, "--port", "{port}"]
-    triton = [str(python), "-m", "service.embedded_triton", "--repository", str(directory / "repository")]
+    triton = [str(python), "-m", "service.runtime.triton", "--repository", str(directory / "repository")]
     bertqa = [str(Path(sys.executable).parent / "bertqa"), "serve", "--repository", str(directory / "bertqa")]
     shared = {"CHECKPOINT": str(checkpoint), "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
     return {

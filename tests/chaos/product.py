@@ -20,7 +20,9 @@ from typing import Any
 
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from service.embedded_triton import EmbeddedTriton, TritonPorts, living_children
+from service.runtime.ports import TritonPorts, hold_port
+from service.runtime.processes import living_children
+from service.runtime.triton_process import EmbeddedTriton
 from tests.chaos.clients import DEADLINE_S, Asked, answer_of, questions
 from tests.chaos.relay import Relay, relay
 from tests.chaos.report import READY_S, Row, Size
@@ -56,7 +58,8 @@ class Service:
     """A replica: `bertqa serve` with the processes under it."""
 
     def __init__(self, directory: Path, repository: Path, triton_url: str, **settings: object) -> None:
-        self.port = free_port(HOST)
+        self._held = hold_port(HOST, 0, "--port")  # also while no replica is there
+        self.port = int(self._held.getsockname()[1])
         self._directory = directory
         self._command = [sys.executable, "-m", "service", f"--port={self.port}", f"--repository={repository}"]
         self._command += [f"--triton-url={triton_url}"]

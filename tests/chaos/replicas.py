@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.embedded_triton import living_children
+from service.runtime.processes import living_children
 from tests.chaos.clients import load
 from tests.chaos.faults import Scenario
 from tests.chaos.product import PATIENT, Layout, Product, Service, ask

@@ -31,7 +31,7 @@ from engine_builder.checkpoint import InvalidCheckpoint
 from engine_builder.gate import GateFailed, Measured, check_f1, check_logits, measure
 from engine_builder.openvino_model import Engine, engine_sha256
 from engine_builder.publish import BuildRefused, Publication, publish
-from service.embedded_triton import FLAGS, EmbeddedTriton
+from service.runtime.triton_process import FLAGS, EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import ROOT

@@ -10,7 +10,7 @@ from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch, changed_files
 from bertqa.repository import Repository
 from bertqa.spans import Decoded, decode
 from loadtest.sleeping_engine import write_repository
-from service.embedded_triton import EmbeddedTriton
+from service.runtime.triton_process import EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.ports import triton_ports
 from tests.support.repositories import publish_toy_bundle

@@ -35,7 +35,7 @@ from service import batch
 from service.app import create_app
 from service.batch import JOURNAL_FILE, BatchRefused
 from service.batch_worker import ANSWER_COLUMNS, MODEL_KEY, Asking, Part, PartAnswerer, PartReader, Receipt
-from service.embedded_triton import EmbeddedTriton
+from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 from service.triton import Engine, ModelUnavailable
 from tests.support.checkpoints import write_checkpoint

