@@ -37,8 +37,8 @@ except OSError:
 endef
 export CHECK_VERSION CHECK_PYTHON
 
-# What runs with the service's packages alone: no builder, no Ray, no collector of traces.
-FAST := tests/bertqa $(filter-out %/test_batch.py %/test_rollout.py %/test_tracing.py %/test_triton.py %/test_workers.py, \
+# What runs with the service's packages alone: no Triton, no builder, no Ray, no collector of traces.
+FAST := tests/bertqa $(filter-out %/test_batch.py %/test_doctor.py %/test_rollout.py %/test_tracing.py %/test_triton.py %/test_workers.py, \
 	$(wildcard tests/service/test_*.py))
 
 .DEFAULT_GOAL := help
