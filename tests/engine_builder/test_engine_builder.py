@@ -415,6 +415,7 @@ def test_the_builder_needs_neither_torch_nor_transformers(options: BuildOptions)
     assert Repository(options.repository).open().manifest.precision == "int8"
 
 
+@pytest.mark.slow
 def test_nobody_is_told_of_a_build_or_of_an_engine_that_starts(
     options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -311,6 +311,7 @@ def all_points() -> list[Point]:
     return points
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_point(tmp_path: Path) -> None:
     points = all_points()
     report.write_report(tmp_path, {"title": "a <toy>", "date": "2026-01-01", "machine": {"cores": 2}}, points)
@@ -472,6 +473,7 @@ def test_several_processes_make_one_load(url: str, tmp_path: Path) -> None:
     assert len(samples) == pytest.approx(80, abs=36)
 
 
+@pytest.mark.slow
 def test_a_small_load_test_of_the_toy(make_app: Callable[..., FastAPI], tmp_path: Path) -> None:
     args = sweep.parse_args(["--seconds", "1", "--warmup", "0.2"])
     asked = [each for kind in KINDS for each in make_requests(toy_examples(), kind, 6)]
@@ -525,6 +527,7 @@ def test_a_service_that_wants_a_key_gets_it(
         assert {each.outcome for each in run_locust(url, tmp_path, users=2, seconds=1)} == {"error 401 unauthorized"}
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_replicas_with_engines_of_their_own_before_a_real_balancer(bundle: Bundle, tmp_path: Path) -> None:
     """Triton, service and HAProxy, and the command from its beginning to its end."""

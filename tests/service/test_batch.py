@@ -477,6 +477,7 @@ def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product: Product, tmp_path: Path) -> None:
     source, output, expected = tmp_path / "in", tmp_path / "out", tmp_path / "expected"

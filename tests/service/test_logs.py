@@ -29,7 +29,7 @@ from tests.support.waiting import until
 CANARY = "Kanarienvogel"
 ASKED = {"question": f"Who is {CANARY}?", "context": f"It was made at «{CANARY}»."}
 
-# The real application with the engine of conftest.py, in which a question's first word is the fault to happen.
+# The real application with the toy engine, in which a question's first word is the fault to happen.
 FAULTY = """
 import asyncio, os, threading, warnings
 import service.answering as answering

@@ -219,6 +219,7 @@ def test_ready_and_parameters(server: EmbeddedTriton) -> None:
 
 
 @pytest.mark.triton
+@pytest.mark.alone
 def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         slow = asyncio.create_task(model.predict([window(SLEEP, 1500)], deadline=soon()))
@@ -571,6 +572,7 @@ def test_lost_engine_costs_no_retries_and_is_found_again() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_request_of_many_windows_closes_the_circuit() -> None:
     async def scenario() -> None:
         fake, watched = Moody(), Watched()
@@ -588,6 +590,7 @@ def test_request_of_many_windows_closes_the_circuit() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("mood", ["shape", "nan", "garbage", "silent"])
 def test_no_request_sees_a_broken_replica_beside_one_that_is_well(mood: str) -> None:
     async def scenario() -> None:
