@@ -31,7 +31,6 @@ from service import errors, hugging_face, tracing, v1
 from service.answering import Answerer
 from service.edge import Edge
 from service.exchange import DEADLINE_HEADER, answerer_of
-from service.hedging import Hedging
 from service.keys import Guard, Keyring, needs_key
 from service.metrics import Metrics
 from service.models import Follower, Models, Served
@@ -84,7 +83,6 @@ def create_app(
             max_in_flight=settings.max_in_flight or None,
             watch_circuit=metrics.circuit,
             tls=tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key),
-            hedging=Hedging(settings.hedge_ms / 1000, metrics.hedged),
         )
         follower = Follower(Repository(settings.repository), triton, metrics)
         if bundle:

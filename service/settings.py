@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "BERTQA_"
-_MAY_BE_ZERO = ("max_in_flight", "cache_mb", "hedge_ms")
+_MAY_BE_ZERO = ("max_in_flight", "cache_mb")
 _ACCESS = ("open", "key", "off")
 _CHOICES = {
     "log_format": ("json", "text"),
@@ -67,9 +67,6 @@ class Settings:
 
     max_queue_ms: int = 100
     """Milliseconds that a question may be expected to wait for the engine; see `service.models.Served.check_room`."""
-
-    hedge_ms: int = 0
-    """Milliseconds without a reply after which an engine call is made at a second address too; 0: never."""
 
     cache_mb: int = 0
     """Megabytes of answers that are kept for the same question again, of each model; 0: none."""

@@ -39,7 +39,6 @@ from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service import tracing
 from service.circuit import TRIAL_S, Circuit, State
-from service.hedging import Hedging
 from service.turns import Turns
 
 CALLS_PER_WINDOW = 2
@@ -212,7 +211,6 @@ class TritonModel:
         watch_circuit: WatchCircuit | None = None,
         tls: grpc.ChannelCredentials | None = None,
         tls_name: str = "",
-        hedging: Hedging | None = None,
     ) -> None:
         """Open the channels; connections are made when first needed.
 
@@ -226,7 +224,6 @@ class TritonModel:
                 its instances at all addresses compute at one time, known from `model_parameters` on.
             tls: as `tls_credentials` gives it; without it, connections are in the clear.
             tls_name: that Triton's certificate must have; by default that of the address.
-            hedging: when a call that gets no reply is made at another of the addresses too; by default never.
             watch_circuit: called with address, model and version when a circuit begins; gives what is told its states.
 
         Raises:
@@ -242,7 +239,6 @@ class TritonModel:
         self._turns = Turns(max_in_flight or _CALLS_AT_FIRST)
         self._replicas = [_Replica(url, tls, tls_name) for url in urls]
         self._watch_circuit = watch_circuit
-        self._hedging = hedging or Hedging()
         self._links: dict[tuple[str, str], list[_Link]] = {}  # of every model and version that `at` has made
         self._calls = count()
         self._heads: dict[int, bytes] = {}
@@ -366,7 +362,6 @@ class TritonModel:
         turn = next(self._calls)
         tried: list[_Link] = []
         failure: ModelError | None = None
-        may_hedge = bool(read and self._hedging.after_s and len(self._replicas) > 1)
         for attempt in range(_RETRIES + 1):
             link = await self._next_link(turn, tried, deadline)
             if link is None:
@@ -379,8 +374,6 @@ class TritonModel:
                 link.circuit.unknown()
                 raise failure or ModelTimeout(_PASSED)
             try:
-                if may_hedge and not attempt:
-                    return await self._ask_hedged(link, tried, method, request, deadline, read)
                 return await self._ask(link, tried, method, request, deadline, read)
             except ModelError as error:
                 failure = error
@@ -415,8 +408,6 @@ class TritonModel:
         except grpc.aio.AioRpcError as error:
             failure = _translate(error, link.replica.url, self._name)
             link.note(failure, sent)
-            if isinstance(failure, ModelOverloaded):
-                self._hedging.overloaded()
             raise failure from error
         except (ModelBroken, ModelTimeout) as error:
             link.note(error, sent)
@@ -431,63 +422,6 @@ class TritonModel:
         else:
             link.circuit.unknown()
         return result
-
-    async def _ask_hedged(
-        self,
-        link: "_Link",
-        tried: "list[_Link]",
-        method: str,
-        request: object,
-        deadline: float,
-        read: Callable[[Any], _Reply] | None,
-    ) -> Any:
-        """Ask one replica, and another one too if that gives no reply in time; the first reply counts.
-
-        Leaves no call behind, whatever becomes of it.
-        """
-        hedging, sent = self._hedging, time.monotonic()
-        hedging.called()
-        first = asyncio.ensure_future(self._ask(link, tried, method, request, deadline, read))
-        calls, outcome = [first], ""
-        try:
-            await asyncio.wait(calls, timeout=hedging.after_s)
-            other = None if first.done() else self._idle_link(tried)
-            if other is None or not hedging.allows(self._turns.places):
-                return await first
-            tried.append(other)
-            second = asyncio.ensure_future(self._ask(other, tried, method, request, deadline, read))
-            calls.append(second)
-            outcome = "cancelled"
-            while not all(call.done() for call in calls):
-                await asyncio.wait([call for call in calls if not call.done()], return_when=asyncio.FIRST_COMPLETED)
-                for call in calls:
-                    if call.done() and call.exception() is None:
-                        outcome = "lost" if call is first else "won"
-                        if call is second and not first.done():
-                            link.note(ModelTimeout(_PASSED), sent)  # silence, if it was long
-                        return call.result()
-            outcome = "failed"
-            failures = [error for call in calls if (error := call.exception())]
-            raise next((error for error in failures if isinstance(error, ModelOverloaded)), failures[0])
-        finally:
-            if outcome:
-                hedging.count(outcome)
-            for call in calls:
-                call.cancel()
-            await asyncio.gather(*calls, return_exceptions=True)
-
-    def _idle_link(self, tried: "Sequence[_Link]") -> "_Link | None":
-        """The next one in turn that was not tried yet and is well."""
-        links = self._linked()
-        begin = links.index(tried[-1]) + 1
-        return next(
-            (
-                each
-                for each in links[begin:] + links[:begin]
-                if each not in tried and each.circuit.state is State.CLOSED
-            ),
-            None,
-        )
 
     def _linked(self) -> "list[_Link]":
         key = self._model, self._version

@@ -39,7 +39,6 @@ from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from engine_builder.publish import NO_CACHE
 from service import triton
 from service.circuit import FAILURES, Circuit, State
-from service.hedging import SHARE, Hedging, saved
 from service.runtime import triton_install
 from service.runtime.ports import TritonPorts, free_port
 from service.runtime.triton_install import TritonError, find_triton
@@ -689,7 +688,7 @@ def test_version_that_is_broken_leaves_the_one_before_alone() -> None:
     asyncio.run(scenario())
 
 
-# Hedging, against the same
+# Replicas of all moods
 
 
 class Replying(Moody):
@@ -721,68 +720,6 @@ async def no_call_is_left(*fakes: Replying) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_what_hangs_at_one_triton_is_answered_by_another() -> None:
-    async def scenario() -> None:
-        hanging, well, watched, outcomes = Replying(), Replying(), Watched(), Counter[str]()
-        hanging.mood = "silent"
-        async with served(hanging, well) as urls:
-            hedging = Hedging(0.55, lambda outcome: outcomes.update([outcome]))
-            model = TritonModel(urls, watch_circuit=watched, hedging=hedging)
-            for number in range(2 * FAILURES + 4):
-                assert_right([window(number)], await model.predict([window(number)], deadline=soon(20)))
-            assert watched.states[urls[0]][:2] == ["closed", "open"]  # long before any deadline
-            assert watched.states[urls[1]] == ["closed"]
-            assert hanging.asked.total() == outcomes["won"] >= FAILURES
-            assert outcomes.keys() == {"won"}
-            await no_call_is_left(hanging, well)
-            await model.close()
-
-    asyncio.run(scenario())
-
-
-def test_second_calls_are_few_however_slow_all_are() -> None:
-    async def scenario() -> None:
-        fakes, outcomes = (Replying(), Replying()), Counter[str]()
-        for fake in fakes:
-            fake.mood = "slow"
-        async with served(*fakes) as urls:
-            model = TritonModel(
-                urls, max_in_flight=8, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome]))
-            )
-            await model.predict([window(number) for number in range(160)], deadline=soon(60))
-            second = outcomes.total() - outcomes["withheld"]
-            assert saved(8) <= second <= saved(8) + SHARE * 160
-            asked = fakes[0].asked + fakes[1].asked
-            assert asked.total() == 160 + second
-            assert max(asked.values()) == 2
-            await no_call_is_left(*fakes)
-            await model.close()
-
-    asyncio.run(scenario())
-
-
-def test_no_second_call_is_made_after_one_that_has_too_much() -> None:
-    async def scenario() -> None:
-        full, slow, outcomes = Replying({1: "full"}), Replying(), Counter[str]()
-        full.mood = slow.mood = "slow"
-        async with served(full, slow) as urls:
-            model = TritonModel(urls, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome])))
-            with pytest.raises(ModelOverloaded):
-                await model.predict([window(1)], deadline=soon(5))
-            full.mood = "slow"
-            await model.predict([window(2)], deadline=soon(5))
-            assert outcomes == {"withheld": 1}
-            await model.close()
-        # of one address there is no other
-        async with served(slow) as urls:
-            model = TritonModel(urls, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome])))
-            await model.predict([window(3)], deadline=soon(5))
-            assert outcomes == {"withheld": 1}
-            await model.close()
-
-    asyncio.run(scenario())
-
-
 @hypothesis.settings(max_examples=15)
 @given(
     st.lists(
@@ -811,14 +748,9 @@ def test_whatever_two_tritons_do_each_window_is_answered_once_and_no_call_is_lef
     async def scenario() -> None:
         moods = [{number: moods[side] for number, (*moods, _, _) in enumerate(fates)} for side in (0, 1)]
         fakes = [Replying(each) for each in moods]
-        outcomes = Counter[str]()
         async with served(*fakes) as urls:
-            model = TritonModel(
-                urls, max_in_flight=8, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome]))
-            )
+            model = TritonModel(urls)
             await asyncio.gather(*(ask(model, number, *fate[2:]) for number, fate in enumerate(fates)))
-            assert outcomes.total() - outcomes["withheld"] <= saved(8) + SHARE * len(fates)
-            assert model._turns._free == model._turns.places
             await no_call_is_left(*fakes)
             await model.close()
             # gRPC's server, which the fakes run in, has tasks of its own that come and go; those are compiled.
