@@ -40,6 +40,7 @@ from service.runtime.shutdown import Shutdown, clean_up
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.settings import Settings
 from service.triton import Engine, ModelError, TritonModel, tls_credentials
+from service.worker_pool import Watchman
 
 log = logging.getLogger("bertqa.service")
 
@@ -70,6 +71,7 @@ def create_app(
         logs.configure(settings, count_lost=metrics.lost_records)
     keyring = Keyring(Path(settings.api_keys_file)) if settings.api_keys_file else None
     shutdown = Shutdown(settings.shutdown_delay_s)
+    scraper = Watchman("metrics")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -80,13 +82,12 @@ def create_app(
                 log.warning("no traces: %s; %s", error, tracing.INSTALL)
         triton = engine or TritonModel(
             settings.triton_urls,
-            max_in_flight=settings.max_in_flight or None,
             watch_circuit=metrics.circuit,
             tls=tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key),
         )
-        follower = Follower(Repository(settings.repository), triton, metrics)
+        follower = Follower(Repository(settings.repository), triton, metrics, settings)
         if bundle:
-            models = Models(bundle.model, {bundle.model: Served(bundle, triton, metrics)})
+            models = Models(bundle.model, {bundle.model: Served(bundle, triton, metrics, settings)})
         else:
             models = follower.start(settings.model or None)
         app.state.answerer = answerer = Answerer(models, settings, metrics)
@@ -97,7 +98,7 @@ def create_app(
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples, and no cycles of note
         shutdown.listen()
-        following = [asyncio.create_task(_watch(models, metrics))]
+        following = [asyncio.create_task(_watch(answerer, metrics))]
         try:
             await _verify_if_up(models)
             if not bundle:
@@ -108,6 +109,9 @@ def create_app(
         finally:
             for task in following:
                 task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
+            answerer.close()
+            scraper.close()
             if engine is None:
                 await triton.close()
             await clean_up(tracing.stop)
@@ -123,7 +127,8 @@ def create_app(
         docs_url=None,  # FastAPI's pages load their scripts from a CDN
         redoc_url=None,
     )
-    app.state.metrics, app.state.shutdown, app.state.readiness = metrics, shutdown, ReadinessLog()
+    app.state.metrics, app.state.shutdown, app.state.scraper = metrics, shutdown, scraper
+    app.state.readiness = ReadinessLog()
     # The last one added is the first that a request meets.
     if keyring:
         app.add_middleware(Guard, keyring=keyring, metrics=metrics, settings=settings)
@@ -210,14 +215,14 @@ def own_version() -> str:
         return "checkout"
 
 
-async def _watch(models: Models, metrics: Metrics) -> None:
+async def _watch(answerer: Answerer, metrics: Metrics) -> None:
     """Measure, as long as the application lives, what no request tells."""
     loop = asyncio.get_running_loop()
     while True:
         wanted = loop.time() + _WATCH_S
         await asyncio.sleep(_WATCH_S)
         metrics.loop_lag.observe(max(loop.time() - wanted, 0))
-        metrics.queue_wait.set(max(model.engine.expected_wait(model.in_progress) for model in models))
+        metrics.queue_wait.set(answerer.expected_wait())
 
 
 async def _verify_if_up(models: Models) -> None:
@@ -243,13 +248,13 @@ async def _live() -> Health:
 
 
 async def _ready(request: Request, model: str | None = None) -> Health:
-    """A real question goes through tokenizer, engine and decoder within a second, of the default model or another."""
+    """The default model or another answers a question within a second, or did so within the last one."""
     if request.app.state.shutdown.has_begun:
         raise errors.Stopping("The service is about to end; ask another replica.")
     answerer = answerer_of(request)
     probed = answerer.models[model]
     with request.app.state.readiness.probing(probed.bundle.model):
-        await answerer.check_ready(probed, time.monotonic() + PROBE_S)
+        await answerer.is_ready(probed, PROBE_S)
     return Health(status="ready")
 
 
@@ -292,4 +297,5 @@ async def _metrics(request: Request) -> Response:
     """Metrics of this process, in Prometheus' text format."""
     metrics: Metrics = request.app.state.metrics
     metrics.tasks.set(len(asyncio.all_tasks()))
-    return Response(await asyncio.to_thread(metrics.text), headers={"content-type": CONTENT_TYPE_LATEST})
+    scraper: Watchman = request.app.state.scraper
+    return Response(await scraper.run(metrics.text), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -87,9 +87,9 @@ class Unauthorized(RequestError):
 class RateLimited(RequestError):
     """An API key is used more often than it may be."""
 
-    def __init__(self, name: str, rate: float, wait_s: float) -> None:
-        """Say how long to wait, in seconds, for the next request of a key that has so many a second."""
-        super().__init__(f"the API key {name} has {rate:g} requests a second; the next is free in {wait_s:.3g} s")
+    def __init__(self, name: str, rate: float, unit: str, wait_s: float) -> None:
+        """Say how long to wait, in seconds, for the next unit of a key that has so many a second."""
+        super().__init__(f"the API key {name} has {rate:g} {unit}s a second; the next is free in {wait_s:.3g} s")
         self.headers = {"retry-after": str(math.ceil(wait_s))}
 
 

@@ -117,7 +117,7 @@ class Metrics:
         self.lost_records = lost_records.inc
         self._lookups = Counter(
             "bertqa_cache_lookups",
-            "Questions by where their answers came from: computed, kept from before, or shared with one in progress",
+            "Questions by where their answers came from: hit, coalesced with one in progress, or miss",
             ["source"],
             registry=self.registry,
         )

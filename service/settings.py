@@ -65,14 +65,14 @@ class Settings:
     max_in_flight: int = 0
     """Engine calls of this process and a model at one time; 0: two for each instance of the engine at each address."""
 
-    max_queue_ms: int = 100
-    """Milliseconds that a question may be expected to wait for the engine; see `service.models.Served.check_room`."""
+    max_wait_s: float = 2.0
+    """Seconds that a request may wait for its first turn at the engine; one that would wait longer is refused."""
 
     cache_mb: int = 0
     """Megabytes of answers that are kept for the same question again, of each model; 0: none."""
 
-    max_in_progress: int = 1_024
-    """Questions in progress at one time, however soon they would be answered; what comes beyond is refused."""
+    max_memory_mb: int = 128
+    """Megabytes that requests in progress may hold: bodies, windows, logits, replies not yet taken."""
 
     arrival_s: float = 20.0
     """Seconds that a request may take to arrive, a new connection to send one, and a client to take its reply."""
@@ -130,6 +130,8 @@ class Settings:
             raise ValueError(f"{PREFIX}TRITON_TLS_CERT: needs {PREFIX}TRITON_TLS_CA")
         if not 0 < self.deadline_s <= 3600:
             raise ValueError(f"{PREFIX}DEADLINE_S: must be above 0 and at most 3600 seconds; got {self.deadline_s}")
+        if not 0 < self.max_wait_s <= 3600:
+            raise ValueError(f"{PREFIX}MAX_WAIT_S: must be above 0 and at most 3600 seconds; got {self.max_wait_s}")
         if not 0 < self.arrival_s <= 3600:
             raise ValueError(f"{PREFIX}ARRIVAL_S: must be above 0 and at most 3600 seconds; got {self.arrival_s}")
         for name, choices in _CHOICES.items():

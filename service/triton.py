@@ -21,8 +21,9 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -39,11 +40,9 @@ from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service import tracing
 from service.circuit import TRIAL_S, Circuit, State
-from service.turns import Turns
 
 CALLS_PER_WINDOW = 2
 """Engine calls at one time for each window that the engine computes at one time: that one, and one that lies ready."""
-_CALLS_AT_FIRST = 4  # before the server has said how many instances it has
 _LOOKUP_S = 0.1  # that the name server may hold up a look at the loaded engine, and with it questions
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -135,14 +134,24 @@ def tls_options(name: str) -> tuple[tuple[str, str], ...]:
     return (("grpc.ssl_target_name_override", name),) if name else ()
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model as the server has loaded it."""
+
+    parameters: Mapping[str, str]
+    """Those of its ``config.pbtxt``."""
+    concurrency: int
+    """Windows that it is to have at one time: twice those that its instances at all addresses compute at one time."""
+
+
 class Engine(Protocol):
     """What the service needs of a model; `TritonModel` is the real one."""
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
-        """Run the engine on each window, side by side; all or nothing.
+        """Run the engine on each window, all at once; all or nothing.
 
         Args:
-            windows: of one request.
+            windows: no more than the engine is to have at one time.
             deadline: in `time.monotonic` seconds.
 
         Returns:
@@ -161,21 +170,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
-        """The ``parameters`` of the ``config.pbtxt`` that the server has loaded.
+    async def loaded(self, *, deadline: float) -> "Loaded":
+        """What the server has loaded.
 
         Raises:
             ModelError: the server did not tell.
         """
-        ...
-
-    @property
-    def call_s(self) -> float:
-        """Mean seconds of the latest calls, from a window's turn to its logits; 0.0 before the first."""
-        ...
-
-    def expected_wait(self, ahead: int) -> float:
-        """Seconds until a request's first window would be computed, with so many other requests in progress."""
         ...
 
     async def server_version(self, *, deadline: float) -> str:
@@ -187,7 +187,7 @@ class Engine(Protocol):
         ...
 
     def at(self, model: str, version: int) -> "Engine":
-        """Another version or model of the same servers, over the same channels, with places of its own."""
+        """Another version or model of the same servers, over the same channels."""
         ...
 
     async def close(self) -> None:
@@ -207,7 +207,6 @@ class TritonModel:
         *,
         model: str = MODEL_NAME,
         version: int | None = None,
-        max_in_flight: int | None = None,
         watch_circuit: WatchCircuit | None = None,
         tls: grpc.ChannelCredentials | None = None,
         tls_name: str = "",
@@ -220,23 +219,17 @@ class TritonModel:
                 (Triton's ``--grpc-max-connection-age``).
             model: name of the model.
             version: of the model; by default the highest that is loaded.
-            max_in_flight: windows of a model's version that are with Triton at one time; by default twice those that
-                its instances at all addresses compute at one time, known from `model_parameters` on.
             tls: as `tls_credentials` gives it; without it, connections are in the clear.
             tls_name: that Triton's certificate must have; by default that of the address.
             watch_circuit: called with address, model and version when a circuit begins; gives what is told its states.
 
         Raises:
-            ValueError: there is no address, or ``max_in_flight`` is below 1.
+            ValueError: there is no address.
         """
         if not urls:
             raise ValueError("urls: at least one address host:port is needed")
-        if max_in_flight is not None and max_in_flight < 1:
-            raise ValueError("max_in_flight: at least 1")
         self._model = model
         self._version = str(version or "")
-        self._max_in_flight = max_in_flight
-        self._turns = Turns(max_in_flight or _CALLS_AT_FIRST)
         self._replicas = [_Replica(url, tls, tls_name) for url in urls]
         self._watch_circuit = watch_circuit
         self._links: dict[tuple[str, str], list[_Link]] = {}  # of every model and version that `at` has made
@@ -247,28 +240,20 @@ class TritonModel:
         """As in `Engine`."""
         other = copy.copy(self)
         other._model, other._version, other._heads = model, str(version), {}
-        other._turns = Turns(self._turns.places)
         return other
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
         """As in `Engine`."""
-        request = object()
         if len(windows) == 1:  # the common case needs no task
-            return [await self._predict(windows[0], request, deadline)]
-        logits: list[Logits] = [None] * len(windows)  # type: ignore[list-item]  # all are set, or an error is raised
-        todo = iter(enumerate(windows))
-        workers = [
-            asyncio.ensure_future(self._work(todo, logits, request, deadline))
-            for _ in range(min(len(windows), self._turns.places))
-        ]
+            return [await self._predict(windows[0], deadline)]
+        calls = [asyncio.ensure_future(self._predict(window, deadline)) for window in windows]
         try:
-            await asyncio.gather(*workers)
+            return await asyncio.gather(*calls)
         except BaseException:  # a failure of one, or the caller was cancelled: leave nothing running
-            for worker in workers:
-                worker.cancel()
-            await asyncio.wait(workers)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
             raise
-        return logits
 
     async def check_ready(self, *, deadline: float) -> None:
         """As in `Engine`."""
@@ -277,25 +262,15 @@ class TritonModel:
         if not reply.ready:
             raise ModelNotLoaded(f"Triton runs, but {self._name} is not ready.")
 
-    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
+    async def loaded(self, *, deadline: float) -> Loaded:
         """As in `Engine`."""
         request = service_pb2.ModelConfigRequest(name=self._model, version=self._version)
         reply = await self._call("model_config", request, deadline)
-        if self._max_in_flight is None:
-            instances = sum(group.count * max(len(group.gpus), 1) for group in reply.config.instance_group)
-            addresses = await asyncio.gather(*(replica.count_addresses() for replica in self._replicas))
-            windows = max(instances, 1) * max(reply.config.max_batch_size, 1)
-            self._turns.resize(CALLS_PER_WINDOW * windows * sum(addresses))
-        return {name: value.string_value for name, value in reply.config.parameters.items()}
-
-    @property
-    def call_s(self) -> float:
-        """As in `Engine`."""
-        return self._turns.call_s
-
-    def expected_wait(self, ahead: int) -> float:
-        """As in `Engine`."""
-        return self._turns.expected_wait(ahead)
+        instances = sum(group.count * max(len(group.gpus), 1) for group in reply.config.instance_group)
+        addresses = await asyncio.gather(*(replica.count_addresses() for replica in self._replicas))
+        windows = max(instances, 1) * max(reply.config.max_batch_size, 1)
+        parameters = {name: value.string_value for name, value in reply.config.parameters.items()}
+        return Loaded(parameters, CALLS_PER_WINDOW * windows * sum(addresses))
 
     async def server_version(self, *, deadline: float) -> str:
         """As in `Engine`; of the replica whose turn it is."""
@@ -310,28 +285,10 @@ class TritonModel:
         """As in `Engine`; ends those made by `at` too."""
         await asyncio.gather(*(replica.close() for replica in self._replicas))
 
-    async def _work(
-        self, todo: Iterator[tuple[int, Window]], logits: list[Logits], request: object, deadline: float
-    ) -> None:
-        for index, window in todo:  # shared with the request's other workers
-            logits[index] = await self._predict(window, request, deadline)
-
-    async def _predict(self, window: Window, request: object, deadline: float) -> Logits:
-        try:
-            await self._turns.take(request, deadline)
-        except TimeoutError:
-            raise ModelTimeout("The deadline passed while waiting for a free place at the engine.") from None
-        call_s = None
-        try:
-            began = time.monotonic()
-            message = self._request(window, deadline)
-            logits: Logits = await self._call(
-                "model_infer", message, deadline, lambda reply: _logits(reply, window.length)
-            )
-            call_s = time.monotonic() - began
-            return logits
-        finally:
-            self._turns.give_back(call_s)
+    async def _predict(self, window: Window, deadline: float) -> Logits:
+        message = self._request(window, deadline)
+        logits: Logits = await self._call("model_infer", message, deadline, lambda reply: _logits(reply, window.length))
+        return logits
 
     def _request(self, window: Window, deadline: float) -> bytes:
         # Messages of one type may be concatenated, so what is the same for all windows of a length is written once.

@@ -83,7 +83,7 @@ def servers(python: Path, checkpoint: Path, directory: Path) -> dict[str, Server
             span=lambda reply: reply["answers"][0],
             text="text",
             # The others queue without a limit, so ours does too: by default it would turn some of 64 clients away.
-            environment={"BERTQA_MAX_QUEUE_MS": "10000"},
+            environment={"BERTQA_MAX_WAIT_S": "10"},
         ),
     }
 

@@ -146,9 +146,9 @@ class Layout:
     settings: tuple[tuple[str, object], ...] = ()  # of the services; names in capitals are variables as they are
 
 
-PATIENT = (("max_queue_ms", int(DEADLINE_S * 1000)),)
-"""Clients that ask without pause are more than an engine can answer within the 200 ms that a question may wait; let all
-of them wait, so that what is refused is refused for the fault."""
+PATIENT = (("max_wait_s", DEADLINE_S),)
+"""Clients that ask without pause may be more than an engine can answer within the time that a question may wait; let
+all of them wait, so that what is refused is refused for the fault."""
 
 
 class Product:

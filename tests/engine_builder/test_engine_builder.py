@@ -340,7 +340,7 @@ def test_windows_of_one_length_are_computed_together(options: BuildOptions, tmp_
         engine = TritonModel([url])
         channel = grpc.aio.insecure_channel(url)
         try:
-            await engine.model_parameters(deadline=time.monotonic() + 30)
+            await engine.loaded(deadline=time.monotonic() + 30)
             logits = await engine.predict(windows, deadline=time.monotonic() + 30)
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             statistics = await stub.ModelStatistics(service_pb2.ModelStatisticsRequest(name="bert_qa"))

@@ -15,6 +15,7 @@ from service.answering import Question, Result
 from service.hugging_face import Inputs, Parameters, to_answer, to_question
 from service.metrics import Metrics
 from service.models import Served
+from service.settings import Settings
 from tests.support.toy_model import FakeEngine
 
 QUESTION, CONTEXT = "Where was it made?", "😀 made at «Uber» by 漢字"
@@ -173,7 +174,7 @@ def test_an_unknown_parameter_of_the_query_string_is_refused(shared_client: http
 
 
 def test_parameters_become_ours(bundle: Bundle, engine: FakeEngine) -> None:
-    served = Served(bundle, engine, Metrics())
+    served = Served(bundle, engine, Metrics(), Settings())
 
     def question(**parameters: int) -> tuple[int | None, int | None, int | None, int]:
         asked = to_question(Inputs(question="a", context="b"), Parameters(**parameters), served)  # type: ignore[arg-type]

@@ -45,6 +45,7 @@ from service.runtime.triton_install import TritonError, find_triton
 from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 from service.triton import (
+    Loaded,
     ModelBroken,
     ModelError,
     ModelOverloaded,
@@ -195,12 +196,12 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.mark.triton
 def test_many_windows_of_several_requests_side_by_side(server: EmbeddedTriton) -> None:
-    requests = [[window(length=length, seed=seed) for length in (64, 128, 384)] * 5 for seed in range(8)]
+    requests = [[window(length=length, seed=seed) for length in (64, 128, 384)] for seed in range(4)]
 
     async def scenario(model: TritonModel) -> list[list[Logits]]:
         return await asyncio.gather(*(model.predict(windows, deadline=soon()) for windows in requests))
 
-    for windows, logits in zip(requests, run(server.url, scenario, max_in_flight=10), strict=True):
+    for windows, logits in zip(requests, run(server.url, scenario), strict=True):
         assert_right(windows, logits)
 
 
@@ -212,7 +213,7 @@ def test_no_window_needs_no_engine() -> None:
 def test_ready_and_parameters(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         await model.check_ready(deadline=soon())
-        assert await model.model_parameters(deadline=soon()) == {"identity_1": "toy"}
+        assert (await model.loaded(deadline=soon())).parameters == {"identity_1": "toy"}
 
     run(server.url, scenario)
 
@@ -226,7 +227,7 @@ def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(serv
         with pytest.raises(ModelTimeout, match="before the engine answered"):
             await model.predict([window()], deadline=soon(0.3))
         with pytest.raises(ModelTimeout, match="deadline"):
-            await model.predict([window()] * 30, deadline=soon(0.3))
+            await model.predict([window()] * 10, deadline=soon(0.3))
         assert not slow.done()
         await slow
         with pytest.raises(ModelTimeout):
@@ -240,16 +241,16 @@ def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(serv
 def test_one_window_failing_cancels_the_others(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         with pytest.raises(ModelBroken, match="no such bucket"):
-            await model.predict([window(RAISE), *[window(SLEEP, 100)] * 100], deadline=soon())
+            await model.predict([window(RAISE), *[window(SLEEP, 100)] * 10], deadline=soon())
         assert_right([window()], await model.predict([window()], deadline=soon()))
 
     run(server.url, scenario)
 
 
 @pytest.mark.triton
-def test_cancelling_the_caller_gives_every_place_back(server: EmbeddedTriton) -> None:
+def test_cancelling_the_caller_ends_its_calls(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
-        requests = [asyncio.create_task(model.predict([window(SLEEP, 200)] * 20, deadline=soon())) for _ in range(3)]
+        requests = [asyncio.create_task(model.predict([window(SLEEP, 200)] * 4, deadline=soon())) for _ in range(3)]
         await asyncio.sleep(0.3)
         for request in requests:
             request.cancel()
@@ -257,21 +258,7 @@ def test_cancelling_the_caller_gives_every_place_back(server: EmbeddedTriton) ->
         assert all(request.cancelled() for request in requests)
         assert_right([window()] * 8, await model.predict([window()] * 8, deadline=soon()))
 
-    run(server.url, scenario, max_in_flight=4)
-
-
-@pytest.mark.triton
-def test_a_question_of_one_window_does_not_wait_for_those_of_a_long_text(server: EmbeddedTriton) -> None:
-    async def scenario(model: TritonModel) -> None:
-        await model.model_parameters(deadline=soon())  # says that there is one instance
-        long = asyncio.create_task(model.predict([window(SLEEP, 50)] * 40, deadline=soon()))
-        await asyncio.sleep(0.2)
-        assert model.expected_wait(0) == model.expected_wait(1) == 0
-        assert model.expected_wait(2) > 0.02, "two calls at one time, of 50 ms and more each"
-        for _ in range(3):
-            assert_right([window()], await model.predict([window()], deadline=soon()))
-        assert not long.done()
-        assert len(await long) == 40
+    run(server.url, scenario)
 
     run(server.url, scenario)
 
@@ -283,7 +270,7 @@ def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
             await model.predict([window(SLEEP, 300)] * 40, deadline=soon())
         await until_answered(model)  # Triton drops the cancelled ones when the running one has ended
 
-    run(server.url, scenario, max_in_flight=40)
+    run(server.url, scenario)
 
 
 @pytest.mark.triton
@@ -329,20 +316,17 @@ def test_a_dead_replica_is_passed_over(server: EmbeddedTriton) -> None:
 def test_bounds_are_checked() -> None:
     with pytest.raises(ValueError, match="urls"):
         TritonModel([])
-    with pytest.raises(ValueError, match="max_in_flight"):
-        TritonModel(["127.0.0.1:1"], max_in_flight=0)
 
 
 @pytest.mark.triton
 def test_two_calls_for_each_instance_at_each_address(server: EmbeddedTriton) -> None:
-    async def places(model: TritonModel) -> tuple[int, int]:
-        await model.model_parameters(deadline=soon())
-        return model._turns.places, model.at("bert_qa", 1)._turns.places
+    async def concurrency(model: TritonModel) -> tuple[int, int]:
+        other = model.at("bert_qa", 1)
+        return (await model.loaded(deadline=soon())).concurrency, (await other.loaded(deadline=soon())).concurrency
 
     port = server.url.rpartition(":")[2]
-    assert run(server.url, places) == (2, 2)
-    assert run(f"localhost:{port},dns:///127.0.0.1:{port}", places) == (4, 4)
-    assert run(server.url, places, max_in_flight=7) == (7, 7)
+    assert run(server.url, concurrency) == (2, 2)
+    assert run(f"localhost:{port},dns:///127.0.0.1:{port}", concurrency) == (4, 4)
 
 
 @pytest.mark.triton
@@ -359,17 +343,14 @@ def test_a_name_server_that_hangs_holds_up_no_question(server: EmbeddedTriton, m
 
         monkeypatch.setattr(triton, "_addresses", lookup)
         for _ in range(3):
-            assert await model.model_parameters(deadline=soon()) == {"identity_1": "toy"}
-            assert model._turns.places == 2  # as for one address
+            assert await model.loaded(deadline=soon()) == Loaded({"identity_1": "toy"}, 2)  # as for one address
         assert looked_up == [server.url], "one lookup at a time"
         answers.set()
         for _ in range(2):
-            await model.model_parameters(deadline=soon())
-            assert model._turns.places == 6
+            assert (await model.loaded(deadline=soon())).concurrency == 6
         assert looked_up == [server.url] * 2
         answers.clear()
-        await model.model_parameters(deadline=soon())
-        assert model._turns.places == 6
+        assert (await model.loaded(deadline=soon())).concurrency == 6
         await model.close()  # leaves no lookup behind
         await asyncio.sleep(0)
 
@@ -889,7 +870,7 @@ def test_paths_with_spaces(tmp_path: Path) -> None:
     directory = tmp_path / "it's my project"
     spaced = write_repository(directory / "model repository")
     with EmbeddedTriton(spaced, ports=triton_ports(), log_dir=directory / "the logs", ready_timeout_s=60) as server:
-        assert run(server.url, lambda model: model.model_parameters(deadline=soon())) == {"identity_1": "toy"}
+        assert run(server.url, lambda model: model.loaded(deadline=soon())).parameters == {"identity_1": "toy"}
         assert server.log_file.stat().st_size
 
 
