@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from bertqa.spans import Logits, decode
-from bertqa.windows import SPECIAL_TOKENS, Window, Windows
+from bertqa.windows import Window, Windows
 from service import tracing
 from service.admission import Call
 from service.cache import Cache
@@ -331,16 +331,6 @@ class Answerer:
         for field, text in (("question", question.question), *_numbered(question.contexts)):
             if not text or text.isspace():
                 raise InvalidField(field, "must hold more than white space")
-        # A window advances by at least so many tokens, and a text rarely has more tokens than characters.
-        manifest = question.model.bundle.manifest
-        room = (question.max_seq_len or manifest.max_seq_len) - SPECIAL_TOKENS
-        room -= question.max_question_tokens or manifest.max_question_tokens
-        step = room - (min(manifest.overlap, room // 2) if question.overlap is None else question.overlap)
-        if chars > MAX_WINDOWS * max(step, 1):
-            field = "contexts" if question.overlap is None else "overlap"
-            raise InvalidField(
-                field, f"{chars:,} characters could come to over {MAX_WINDOWS:,} windows, the most there may be"
-            )
 
 
 def _numbered(contexts: Sequence[str]) -> list[tuple[str, str]]:

@@ -162,7 +162,7 @@ def test_many_questions_in_one_call(client: httpx.Client, engine: FakeEngine) ->
         ({"max_answer_tokens": 201}, "max_answer_tokens", "at most 200"),
         ({"overlap": -1}, "overlap", "at least 0"),
         ({"overlap": 63}, "overlap", "must be from 0 to"),
-        ({"overlap": 44, "context": "x " * 9_000}, "overlap", "windows"),
+        ({"overlap": 44, "context": "x " * 9_000}, "context", "windows"),
         ({"context": "x" * 150_000}, "context", "windows"),
         ({"context": "!" * 100_000, "max_answer_tokens": 200}, "max_answer_tokens", "at most 160"),
         ({"no_answer": "yes"}, "no_answer", "true or false"),

@@ -1,6 +1,9 @@
 """Kept answers and shared computations: the cache alone, and in the application."""
 
 import asyncio
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -13,6 +16,7 @@ from service.cache import Cache
 from service.models import Served
 from service.settings import Settings
 from service.triton import ModelUnavailable
+from tests.support.paths import ROOT
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
 
@@ -282,3 +286,49 @@ def test_batches_join_what_is_being_computed_and_a_bad_question_is_named_by_its_
     with serving(app) as url:
         asyncio.run(scenario(url))
     assert app.state.answerer.memory.held == app.state.answerer.models[None].admission._queue.busy == 0
+
+
+_FILL = """
+import asyncio, json, resource, sys, time
+from tests.support.toy_model import FakeEngine, toy_bundle
+from service.answering import Answerer
+from service.metrics import Metrics
+from service.models import Models, Served
+from service.question import Question
+from service.settings import Settings
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+async def fill(context, top_k):
+    bundle, settings, metrics = toy_bundle(), Settings(cache_mb=24, max_wait_s=60), Metrics()
+    served = Served(bundle, FakeEngine(bundle.manifest.identity), metrics, settings)
+    answerer = Answerer(Models(bundle.model, {bundle.model: served}), settings, metrics)
+    async def ask(number):
+        question = Question(model=served, question=f"who {number}", contexts=(f"{number} {context}",), top_k=top_k)
+        await answerer.answer(question, deadline=time.monotonic() + 60)
+    for number in range(3):
+        await ask(number)
+    began, before = resident(), served.cache.bytes
+    while served.cache.bytes < 20 << 20:
+        number += 1
+        await ask(number)
+    print((resident() - began) / (served.cache.bytes - before), len(served.cache))
+    answerer.close()
+
+asyncio.run(fill(*json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("context", "top_k"),
+    [("It was made at «Uber» in 2017.", 1), ("word " * 200, 20), ((" " * 2_000).join("abcdefghijklmn"), 100)],
+    ids=["short", "windows", "answers"],
+)
+def test_a_cache_takes_no_more_memory_than_it_says(context: str, top_k: int) -> None:
+    command = [sys.executable, "-c", _FILL, json.dumps([context, top_k])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    share, entries = done.stdout.split()
+    assert int(entries) > 10
+    assert 0.3 < float(share) < 1.25, done.stdout

@@ -260,8 +260,6 @@ def test_cancelling_the_caller_ends_its_calls(server: EmbeddedTriton) -> None:
 
     run(server.url, scenario)
 
-    run(server.url, scenario)
-
 
 @pytest.mark.triton
 def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
