@@ -508,7 +508,7 @@ def test_what_is_refused_for_now_is_counted_apart(
     requests = make_requests(toy_examples(), "short", 12)
     write_requests(tmp_path / "requests.jsonl", requests)
     engine.delay_s = 0.5
-    with serving(make_app(max_in_progress=1)) as url:
+    with serving(make_app(max_in_flight=1, max_wait_s=0.2)) as url:
         samples = run_locust(url, tmp_path, users=4, seconds=2)
     outcomes = Counter(each.outcome for each in samples)
     assert outcomes.keys() == {RIGHT, "shed 503 engine_overloaded"}

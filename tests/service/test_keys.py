@@ -211,8 +211,8 @@ def test_a_rate_may_count_questions_or_windows(make_app: MakeApp, keys_file: Pat
         assert ask("question", "/v1/answers", short, 4) == [200] * 3 + [429], "9 of 8, the last one a debt"
         with connect(url) as open_to_all:
             windows = open_to_all.post("/v1/answer", json=long, headers={"x-api-key": keys["window"]}).json()["windows"]
-        assert windows == 4
-        assert ask("window", "/v1/answer", long, 2) == [200, 429]
+        assert windows > 8, "which leaves a debt"
+        assert ask("window", "/v1/answer", long, 1) == [429]
 
 
 @pytest.mark.parametrize("unit", ["windows", "question question", "bertqa_secret"])
