@@ -149,15 +149,22 @@ def test_what_is_faster_depends_on_the_int8_instructions(
     [
         (("avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "amx_int8"), "bf16"),
         (("avx512f", "avx512_bf16", "avx512_vnni"), "int8"),
+        (("avx2", "avx_vnni"), "int8"),
         (("avx2",), "fp32"),
+        ((), "fp32"),
     ],
 )
 def test_default_precision_follows_the_instructions(
-    options: BuildOptions, monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], precision: str
+    monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], precision: str
 ) -> None:
+    # The choice alone: an engine built for instructions that this CPU lacks would answer something else.
     monkeypatch.setattr(openvino_build, "cpu_features", lambda: features)
-    monkeypatch.setattr(openvino_build, "supported_precision", lambda wanted: wanted)
-    assert build(replace(options, precision=None, max_f1_loss=100)).precision == precision
+    assert openvino_build.default_precision() == precision
+
+
+def test_without_a_precision_the_default_of_this_cpu_is_built(options: BuildOptions) -> None:
+    manifest = build(replace(options, precision=None, max_f1_loss=100))
+    assert manifest.precision == openvino_build.default_precision()
 
 
 def test_default_without_calibration_data_is_fp32(
