@@ -32,10 +32,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
 
     for name, module, text in (
         ("serve", "service", "start Triton and the REST service"),
-        ("models", "service.rollout", "put another version of a model into service, and take it back"),
+        ("models", "service.commands.models", "put another version of a model into service, and take it back"),
         ("batch", "service.batch", "answer every row of Parquet files"),
         ("keys", "service.keys", "make API keys, and list those that there are"),
-        ("doctor", "service.doctor", "look for what would go wrong, and say what mends it"),
+        ("doctor", "service.commands.doctor", "look for what would go wrong, and say how to fix it"),
     ):
         command = commands.add_parser(name, help=text, add_help=False)
         command.set_defaults(run=run_module, module=module)

@@ -8,16 +8,17 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from bertqa.manifest import MODEL_NAME, BundleMismatch, Target
+from bertqa.manifest import MODEL_NAME, BundleMismatch
 from bertqa.repository import ChangeRefused
 from bertqa.squad import MalformedSquad
-from engine_builder.build import MAX_LOGIT_ERRORS, PRECISIONS, BuildOptions, build, default_precision
+from engine_builder.architectures import FAMILIES
+from engine_builder.build import MAX_LOGIT_ERRORS, BuildOptions, build
 from engine_builder.checkpoint import CALIBRATION_FILE, GATE_FILE, InvalidCheckpoint
 from engine_builder.gate import GateFailed
 from engine_builder.publish import BuildRefused
-from engine_builder.tensorrt_build import MAX_BATCH_SIZE, OPTIMIZATION_LEVELS
+from engine_builder.targets import TARGETS
+from engine_builder.targets.tensorrt import MAX_BATCH_SIZE, OPTIMIZATION_LEVELS
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -25,17 +26,42 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine_builder", description="Build, measure and publish an engine for Triton."
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="BERT for question answering")
-    parser.add_argument("--target", required=True, choices=get_args(Target), help="what the engine runs on")
+    _add_engine(parser)
+    _add_publication(parser)
+    _add_measurement(parser)
+    _add_tensorrt(parser)
+    _add_serving(parser)
+    args = parser.parse_args(argv)
+    for flag, value, least in (
+        ("--instances", args.instances, 1),
+        ("--threads", args.threads, 0),
+        ("--max-batch-size", args.max_batch_size, 1),
+    ):
+        if value is not None and value < least:
+            parser.error(f"{flag} must be at least {least}, not {value}")
+    if args.max_batch_size > MAX_BATCH_SIZE:
+        parser.error(f"--max-batch-size must be at most {MAX_BATCH_SIZE}, not {args.max_batch_size}")
+    if args.version is not None and args.version < 1:
+        parser.error(f"--version must be at least 1, not {args.version}")
+    return args
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help=f"question answering with {', '.join(FAMILIES)}"
+    )
+    parser.add_argument("--target", required=True, choices=TARGETS, help="what the engine runs on")
     parser.add_argument(
         "--precision",
-        choices=list(dict.fromkeys(name for names in PRECISIONS.values() for name in names)),
+        choices=list(dict.fromkeys(name for target in TARGETS.values() for name in target.precisions)),
         help="; ".join(
-            f"{target}: {', '.join(names)} (default on this machine: {default_precision(target)})"
-            for target, names in PRECISIONS.items()
+            f"{name}: {', '.join(target.precisions)} (default on this machine: {target.default_precision()})"
+            for name, target in TARGETS.items()
         ),
     )
-    # where it goes
+
+
+def _add_publication(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     parser.add_argument("--model", default=MODEL_NAME, metavar="NAME", help="of the repository; default: %(default)s")
     parser.add_argument("--version", type=int, metavar="N", help="version to publish; default: one above the latest")
@@ -45,7 +71,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="answer with it at once; default: only if it is the model's first version, for `bertqa models` can check "
         "it before it switches",
     )
-    # what it is measured with
+
+
+def _add_measurement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gate-data", type=Path, metavar="SQUAD_JSON", help=f"questions to measure F1 on; default: {GATE_FILE} of DIR"
     )
@@ -71,7 +99,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="windows that Triton may put into one call; default: 1, for the least latency",
     )
-    # TensorRT's builder
+
+
+def _add_tensorrt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimization-level",
         type=int,
@@ -89,7 +119,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--hardware-compatible", action="store_true", help="for all GPUs from Ampere on, and slower on each"
     )
-    # how it is served
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instances", type=int, help="engines side by side; default: as it was, at first 2")
     parser.add_argument(
         "--threads", type=int, help="cores that each may use, 0 for all; default: as it was, at first 0"
@@ -97,19 +129,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--gpus", type=_gpus, metavar="N,N", help="devices with so many engines each; default: as it was, at first all"
     )
-    args = parser.parse_args(argv)
-    for flag, value, least in (
-        ("--instances", args.instances, 1),
-        ("--threads", args.threads, 0),
-        ("--max-batch-size", args.max_batch_size, 1),
-    ):
-        if value is not None and value < least:
-            parser.error(f"{flag} must be at least {least}, not {value}")
-    if args.max_batch_size > MAX_BATCH_SIZE:
-        parser.error(f"--max-batch-size must be at most {MAX_BATCH_SIZE}, not {args.max_batch_size}")
-    if args.version is not None and args.version < 1:
-        parser.error(f"--version must be at least 1, not {args.version}")
-    return args
 
 
 def _gpus(text: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from bertqa.manifest import MODEL_NAME
-from service import rollout
+from service.commands import models
 from tests.chaos.clients import DEADLINE_S, load
 from tests.chaos.product import PATIENT, Layout, Product
 from tests.chaos.relay import nonsense
@@ -183,7 +183,7 @@ def _models(product: Product, *words: str) -> int:
     """`bertqa models`, in this process; what it says goes to a log."""
     flags = ["--repository", str(product.repository.root), "--triton-url", product.tritons[0].url]
     with (product.directory / "models.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        return rollout.main(rollout.parse_args([*words[:1], *flags, *words[1:]]))
+        return models.main(models.parse_args([*words[:1], *flags, *words[1:]]))
 
 
 def bundle_loaded(product: Product, size: Size) -> Row:

@@ -22,7 +22,8 @@ import pytest
 
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from service import doctor, rollout
+from service.commands import models, triton_admin
+from service.commands.doctor import __main__ as doctor
 from service.runtime.triton_process import EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.bundles import CONTEXT, break_engine, expect_another_answer, flip, publish
@@ -56,7 +57,7 @@ class Product:
     def models(self, *words: str) -> int:
         """`bertqa models`, in this process."""
         flags = ["--repository", str(self.repository.root), "--triton-url", self.triton.url]
-        return rollout.main(rollout.parse_args([*words[:1], *flags, *words[1:]]))
+        return models.main(models.parse_args([*words[:1], *flags, *words[1:]]))
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +300,7 @@ def test_models_and_doctor_speak_tls(
         with monkeypatch.context() as patch:
             for name, file in settings.items():
                 patch.setenv(f"BERTQA_TRITON_TLS_{name.upper()}", str(files / file))
-            checked = rollout.main(rollout.parse_args(["check", *flags, MODEL_NAME, str(active)]))
+            checked = models.main(models.parse_args(["check", *flags, MODEL_NAME, str(active)]))
             looked = doctor.main(doctor.parse_args([*flags, "--port", "0"]))
         return checked, looked, "".join(capsys.readouterr())
 
@@ -323,7 +324,9 @@ def test_models_and_doctor_speak_tls(
             checked, looked, said = told(**settings)
             assert (checked, looked) == (1, 1), said
             assert len(re.findall(reason, said)) == 2, said
-        monkeypatch.setattr(rollout, "_host", lambda url: "localhost.test")  # a name that is not in the certificate
+        monkeypatch.setattr(
+            triton_admin, "_host", lambda url: "localhost.test"
+        )  # a name that is not in the certificate
         assert told(ca="ca.pem", **own)[:2] == (1, 1)
 
 

@@ -5,170 +5,28 @@ this job writes there and asks Triton how far it is; it never touches what answe
 itself.
 """
 
-import argparse
 import asyncio
 import json
-import os
-import signal
-import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
-
-import grpc
-from tritonclient.grpc import InferenceServerClient
-from tritonclient.utils import InferenceServerException
 
 from bertqa.manifest import QUESTIONS_FILE, Bundle, BundleMismatch, changed_files, rebuild
 from bertqa.repository import ChangeRefused, Repository
 from bertqa.spans import InvalidLogits
 from service.answering import Answerer
+from service.commands.triton_admin import UNKNOWN, RolloutFailed, Servers, State
 from service.metrics import Metrics
 from service.models import Models, Served
 from service.question import Question
 from service.settings import Settings
-from service.triton import ModelError, TritonModel, tls_credentials, tls_options
+from service.triton import ModelError
 
-PROJECT = Path(__file__).resolve().parent.parent
 QUIET_S = 3.0
 """A version that answered nothing for so long is asked no more; services look for another one every second."""
 _LOOK_S = 0.2
 _STALE_S = 10.0  # after so long, a failure that Triton tells is one of ours
-_CALL_S = 5.0
-
-
-class RolloutFailed(Exception):
-    """The new version did not come up or did not answer as it should; what answered before still does."""
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """What a Triton says of a version."""
-
-    name: str  # READY, LOADING, UNLOADING or UNAVAILABLE
-    reason: str = ""  # e.g. why it could not be loaded
-
-
-UNKNOWN = State("UNAVAILABLE")
-
-
-class Servers:
-    """Every Triton that serves the repository; a name with several addresses stands for as many."""
-
-    def __init__(self, urls: Sequence[str], tls: grpc.ChannelCredentials | None = None) -> None:
-        """Look up the addresses.
-
-        Args:
-            urls: gRPC addresses host:port.
-            tls: as `service.triton.tls_credentials` gives it; a certificate must have the name by which a server was
-                looked up, not its address.
-
-        Raises:
-            RolloutFailed: one cannot be looked up.
-        """
-        self._tls = tls
-        self._names = {address: _host(url) for url in urls for address in _addresses(url)}
-        self.urls = [*self._names]
-        self._clients = {
-            url: InferenceServerClient(
-                url, creds=tls, channel_args=[("grpc.enable_http_proxy", 0), *(tls_options(name) if tls else ())]
-            )
-            for url, name in self._names.items()
-        }
-
-    def close(self) -> None:
-        """End the connections."""
-        for client in self._clients.values():
-            client.close()
-
-    def states(self, model: str, version: int) -> dict[str, State]:
-        """What each server says of the version.
-
-        Raises:
-            RolloutFailed: one does not answer.
-        """
-        return {url: states.get((model, version), UNKNOWN) for url, states in self.all_states().items()}
-
-    def all_states(self) -> dict[str, dict[tuple[str, int], State]]:
-        """What each server says of every version that it knows, by model and version.
-
-        Raises:
-            RolloutFailed: one does not answer.
-        """
-        return {
-            url: {
-                (entry.name, int(entry.version)): State(entry.state, entry.reason)
-                for entry in self._ask(url, "get_model_repository_index").models
-                if entry.version
-            }
-            for url in self.urls
-        }
-
-    def answered(self, model: str, version: int) -> int:
-        """Engine calls that the version has answered on all servers together; 0 on those that do not have it.
-
-        Raises:
-            RolloutFailed: one does not answer.
-        """
-        count = 0
-        for url, state in self.states(model, version).items():
-            if state.name == "READY":
-                found = self._ask(url, "get_inference_statistics", model, str(version))
-                count += sum(each.inference_count for each in found.model_stats)
-        return count
-
-    def versions(self) -> dict[str, str]:
-        """The version of each Triton.
-
-        Raises:
-            RolloutFailed: one does not answer.
-        """
-        return {url: self._ask(url, "get_server_metadata").version for url in self.urls}
-
-    def model(self, url: str, model: str, version: int) -> TritonModel:
-        """A version of a model at one of the servers, for a running event loop."""
-        return TritonModel([url], model=model, version=version, tls=self._tls, tls_name=self._names[url])
-
-    def _ask(self, url: str, method: str, *arguments: str) -> Any:
-        try:
-            return getattr(self._clients[url], method)(*arguments, client_timeout=_CALL_S)
-        except (InferenceServerException, grpc.RpcError) as error:
-            over = " over TLS" if self._tls else ""
-            raise RolloutFailed(
-                f"Triton at {url} does not answer{over}: {error}; give its address with --triton-url"
-            ) from None
-
-
-def tls_of(settings: Settings) -> grpc.ChannelCredentials | None:
-    """What the service would speak TLS to Triton with.
-
-    Raises:
-        RolloutFailed: a file cannot be read.
-    """
-    try:
-        return tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key)
-    except ValueError as error:
-        raise RolloutFailed(str(error)) from None
-
-
-def _host(url: str) -> str:
-    return url.removeprefix("dns:///").rpartition(":")[0].strip("[]")
-
-
-def _addresses(url: str) -> list[str]:
-    host, _, port = url.removeprefix("dns:///").rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except (OSError, ValueError) as error:
-        raise RolloutFailed(f"--triton-url {url}: {error}") from None
-    addresses = dict.fromkeys(str(address[0]) for *_, address in found)
-    if host == "localhost":  # one server with two addresses, and it may listen on one of them only
-        return [url]
-    return [f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in addresses]
 
 
 class Rollout:
@@ -301,8 +159,8 @@ class Rollout:
         bundle = self._repository.open(model, version)
         directory = self._repository.directory(model, version)
         if changed := changed_files(directory, bundle.manifest):
-            mend = rebuild(bundle.manifest.target)
-            raise BundleMismatch(f"{directory / changed[0]}: not as it was published; {mend}")
+            fix = rebuild(bundle.manifest.target)
+            raise BundleMismatch(f"{directory / changed[0]}: not as it was published; {fix}")
         return bundle
 
     def _until_ready(self, model: str, version: int, before: Mapping[str, State]) -> None:
@@ -382,86 +240,3 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
         answerer.close()
         await triton.close()
     return seconds
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    settings = Settings.from_environment({"BERTQA_REPOSITORY": str(PROJECT / "model_repository"), **os.environ})
-    parser = argparse.ArgumentParser(
-        prog="bertqa models", description="Put another version of a model into service, and take it back."
-    )
-    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-    for name, text in (
-        ("list", "the versions of every model"),
-        ("load", "load a version beside those that answer, and check it"),
-        ("check", "ask a loaded version the questions that it answered when it was built"),
-        ("switch", "check a loaded version and let it answer"),
-        ("rollback", "let the version answer that did before"),
-        ("unload", "drop a version that nobody asks any more from memory"),
-    ):
-        step = steps.add_parser(name, help=text, description=text)
-        if name != "list":
-            step.add_argument("model", help="name of the model")
-        if name in ("load", "check", "switch", "unload"):
-            step.add_argument("version", type=int)
-        if name in ("switch", "rollback"):
-            step.add_argument("--unchecked", action="store_true", help="without asking it anything first")
-        if name == "unload":
-            step.add_argument("--force", action="store_true", help="even while it is being asked")
-        step.add_argument(
-            "--repository", type=Path, default=settings.repository, help="model repository (default: %(default)s)"
-        )
-        step.add_argument(
-            "--triton-url",
-            default=settings.triton_url,
-            metavar="HOST:PORT",
-            help="gRPC address of Triton, or of all of them with commas; a name stands for all its addresses "
-            "(default: %(default)s)",
-        )
-        step.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for Triton (default: 300)")
-        step.set_defaults(settings=settings)
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Take the step; returns the process's exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a load that is stopped is taken back
-    try:
-        servers = Servers([url.strip() for url in args.triton_url.split(",")], tls_of(args.settings))
-        try:
-            _take(args, Rollout(Repository(args.repository), servers, timeout_s=args.timeout, report=_say))
-        finally:
-            servers.close()
-    except (RolloutFailed, ChangeRefused, BundleMismatch) as error:
-        _say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _take(args: argparse.Namespace, rollout: Rollout) -> None:
-    match args.step:
-        case "list":
-            rows = rollout.rows()
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            for row in rows:
-                print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        case "load":
-            rollout.load(args.model, args.version)
-        case "check":
-            rollout.check(args.model, args.version)
-        case "switch":
-            rollout.switch(args.model, args.version, unchecked=args.unchecked)
-        case "rollback":
-            rollout.rollback(args.model, unchecked=args.unchecked)
-        case "unload":
-            rollout.unload(args.model, args.version, force=args.force)
-
-
-def _say(line: str) -> None:
-    print(f"bertqa: {line}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(parse_args()))
