@@ -33,8 +33,8 @@ from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import MODEL_NAME, BundleMismatch, sha256_of
 from bertqa.repository import Repository
 from bertqa.spans import MAX_ANSWER_TOKENS
+from service.api.schemas import LONGEST_ANSWER_TOKENS
 from service.batch_worker import ANSWER_COLUMNS, Asking, BatchStopped, Part, PartAnswerer, Receipt, is_text
-from service.schemas import LONGEST_ANSWER_TOKENS
 from service.settings import Settings
 
 JOURNAL_FILE = "_batch.jsonl"

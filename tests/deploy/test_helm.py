@@ -14,11 +14,11 @@ import yaml
 from bertqa.triton_config import Serving
 from engine_builder import __main__ as engine_builder
 from service import __main__ as command
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.runtime import triton as triton_command
 from service.runtime.triton_process import FLAGS
 from service.settings import Settings
-from service.triton import CALLS_PER_WINDOW
+from service.triton.client import CALLS_PER_WINDOW
 from tests.support.paths import ROOT
 
 CHART = ROOT / "deploy" / "helm" / "bertqa"

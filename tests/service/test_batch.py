@@ -37,7 +37,7 @@ from service.batch import JOURNAL_FILE, BatchRefused
 from service.batch_worker import ANSWER_COLUMNS, MODEL_KEY, Asking, Part, PartAnswerer, PartReader, Receipt
 from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
-from service.triton import Engine, ModelUnavailable
+from service.triton.client import Engine, ModelUnavailable
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import ROOT
 from tests.support.ports import triton_ports
