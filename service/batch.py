@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -213,11 +213,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         settings = Settings.from_environment(os.environ)
     except ValueError as error:
         raise BatchRefused(str(error)) from error
-    settings = replace(
-        settings,
-        repository=args.repository.resolve(),
-        triton_url=args.triton_url or settings.triton_url,
-        max_in_flight=args.in_flight or settings.max_in_flight,
+    settings = settings.model_copy(
+        update={
+            "repository": args.repository.resolve(),
+            "triton_url": args.triton_url or settings.triton_url,
+            "max_in_flight": args.in_flight or settings.max_in_flight,
+        }
     )
     if args.output.resolve().is_relative_to(args.input.resolve()):
         raise BatchRefused(f"--output {args.output}: must not lie in --input, whose files are read")

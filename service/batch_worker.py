@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ class PartAnswerer:
         self._patience_s = patience_s
         self._at_a_time = settings.max_in_flight or IN_FLIGHT
         self._loop = asyncio.new_event_loop()
-        self._loop.run_until_complete(self._connect(engine, replace(settings, max_in_progress=self._at_a_time)))
+        settings = settings.model_copy(update={"max_in_progress": self._at_a_time})
+        self._loop.run_until_complete(self._connect(engine, settings))
 
     async def _connect(self, engine: Engine | None, settings: Settings) -> None:
         bundle, metrics = self._bundle, Metrics()
