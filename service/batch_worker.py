@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from bertqa.backoff import pauses
 from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import Bundle, BundleMismatch, sha256_of
 from bertqa.spans import InvalidLogits, Logits
@@ -59,7 +60,6 @@ IN_FLIGHT = 64
 """Windows of a process that are with the engine at one time, where nothing else is said."""
 _PIECE = 8  # windows of one row that are with the engine at one time
 _SUSPECT_ATTEMPTS = 3
-_MAX_PAUSE_S = 2.0
 _READ_ROWS = 64
 _FAILURES = (ModelError, InvalidLogits)
 """What may be a question's fault, or an engine's that is away or broken."""
@@ -235,7 +235,7 @@ class PartAnswerer:
     async def _until_sound(self) -> None:
         harmless = Question(model=self._served, question="Is it ready?", contexts=("It is ready.",))
         began = time.monotonic()
-        for pause in _pauses():
+        for pause in pauses():
             left_s = began + self._patience_s - time.monotonic()
             try:
                 await self._answerer.answer(harmless, deadline=time.monotonic() + max(left_s, 1.0))
@@ -302,7 +302,7 @@ class SteadyEngine:
     async def _predict(self, window: Window, deadline: float) -> Logits:
         async with self._turns:
             began = time.monotonic()
-            for pause in _pauses():
+            for pause in pauses():
                 try:
                     (logits,) = await self._engine.predict([window], deadline=_soon(deadline))
                 except ModelOverloaded as error:
@@ -429,11 +429,3 @@ def _columns(response: AnswerResponse) -> dict[str, Any]:
 
 def _soon(deadline: float) -> float:
     return min(deadline, time.monotonic() + CALL_S)
-
-
-def _pauses() -> Iterator[float]:
-    """Pauses in seconds, growing up to a limit, and never in step with those of others."""
-    pause = 0.1
-    while True:
-        yield random.uniform(0.5, 1.5) * pause
-        pause = min(2 * pause, _MAX_PAUSE_S)

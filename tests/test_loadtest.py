@@ -1,6 +1,8 @@
 """The load tests: what is asked and when, what a reply is worth, what is made of it, and small ones of the toy."""
 
+import asyncio
 import csv
+import itertools
 import json
 import math
 import os
@@ -29,6 +31,7 @@ from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, TOKENIZER_FILE, Bundle, s
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
 from loadtest import report, servers, sweep
+from loadtest.closed_loop import closed_loop, http_post
 from loadtest.replies import RIGHT, Sample, judge
 from loadtest.report import Load, Point
 from loadtest.workload import (
@@ -506,6 +509,61 @@ def test_what_is_refused_for_now_is_counted_apart(
     outcomes = Counter(each.outcome for each in samples)
     assert outcomes.keys() == {RIGHT, "shed 503 engine_overloaded"}
     assert len(samples) <= 4 * 8  # who was refused waited as long as it was told to, one second
+
+
+class Busy(ThreadingHTTPServer):
+    """Refuses the first ``refusals`` requests with ``retry-after: 1``; keeps the time and body of each request."""
+
+    daemon_threads = True
+
+    def __init__(self, refusals: int) -> None:
+        super().__init__(("127.0.0.1", 0), self.Handler)
+        self.refusals = refusals
+        self.seen: list[tuple[float, bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            server = self.server
+            assert isinstance(server, Busy)
+            body = self.rfile.read(int(self.headers["content-length"]))
+            server.seen.append((time.monotonic(), body))
+            refused = len(server.seen) <= server.refusals
+            reply = b'{"error_type": "engine_overloaded"}' if refused else b'{"answers": []}'
+            self.send_response(503 if refused else 200)
+            self.send_header("content-length", str(len(reply)))
+            if refused:
+                self.send_header("retry-after", "1")
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+
+def test_a_refused_client_asks_the_same_again_no_sooner_than_told(tmp_path: Path) -> None:
+    write_requests(tmp_path / "requests.jsonl", make_requests(toy_examples(), "short", 12))
+    with Busy(2) as server:
+        threading.Thread(target=server.serve_forever).start()
+        run_locust(f"http://127.0.0.1:{server.server_port}", tmp_path, users=1, seconds=6)
+        server.shutdown()
+    (first, body), (second, again), (third, once_more), (_, other) = server.seen[:4]
+    assert body == again == once_more != other
+    assert min(second - first, third - second) >= 1.0
+
+
+def test_the_light_clients_give_a_refused_question_up_in_the_end() -> None:
+    with Busy(1_000) as server:
+        threading.Thread(target=server.serve_forever).start()
+        requests = itertools.repeat((0, http_post("127.0.0.1", server.server_port, "/", b"{}")))
+        run = closed_loop("127.0.0.1", server.server_port, requests, 1, until=lambda sent: sent >= 1, timeout_s=2.0)
+        (reply,) = asyncio.run(run).replies
+        server.shutdown()
+    assert (reply.status, reply.shed) == (503, 1)
+    assert 1.0 <= reply.seconds < 2.0
+    (first, _), (second, _) = server.seen
+    assert second - first >= 1.0
 
 
 def test_a_service_that_wants_a_key_gets_it(
