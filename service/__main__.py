@@ -4,7 +4,6 @@
 then Triton.
 """
 
-import argparse
 import contextlib
 import http.client
 import logging
@@ -20,10 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bertqa.command import run
 from bertqa.manifest import MODEL_NAME, WEIGHTS_FILE, BundleMismatch, OtherFormat, changed_files, rebuild, sha256_of
 from bertqa.repository import ChangeRefused, Repository
 from service import logs
+from service.commands.serve import ServeOptions
 from service.embedded_triton import (
+    LOOPBACK,
     EmbeddedTriton,
     TritonError,
     TritonPorts,
@@ -48,47 +50,7 @@ class LaunchError(RuntimeError):
     """The service cannot be started; the message says why and what to do."""
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bertqa serve", description="Serve a BERT question-answering model over REST."
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port, or the next free one (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="processes of the REST service (default: %(default)s)")
-    parser.add_argument(
-        "--repository",
-        type=Path,
-        default=PROJECT / "model_repository",
-        help="Triton model repository with the engine (default: that of the project)",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="build the engine from this directory if the repository has none of it (default: any engine will do, and "
-        "where there is none, it is built from the one in checkpoints/)",
-    )
-    parser.add_argument(
-        "--triton-url",
-        metavar="HOST:PORT",
-        help="gRPC address of a running Triton, or several with commas; without it one is started",
-    )
-    parser.add_argument(
-        "--triton-grpc-port", type=int, default=TritonPorts.grpc, help="of the one started (default: %(default)s)"
-    )
-    parser.add_argument("--log-dir", type=Path, default=Path("logs"), help="for Triton's log (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers: must be at least 1")
-    for name in ("port", "triton_grpc_port"):
-        if not 0 <= getattr(args, name) <= 65535:
-            parser.error(f"--{name.replace('_', '-')}: must be from 0 to 65535")
-    return args
-
-
-def main(args: argparse.Namespace) -> int:
+def launch(args: ServeOptions) -> int:
     """Run until told to end; returns the process's exit code."""
     try:
         logs.configure(Settings.from_environment(os.environ))
@@ -99,18 +61,23 @@ def main(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
     try:
+        if args.triton_url and not Repository(args.repository).serving():
+            raise LaunchError(
+                f"--repository {args.repository}: holds no model; with --triton-url, nothing is built: name the model "
+                "repository of that Triton, or a copy of it"
+            )
         ensure_engine(args.repository, args.checkpoint, stopping)
         if stopping.is_set():
             log.info("ended")
             return 0
         port = free_port(args.host, args.port)
         if port != args.port and args.port:
-            log.info("port %d is taken, using %d", args.port, port)
+            raise LaunchError(f"--port {args.port}: another process uses it; choose another, or 0 for any free one")
         with contextlib.ExitStack() as stack:
             url = args.triton_url
             if not url:
                 settle(Repository(args.repository))
-                ports = TritonPorts(grpc=args.triton_grpc_port)
+                ports = TritonPorts(grpc=_grpc_port(args))
                 triton = EmbeddedTriton(
                     args.repository, ports=ports, avoid_ports=(port,), log_dir=args.log_dir, report=log.info
                 )
@@ -125,6 +92,15 @@ def main(args: argparse.Namespace) -> int:
         return 1
     log.info("ended")
     return 0
+
+
+def _grpc_port(args: ServeOptions) -> int:
+    wanted = TritonPorts.grpc if args.triton_grpc_port is None else args.triton_grpc_port
+    if args.triton_grpc_port and free_port(LOOPBACK, wanted) != wanted:
+        raise LaunchError(
+            f"--triton-grpc-port {wanted}: another process uses it; choose another, or 0 for any free one"
+        )
+    return wanted
 
 
 def ensure_engine(root: Path, checkpoint: Path | None, stopping: threading.Event) -> None:
@@ -206,7 +182,7 @@ def settle(repository: Repository) -> None:
             repository.configure(model)
 
 
-def serve(args: argparse.Namespace, port: int, triton_url: str, stopping: threading.Event, scratch: Path) -> None:
+def serve(args: ServeOptions, port: int, triton_url: str, stopping: threading.Event, scratch: Path) -> None:
     """Run the REST service, restarting it when it dies, until `stopping` is set; `scratch` is an empty directory.
 
     Raises:
@@ -321,4 +297,6 @@ def _reachable(host: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    from service.commands.serve import app
+
+    run(app, "bertqa serve")

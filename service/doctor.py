@@ -4,7 +4,6 @@ Prints a line for each thing it looked at: ``ok``, ``WARN`` for what works worse
 it. It changes nothing and may be run beside a service that answers.
 """
 
-import argparse
 import asyncio
 import ctypes
 import http.client
@@ -13,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +26,9 @@ from bertqa.manifest import QUESTIONS_FILE, Bundle, BundleMismatch, Manifest, ch
 from bertqa.repository import CONFIG_FILE, Repository
 from bertqa.triton_config import Serving
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
+from service.commands.doctor import DoctorOptions
 from service.embedded_triton import LOOPBACK, TritonError, TritonInstallation, TritonPorts, find_triton, free_port
-from service.rollout import PROJECT, RolloutFailed, Servers, ask, tls_of
+from service.rollout import RolloutFailed, Servers, ask, tls_of
 from service.settings import Settings
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -54,37 +53,7 @@ class Finding:
         return f"{self.level:<4}  {self.subject}: {self.text}"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    settings = Settings.from_environment({"BERTQA_REPOSITORY": str(PROJECT / "model_repository"), **os.environ})
-    parser = argparse.ArgumentParser(
-        prog="bertqa doctor", description="Look for what would go wrong, and say what mends it."
-    )
-    parser.add_argument(
-        "--repository", type=Path, default=settings.repository, help="model repository (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--triton-url",
-        metavar="HOST:PORT",
-        help="gRPC address of a running Triton, or several with commas (default: one that `bertqa serve` would start)",
-    )
-    parser.add_argument("--host", default=LOOPBACK, help="that the service would listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="of the service (default: %(default)s)")
-    parser.add_argument("--triton-grpc-port", type=int, default=TritonPorts.grpc, help="default: %(default)s")
-    parser.set_defaults(settings=settings)
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Look at everything; 1 if something fails, else 0."""
-    worst: set[Level] = set()
-    for finding in examine(args):
-        print(finding, flush=True)
-        worst.add(finding.level)
-    return int("FAIL" in worst)
-
-
-def examine(args: argparse.Namespace) -> Iterator[Finding]:
+def examine(args: DoctorOptions) -> Iterator[Finding]:
     """Everything, in the order in which one thing needs another."""
     repository = Repository(args.repository)
     try:
@@ -577,7 +546,3 @@ def shared_memory(serving: Mapping[str, Serving], bundles: Iterable[Bundle]) -> 
     if free < needed:
         return Finding("FAIL", "shared memory", f"{told}; start the container with --shm-size 256m")
     return Finding("ok", "shared memory", told)
-
-
-if __name__ == "__main__":
-    sys.exit(main(parse_args()))

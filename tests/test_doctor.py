@@ -17,10 +17,12 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from bertqa.command import parse, status
 from bertqa.manifest import MODEL_NAME, Bundle, Manifest, sha256_of
 from bertqa.repository import Repository
 from bertqa.triton_config import Serving
 from service import doctor, embedded_triton
+from service.commands.doctor import DoctorOptions, app
 from service.doctor import Finding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +60,7 @@ def examine(repository: Repository) -> Callable[..., list[Finding]]:
 
     def examine(*words: str) -> list[Finding]:
         flags = ["--repository", str(repository.root), "--port", "0", "--triton-grpc-port", "1", *words]
-        return list(doctor.examine(doctor.parse_args(flags)))
+        return list(doctor.examine(parse(DoctorOptions, flags)))
 
     return examine
 
@@ -98,7 +100,7 @@ def test_the_exit_code_says_whether_something_fails(
     publish: Publish, repository: Repository, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--repository", str(repository.root), "--port", "0", "--triton-grpc-port", "1"]
-    assert doctor.main(doctor.parse_args(flags)) == 1
+    assert status(app, flags) == 1
     assert re.fullmatch(
         r"FAIL  repository: .*bert_qa: holds no built version; run `python -m engine_builder .*\n",
         capsys.readouterr().out,

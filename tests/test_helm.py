@@ -11,10 +11,11 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
+from bertqa.command import parse
 from bertqa.triton_config import Serving
 from engine_builder import __main__ as engine_builder
-from service import __main__ as launcher
 from service import embedded_triton
+from service.commands.serve import ServeOptions
 from service.metrics import Metrics
 from service.settings import Settings
 from service.triton import CALLS_PER_WINDOW
@@ -188,7 +189,8 @@ def test_pods_keep_the_restricted_standard(release: list[dict[str, Any]]) -> Non
 
 def test_programs_take_their_arguments(release: list[dict[str, Any]]) -> None:
     containers = {component: spec["containers"][0] for component, _, spec in pods(release)}
-    args = launcher.parse_args(containers["service"]["args"])
+    args = parse(ServeOptions, containers["service"]["args"])
+    assert args.triton_url
     environment = {variable["name"]: variable["value"] for variable in containers["service"]["env"]}
     settings = Settings.from_environment({**environment, "BERTQA_TRITON_URL": args.triton_url})
     if settings.api_keys_file:

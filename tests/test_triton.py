@@ -1072,8 +1072,8 @@ def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
     (builder / "__main__.py").write_text("import sys, time; print('building', flush=True); time.sleep(600)")
     program = (
         "import sys; from pathlib import Path; from service import __main__ as launcher\n"
-        "launcher.PROJECT = Path(sys.argv[1])\n"
-        "sys.exit(launcher.main(launcher.parse_args(['--repository', sys.argv[1], '--checkpoint', sys.argv[1]])))"
+        "launcher.PROJECT = here = Path(sys.argv[1])\n"
+        "sys.exit(launcher.launch(launcher.ServeOptions(repository=here, checkpoint=here)))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True

@@ -12,13 +12,14 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
+from bertqa.command import status
 from bertqa.manifest import MODEL_NAME
 from chaos.bundles import break_engine, expect_another_answer, flip, publish
 from chaos.clients import DEADLINE_S, load
 from chaos.product import PATIENT, ROOT, Layout, Product, until
 from chaos.relay import nonsense
 from chaos.report import Row, Size
-from service import rollout
+from service.commands import models
 
 Scenario = Callable[[Product, Size], Row]
 PLAIN = Layout(settings=PATIENT)
@@ -181,7 +182,7 @@ def _models(product: Product, *words: str) -> int:
     """`bertqa models`, in this process; what it says goes to a log."""
     flags = ["--repository", str(product.repository.root), "--triton-url", product.tritons[0].url]
     with (product.directory / "models.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        return rollout.main(rollout.parse_args([*words[:1], *flags, *words[1:]]))
+        return status(models.app, [*words[:1], *flags, *words[1:]])
 
 
 def bundle_loaded(product: Product, size: Size) -> Row:

@@ -1,0 +1,1 @@
+"""The commands of the service: light modules that import what they run when they run."""

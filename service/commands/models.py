@@ -1,0 +1,135 @@
+"""``bertqa models``: put another version of a model into service, and take it back."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bertqa.command import CommandError, Exit, OutputFormat, command, group, positive, say
+from service.commands.options import TritonOptions, settings
+
+if TYPE_CHECKING:
+    from service.rollout import Rollout
+
+app = group("Put versions of a model into service and take them back.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(TritonOptions):
+    """Options of every step."""
+
+    timeout: Annotated[float, typer.Option(callback=positive, metavar="SECONDS", help="Longest wait for Triton.")] = (
+        300.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOptions(StepOptions):
+    """Options of ``bertqa models list``."""
+
+    format: Annotated[OutputFormat, typer.Option(help="Print text for people or JSON for machines.")] = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(StepOptions):
+    """Options of the steps that concern a model."""
+
+    model: Annotated[str, typer.Argument(help="Name of the model.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionOptions(ModelOptions):
+    """Options of the steps that concern a version."""
+
+    version: Annotated[int, typer.Argument(help="Version of the model.")]
+
+
+_UNCHECKED = typer.Option("--unchecked", help="Do not ask the version anything first.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchOptions(VersionOptions):
+    """Options of ``bertqa models switch``."""
+
+    unchecked: Annotated[bool, _UNCHECKED] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackOptions(ModelOptions):
+    """Options of ``bertqa models rollback``."""
+
+    unchecked: Annotated[bool, _UNCHECKED] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnloadOptions(VersionOptions):
+    """Options of ``bertqa models unload``."""
+
+    force: Annotated[bool, typer.Option("--force", help="Unload it even while it is being asked.")] = False
+
+
+@command(app, ListOptions, extra="service", name="list")
+def list_models(options: ListOptions) -> None:
+    """List the versions of every model."""
+    _take(options, lambda rollout: _print(rollout.rows(), options.format))
+
+
+@command(app, VersionOptions, extra="service")
+def load(options: VersionOptions) -> None:
+    """Load a version beside those that answer, and check it."""
+    _take(options, lambda rollout: rollout.load(options.model, options.version))
+
+
+@command(app, VersionOptions, extra="service")
+def check(options: VersionOptions) -> None:
+    """Ask a loaded version the questions of its build."""
+    _take(options, lambda rollout: rollout.check(options.model, options.version))
+
+
+@command(app, SwitchOptions, extra="service")
+def switch(options: SwitchOptions) -> None:
+    """Check a loaded version and let it answer."""
+    _take(options, lambda rollout: rollout.switch(options.model, options.version, unchecked=options.unchecked))
+
+
+@command(app, RollbackOptions, extra="service")
+def rollback(options: RollbackOptions) -> None:
+    """Let the version answer that did before."""
+    _take(options, lambda rollout: rollout.rollback(options.model, unchecked=options.unchecked))
+
+
+@command(app, UnloadOptions, extra="service")
+def unload(options: UnloadOptions) -> None:
+    """Drop a version that nobody asks any more from memory."""
+    _take(options, lambda rollout: rollout.unload(options.model, options.version, force=options.force))
+
+
+def _take(options: StepOptions, step: "Callable[[Rollout], object]") -> None:
+    from bertqa.manifest import BundleMismatch  # noqa: PLC0415
+    from bertqa.repository import ChangeRefused, Repository  # noqa: PLC0415
+    from service.rollout import Rollout, RolloutFailed, Servers, tls_of  # noqa: PLC0415
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a load that is stopped is taken back
+    try:
+        servers = Servers([url.strip() for url in options.triton_url.split(",")], tls_of(settings()))
+        try:
+            step(Rollout(Repository(options.repository), servers, timeout_s=options.timeout, report=say))
+        finally:
+            servers.close()
+    except (RolloutFailed, ChangeRefused, BundleMismatch) as error:
+        raise CommandError(str(error), Exit.NO) from error
+
+
+def _print(rows: list[tuple[str, ...]], form: OutputFormat) -> None:
+    if form == "json":
+        names = [name.lower() for name in rows[0]]
+        found = [dict(zip(names, row, strict=True)) for row in rows[1:]]
+        print(json.dumps([{**row, "version": int(row["version"]), "f1": float(row["f1"])} for row in found]))
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
