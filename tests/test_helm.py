@@ -13,7 +13,6 @@ import yaml
 
 from bertqa.command import parse
 from bertqa.triton_config import Serving
-from engine_builder import __main__ as engine_builder
 from service import embedded_triton
 from service.commands.serve import ServeOptions
 from service.metrics import Metrics
@@ -213,7 +212,7 @@ def test_programs_take_their_arguments(release: list[dict[str, Any]]) -> None:
         variables = {variable["name"]: variable["value"] for variable in containers["console"]["env"]}
         assert Settings.from_environment(variables).triton_urls == settings.triton_urls
     if "build" in containers:
-        built = engine_builder.parse_args(containers["build"]["args"])
+        built = parse(BuildArguments, containers["build"]["args"])
         assert built.target == ("tensorrt" if triton["args"][0] == "tritonserver" else "cpu")
         assert (str(built.repository), built.model) == ("/models", "bert_qa")
 

@@ -27,11 +27,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
+from bertqa.command import parse
 from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, TOKENIZER_FILE, Bundle, sha256_of
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
 from loadtest import report, servers, sweep
 from loadtest.closed_loop import closed_loop, http_post
+from loadtest.commands import SweepOptions
 from loadtest.replies import RIGHT, Sample, judge
 from loadtest.report import Load, Point
 from loadtest.workload import (
@@ -300,7 +302,7 @@ def test_what_too_few_replies_cannot_tell_is_not_told() -> None:
 
 def all_points() -> list[Point]:
     points = []
-    for load in sweep.plan(sweep.parse_args([])):
+    for load in sweep.plan(parse(SweepOptions, [])):
         clients = load.clients or 10
         latency = max(0.02, clients / (100 * load.tritons))
         samples = [
@@ -348,7 +350,7 @@ def test_engines_are_drawn_on_the_same_axes() -> None:
 
 
 def test_a_sweep_goes_on_where_it_ended(tmp_path: Path) -> None:
-    args = sweep.parse_args(["--output", str(tmp_path), "--quick"])
+    args = parse(SweepOptions, ["--output", str(tmp_path), "--quick"])
     points = all_points()
     (tmp_path / "points.jsonl").write_text("".join(json.dumps(vars_of(each)) + "\n" for each in points))
     again = sweep.read_points(tmp_path)
@@ -368,7 +370,7 @@ def test_bad_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["--clients", "0"], "must be at least 1"),
     ):
         with pytest.raises(SystemExit):
-            sweep.parse_args(arguments)
+            parse(SweepOptions, arguments)
         assert message in capsys.readouterr().err
 
 
@@ -471,7 +473,7 @@ def test_several_processes_make_one_load(url: str, tmp_path: Path) -> None:
 
 
 def test_a_small_load_test_of_the_toy(make_app: Callable[..., FastAPI], tmp_path: Path) -> None:
-    args = sweep.parse_args(["--seconds", "1", "--warmup", "0.2"])
+    args = parse(SweepOptions, ["--seconds", "1", "--warmup", "0.2"])
     asked = [each for kind in KINDS for each in make_requests(toy_examples(), kind, 6)]
     path, points = tmp_path / "requests.jsonl", []
     with serving(make_app()) as url:
@@ -588,7 +590,7 @@ def test_replicas_with_engines_of_their_own_before_a_real_balancer(bundle: Bundl
     (tmp_path / "toy.json").write_text(json.dumps(as_squad(toy_examples())))
     arguments += ["--data", str(tmp_path / "toy.json"), "--repository", str(tmp_path / "source")]
     arguments += ["--output", str(tmp_path / "output")]
-    sweep.main(sweep.parse_args(arguments))
+    sweep.main(parse(SweepOptions, arguments))
     (found,) = sweep.read_points(tmp_path / "output")
     # One that finds the queue longer than it may be, as beside a test on the same cores, is refused.
     assert found.outcomes.keys() <= {RIGHT, "shed 503 engine_overloaded"}
