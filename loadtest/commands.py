@@ -11,7 +11,7 @@ from bertqa.command import CommandError, Exit, at_least_one, command, group, not
 
 PROJECT = Path(__file__).resolve().parent.parent
 CHECKPOINT = PROJECT / "checkpoints" / "minilm-l6-squad"
-PhaseName = Literal["closed", "open", "workload", "scaling"]
+PHASES = ("closed", "open", "workload", "scaling")
 
 app = group("Measure throughput against clients, replicas and engines.", no_args_is_help=False)
 
@@ -37,9 +37,10 @@ class SweepOptions:
     data: Annotated[
         Path, typer.Option(metavar="FILE", show_default="gate.json of the checkpoint", help="SQuAD file.")
     ] = CHECKPOINT / "gate.json"
-    phases: Annotated[list[PhaseName], typer.Option(show_default="all", help="What to measure; may be repeated.")] = (
-        field(default_factory=lambda: ["closed", "open", "workload", "scaling"])
-    )
+    phases: Annotated[
+        list[str],
+        typer.Option(metavar="PHASE", show_default="all", help=f"Some of {', '.join(PHASES)}; may be repeated."),
+    ] = field(default_factory=lambda: [*PHASES])
     processes: Annotated[
         int, typer.Option(callback=at_least_one, metavar="N", help="Processes of the load's clients.")
     ] = 1
@@ -74,6 +75,8 @@ class SweepOptions:
             few = {"clients": [1, 4, 16, 64], "replicas": [1, 2], "instances": [2]}
             for name, value in {**few, "seconds": 3.0, "warmup": 1.0, "questions": 80}.items():
                 object.__setattr__(self, name, value)
+        if unknown := [name for name in self.phases if name not in PHASES]:
+            raise ValueError(f"--phases: must be some of {', '.join(PHASES)}, not {unknown[0]!r}")
         if self.balancer == "none" and self.replicas != [1]:
             raise ValueError("--balancer none: goes with --replicas 1 alone")
         if min([*self.clients, *self.replicas, *self.instances]) < 1:

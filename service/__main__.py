@@ -4,6 +4,12 @@
 then Triton.
 """
 
+if __name__ == "__main__":  # before the imports, of which --help needs none
+    from bertqa.command import run
+    from service.commands.serve import app
+
+    run(app, "bertqa serve")
+
 import contextlib
 import http.client
 import logging
@@ -19,7 +25,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertqa.command import run
 from bertqa.manifest import MODEL_NAME, WEIGHTS_FILE, BundleMismatch, OtherFormat, changed_files, rebuild, sha256_of
 from bertqa.repository import ChangeRefused, Repository
 from service import logs
@@ -294,9 +299,3 @@ def _reachable(host: str) -> str:
     """The host part of a URL under which this machine reaches a service that listens on ``host``."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
-
-
-if __name__ == "__main__":
-    from service.commands.serve import app
-
-    run(app, "bertqa serve")

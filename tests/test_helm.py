@@ -13,6 +13,7 @@ import yaml
 
 from bertqa.command import parse
 from bertqa.triton_config import Serving
+from engine_builder.commands import BuildArguments
 from service import embedded_triton
 from service.commands.serve import ServeOptions
 from service.metrics import Metrics
