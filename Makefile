@@ -6,6 +6,10 @@ PEERS ?= .venv-peers
 # Where torch comes from, if not from the default index: https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
 TORCH_INDEX ?=
 ARGS ?=
+# One package's tests alone: make test PACKAGE=service
+PACKAGE ?=
+# Tests run in so many processes; those marked `alone` wait for the others.
+WORKERS ?= 2
 SOAK_MINUTES ?= 2
 
 BIN := $(VENV)/bin
@@ -14,10 +18,14 @@ CHECKPOINT ?= checkpoints/minilm-l6-squad
 SQUAD ?= data/squad
 
 # Triton runs the CPU engine in the shared library of this very Python; better to say so now than after the downloads.
-define CHECK_PYTHON
-import ctypes, sys, sysconfig
+define CHECK_VERSION
+import sys
 if not (3, 10) <= sys.version_info < (3, 14):
     sys.exit("bertqa needs Python 3.10 to 3.13: make PYTHON=python3.12 ...")
+endef
+define CHECK_PYTHON
+$(CHECK_VERSION)
+import ctypes, sysconfig
 name = "libpython%d.%d.so.1.0" % sys.version_info[:2]
 try:
     ctypes.CDLL(sysconfig.get_config_var("LIBDIR") + "/" + name)
@@ -27,10 +35,14 @@ except OSError:
     except OSError:
         sys.exit("bertqa needs " + name + ": apt-get install libpython%d.%d" % sys.version_info[:2])
 endef
-export CHECK_PYTHON
+export CHECK_VERSION CHECK_PYTHON
+
+# What runs with the service's packages alone: no builder, no Ray, no collector of traces.
+FAST := tests/bertqa $(filter-out %/test_batch.py %/test_rollout.py %/test_tracing.py %/test_triton.py %/test_workers.py, \
+	$(wildcard tests/service/test_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test chaos lint audit bench bench-peers loadtest train-env finetune constraints clean
+.PHONY: help serve test test-fast chaos lint audit bench bench-peers loadtest train-env finetune constraints clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,12 +50,22 @@ help:  ## Show the targets
 serve: $(VENV)/serve.stamp  ## Build the engine if there is none, start Triton and the service (ARGS="--port 8080")
 	$(BIN)/bertqa serve --checkpoint $(CHECKPOINT) $(ARGS)
 
-test: $(VENV)/test.stamp  ## Run all tests: real Triton, two Horovod processes, a real browser (ARGS="-k page")
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/test.stamp  ## Run all tests: real Triton, Horovod, a browser (PACKAGE=service ARGS="-k page")
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
+		$(if $(PACKAGE),tests/$(PACKAGE)) $(ARGS)
+
+test-fast:  ## Run what needs no Triton and no torch, on another Python (PYTHON=python3.13)
+	@$(PYTHON) -c "$$CHECK_VERSION"
+	venv=.venv-fast-$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+	{ [ -e $$venv/fast.stamp ] || { $(PYTHON) -m venv $$venv && \
+		$$venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip && \
+		$$venv/bin/python -m pip install --quiet --constraint constraints.txt --group test --editable '.[service]' && \
+		touch $$venv/fast.stamp; }; } && \
+	$$venv/bin/python -m pytest -m 'not triton and not slow' $(FAST) $(ARGS)
 
 chaos: $(VENV)/test.stamp  ## Break everything under load and print what became of the requests (SOAK_MINUTES=60)
 	-@$(PIP) --group fuzz
-	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests:. $(BIN)/python -m chaos --soak-minutes $(SOAK_MINUTES) $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.chaos --soak-minutes $(SOAK_MINUTES) $(ARGS)
 
 lint: $(VENV)/test.stamp  ## Check style and types
 	$(BIN)/ruff check
@@ -76,10 +98,21 @@ constraints:  ## Resolve all dependencies again, for every supported Python (nee
 	mv constraints.tmp constraints.txt && rm constraints.new
 
 clean:  ## Remove the environment and everything generated
-	rm -rf $(VENV) $(PEERS) logs runs tests/javascript/node_modules
+	rm -rf $(VENV) $(PEERS) .venv-fast-* logs runs tests/javascript/node_modules
 	find model_repository -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 
-$(VENV)/serve.stamp: pyproject.toml constraints.txt
+# What a set-up was made of, by content: a .venv that CI kept for the same contents is taken as it is, whatever the age of
+# the files in a fresh checkout.
+serve_INPUTS := pyproject.toml constraints.txt
+train_INPUTS := training/install_horovod.sh
+loadtest_INPUTS := tests/install_servers.sh
+test_INPUTS := tests/javascript/package-lock.json $(wildcard tests/install_*.sh)
+.PHONY: FORCE
+.PRECIOUS: $(VENV)/%.inputs
+$(VENV)/%.inputs: FORCE
+	@mkdir -p $(VENV); sha256sum $($*_INPUTS) | cmp --silent - $@ || sha256sum $($*_INPUTS) > $@
+
+$(VENV)/serve.stamp: $(VENV)/serve.inputs
 	@$(PYTHON) -c "$$CHECK_PYTHON"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
@@ -87,17 +120,17 @@ $(VENV)/serve.stamp: pyproject.toml constraints.txt
 	$(PIP) --no-deps nvidia-pytriton
 	@touch $@
 
-$(VENV)/train.stamp: $(VENV)/serve.stamp training/install_horovod.sh
+$(VENV)/train.stamp: $(VENV)/serve.stamp $(VENV)/train.inputs
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --group horovod-build --editable '.[training]'
 	training/install_horovod.sh $(VENV)
 	@touch $@
 
-$(VENV)/loadtest.stamp: $(VENV)/serve.stamp tests/install_servers.sh
+$(VENV)/loadtest.stamp: $(VENV)/serve.stamp $(VENV)/loadtest.inputs
 	$(PIP) --editable '.[loadtest]'
 	tests/install_servers.sh
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/train.stamp tests/javascript/package-lock.json $(wildcard tests/install_*.sh)
+$(VENV)/test.stamp: $(VENV)/train.stamp $(VENV)/test.inputs
 	$(PIP) --group dev --editable '.[batch,loadtest,tensorboard,tensorrt,tracing]'
 	tests/install_browser.sh
 	tests/install_servers.sh

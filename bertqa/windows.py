@@ -7,12 +7,13 @@ is tokenized once; windows are slices of its tokens, so a character offset never
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
@@ -32,12 +33,18 @@ MAX_QUESTION_TOKENS = 64
 
 SPECIAL_TOKENS = 3  # [CLS] question [SEP] context [SEP]
 
+_PIECE = 2_000  # characters tokenized at once, where a text can be cut: up to 10 ms of work
+_READ = 16_384  # tokens copied out of the tokenizer's object at once
+
 IntArray = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One engine call and the place of its context tokens, both in the window and in the context."""
+    """One engine call and the place of its context tokens, both in the window and in the context.
+
+    Windows of one text share memory: to change an array, copy it.
+    """
 
     input_ids: IntArray  # (1, length)
     attention_mask: IntArray  # (1, length), 1 for a token and 0 for padding
@@ -108,6 +115,7 @@ class WindowMaker:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._plain_ascii = _without_normalizer(self._tokenizer)
+        self._cuts = _safe_cuts(self._tokenizer)
         self._cls, self._sep, self._pad = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
 
     @classmethod
@@ -160,6 +168,8 @@ class WindowMaker:
         overlap: int | None = None,
         max_seq_len: int | None = None,
         max_question_tokens: int | None = None,
+        max_windows: int | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Windows:
         """Tokenize a question and a context into windows.
 
@@ -170,10 +180,14 @@ class WindowMaker:
                 context where the window is too short for that.
             max_seq_len: length of a full window, this maker's own by default.
             max_question_tokens: by default this maker's own, or what a shorter ``max_seq_len`` leaves room for.
+            max_windows: most windows allowed; held against the text's tokens before any window is made.
+            check: called between steps; what it raises ends the work and comes out of here. A step takes a few
+                milliseconds with the tokenizers of BERT. Others tokenize a text in one step, without holding the GIL.
 
         Raises:
-            ValueError: a text is not valid Unicode (lone surrogates), the question holds no token, or a limit is out
-                of range; the message begins with the name of the argument.
+            ValueError: a text is not valid Unicode (lone surrogates), the question holds no token, a limit is out of
+                range, or the context comes to more than ``max_windows``; the message begins with the name of the
+                argument. For too many windows that is ``overlap`` if one was given, else ``context``.
         """
         max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
         if max_question_tokens is None:
@@ -182,53 +196,90 @@ class WindowMaker:
         check_unicode("question", question)
         check_unicode("context", context)
 
-        question_ids = self._encode(question).ids
-        if not question_ids:
+        question_ids = self._tokens(question, check)[0]
+        if not len(question_ids):
             raise ValueError("question: holds no token that the model knows")
         kept = question_ids[:max_question_tokens]
         head = np.array([self._cls, *kept, self._sep], dtype=np.int32)
         room = max_seq_len - len(head) - 1
-        if overlap is None:
-            overlap = min(self.overlap, room // 2)
+        given, overlap = overlap, min(self.overlap, room // 2) if overlap is None else overlap
         if not 0 <= overlap < room:
             raise ValueError(
                 f"overlap: must be from 0 to {room - 1}, the context tokens that a window of {max_seq_len} holds "
                 f"beside this question, less one; got {overlap!r:.40}"
             )
 
-        encoding = self._encode(context)
-        ids = np.array(encoding.ids, dtype=np.int32)
-        # Flat first: NumPy takes several times as long to read a list of tuples.
-        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
-        words = np.array(encoding.word_ids, dtype=np.int32)
+        ids, starts, ends, words = self._tokens(context, check)
         firsts = range(0, max(len(ids) - overlap, 1), room - overlap) if len(ids) else range(0)
+        if max_windows is not None and len(firsts) > max_windows:
+            field = "context" if given is None else "overlap"
+            raise ValueError(
+                f"{field}: a text of {len(ids):,} tokens comes to {len(firsts):,} windows that hold {room} of them and "
+                f"share {overlap}; at most {max_windows:,} are allowed"
+            )
         return Windows(
             context=context,
-            windows=tuple(self._window(head, ids[first : first + room], first) for first in firsts),
-            starts=np.ascontiguousarray(offsets[:, 0]),
-            ends=np.ascontiguousarray(offsets[:, 1]),
+            windows=tuple(self._windows(head, ids, firsts, room)),
+            starts=starts,
+            ends=ends,
             words=words,
             question_tokens=len(question_ids),
             question_truncated=len(kept) < len(question_ids),
         )
 
-    def _encode(self, text: str) -> Encoding:
+    def _tokens(self, text: str, check: Callable[[], None]) -> IntArray:
+        """Ids, first and last + 1 code points, and word numbers of a text's tokens: int32 of shape (4, tokens)."""
+        tokenizer = self._tokenizer
         if self._plain_ascii is not None and not _NOT_PLAIN_ASCII.search(text):
-            return self._plain_ascii.encode(text.lower(), add_special_tokens=False)
-        return self._tokenizer.encode(text, add_special_tokens=False)
+            tokenizer, text = self._plain_ascii, text.lower()
+        parts = []
+        words = 0
+        for low, high in self._pieces(text):
+            check()
+            if len(text) <= _PIECE:
+                encoding = tokenizer.encode(text, add_special_tokens=False)
+            else:  # it releases the GIL, as `encode` does not, but hands the work to another thread
+                encoding = tokenizer.encode_batch([text[low:high]], add_special_tokens=False)[0]
+            part = _read(encoding, check)
+            part[1:3] += low
+            part[3] += words
+            words = int(part[3, -1]) + 1 if part.size else words
+            parts.append(part)
+        return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
-    def _window(self, head: IntArray, piece: IntArray, first: int) -> Window:
-        used = len(head) + len(piece) + 1
+    def _pieces(self, text: str) -> Iterator[tuple[int, int]]:
+        """First and last + 1 code points of the pieces of a text that are tokenized one by one."""
+        low = 0
+        while self._cuts and (cut := self._cuts.search(text, low + _PIECE)):
+            yield low, cut.start()
+            low = cut.start()
+        yield low, len(text)
+
+    def _windows(self, head: IntArray, ids: IntArray, firsts: Sequence[int], room: int) -> Iterator[Window]:
+        """Windows that begin with some of a context's tokens; all but the last are full."""
+        full = len(firsts) - 1
+        if full > 0:
+            pieces = sliding_window_view(ids, room)[: firsts[-1] : firsts[1]]
+            input_ids, attention_mask, token_type_ids = self._tensors(head, pieces)
+            for number, first in enumerate(firsts[:-1]):
+                row = input_ids[number : number + 1]
+                yield Window(row, attention_mask, token_type_ids, len(head), first, room)
+        for first in firsts[-1:]:
+            yield Window(*self._tensors(head, ids[None, first:]), len(head), first, len(ids) - first)
+
+    def _tensors(self, head: IntArray, pieces: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Input ids of windows of the same size, shape (windows, length); their mask and token types, (1, length)."""
+        used = len(head) + pieces.shape[1] + 1
         length = next(bucket for bucket in self.buckets if bucket >= used)
-        input_ids = np.full((1, length), self._pad, dtype=np.int32)
-        input_ids[0, : len(head)] = head
-        input_ids[0, len(head) : used - 1] = piece
-        input_ids[0, used - 1] = self._sep
+        input_ids = np.full((len(pieces), length), self._pad, dtype=np.int32)
+        input_ids[:, : len(head)] = head
+        input_ids[:, len(head) : used - 1] = pieces
+        input_ids[:, used - 1] = self._sep
         attention_mask = np.zeros((1, length), dtype=np.int32)
         attention_mask[0, :used] = 1
         token_type_ids = np.zeros((1, length), dtype=np.int32)
         token_type_ids[0, len(head) : used] = 1
-        return Window(input_ids, attention_mask, token_type_ids, len(head), first, len(piece))
+        return input_ids, attention_mask, token_type_ids
 
     def _check_limits(self, max_seq_len: int, max_question_tokens: int) -> None:
         shortest = SPECIAL_TOKENS + 2  # one token of the question and one of the context
@@ -265,6 +316,38 @@ def _without_normalizer(tokenizer: Tokenizer) -> Tokenizer | None:
     plain = Tokenizer.from_str(json.dumps(described | {"normalizer": None}))
     plain.encode_special_tokens = True
     return plain
+
+
+def _safe_cuts(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Places at which a text can be cut without a change of any token, offset or word; None where none is certain.
+
+    BERT's pre-tokenizer ends a word before white space and punctuation, and its normalizer sets ideographs apart. All
+    else that they and WordPiece do looks at one character or one word, but for the order of combining marks, and none
+    of these characters is a mark.
+    """
+    described = json.loads(tokenizer.to_str())
+    parts = [(described[name] or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")]
+    known = parts[0] in (None, "BertNormalizer") and parts[1:] == ["BertPreTokenizer", "WordPiece"]
+    if not known or not all(token["special"] for token in described["added_tokens"]):
+        return None
+    ideographs = "\u4e00-\u9fff" if (described["normalizer"] or {}).get("handle_chinese_chars") else ""
+    return re.compile(rf"[\t\n\r !-/:-@\[-`{{-~\u2010-\u2027\u2030-\u203e\u3001\u3002{ideographs}]")
+
+
+def _read(encoding: Encoding, check: Callable[[], None]) -> IntArray:
+    """Ids, first and last + 1 code points, and word numbers of an encoding: int32 of shape (4, tokens)."""
+    numbers = np.empty((4, len(encoding)), dtype=np.int32)
+    ids, words = encoding.ids, encoding.word_ids
+    # In slices, and the offsets one by one: a list of all offsets of a long text holds the GIL for 0.15 s. Only special
+    # tokens have no place and no word, and there are none.
+    for low in range(0, len(encoding), _READ):
+        check()
+        high = min(low + _READ, len(encoding))
+        offsets = chain.from_iterable(map(encoding.token_to_chars, range(low, high)))  # type: ignore[arg-type]
+        numbers[0, low:high] = ids[low:high]
+        numbers[1:3, low:high] = np.fromiter(offsets, np.int32, 2 * (high - low)).reshape(-1, 2).T
+        numbers[3, low:high] = words[low:high]  # type: ignore[assignment]
+    return numbers
 
 
 def check_unicode(name: str, text: str) -> None:

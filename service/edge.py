@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, SlowRequest, error_response
+from service.errors import BodyTooLarge, error_response
 from service.metrics import Metrics
 from service.record import RequestRecord, current_record, route_of
 from service.settings import Settings
@@ -46,7 +46,6 @@ class Edge:
         self.app = app
         self.metrics = metrics
         self.max_body_bytes = settings.max_body_bytes
-        self.arrival_s = settings.arrival_s
         self.logs = settings.access_log
         self.log_texts = settings.log_texts
         self.shutdown = shutdown
@@ -72,8 +71,8 @@ class Edge:
                 received += len(message.get("body", b""))
                 if received > self.max_body_bytes:
                     raise BodyTooLarge(self.max_body_bytes)
-                if "overdue" in scope and message.get("more_body"):  # says service.protocol
-                    raise SlowRequest(self.arrival_s)
+                if "refusal" in scope and message.get("more_body"):  # by service.protocol
+                    raise scope["refusal"]
             return message
 
         async def named_send(message: Message) -> None:

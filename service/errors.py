@@ -14,6 +14,7 @@ The tree, beside `service.triton.ModelError` for the engine's side::
     ├── InvalidField           422, a field is missing, unknown, of the wrong type or out of range
     ├── RateLimited            429, a key is used more often than it may be
     ├── HeadTooLarge           431
+    ├── BodiesOverloaded       503
     └── TooManyConnections     503
 """
 
@@ -111,6 +112,15 @@ class BodyTooLarge(RequestError):
         super().__init__(f"body: must be at most {limit:,} bytes")
 
 
+class BodiesOverloaded(RequestError):
+    """The bodies of all requests in progress have more bytes together than the process may hold."""
+
+    headers: Mapping[str, str] = {"connection": "close"}
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"body: all requests in progress may have {limit:,} bytes together; try again later")
+
+
 class NotJson(RequestError):
     """The content type is not JSON in UTF-8, or the body is compressed."""
 
@@ -163,6 +173,7 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
     InvalidLogits: (503, "engine_broken"),
     BundleMismatch: (503, "engine_mismatch"),
     Stopping: (503, "stopping"),
+    BodiesOverloaded: (503, "bodies_overloaded"),
     TooManyConnections: (503, "too_many_connections"),
     ModelTimeout: (504, "engine_timeout"),
 }
@@ -170,7 +181,15 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
 
 ENGINE: tuple[type[Exception], ...] = (ModelOverloaded, ModelUnavailable, ModelBroken, BundleMismatch, ModelTimeout)
 """What a route raises that asks the engine."""
-QUESTIONS: tuple[type[Exception], ...] = (MalformedBody, SlowRequest, BodyTooLarge, NotJson, InvalidField, *ENGINE)
+QUESTIONS: tuple[type[Exception], ...] = (
+    MalformedBody,
+    SlowRequest,
+    BodyTooLarge,
+    BodiesOverloaded,
+    NotJson,
+    InvalidField,
+    *ENGINE,
+)
 """What a route raises that takes questions."""
 GUARD: tuple[type[Exception], ...] = (Unauthorized, RateLimited)
 """What a request gets for its key, where one is needed."""
@@ -248,7 +267,7 @@ def respond(scope: Scope, error: Exception) -> Response:
     field, headers = getattr(error, "field", None), getattr(error, "headers", None)
     if isinstance(error, ModelOverloaded):  # counted, but not logged one by one: refusing must stay cheap
         headers = {"retry-after": str(max(math.ceil(error.retry_after_s), 1))}
-    elif status >= 500:
+    elif status >= 500 and not isinstance(error, BodiesOverloaded):
         told = error if current_record.get().keeps_texts else getattr(error, "plain", error)
         log.warning("%s %s: %s: %s", scope["method"], route_of(scope), error_type, told)
     return error_response(status, error_type, str(error), field=field, headers=headers)

@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
 from fastapi.routing import APIRoute
@@ -31,7 +32,12 @@ DEADLINE_PARAMETER = {
 """How OpenAPI writes the header; read by `deadline_of`, for a declared parameter would cost every request."""
 MAX_NAMES = 64
 """Names in one JSON object of a request; the largest that has a meaning has nine."""
+MAX_VALUES = 20_000
+"""Values in all lists and objects of a body together; more only where the settings allow larger questions."""
+LARGE_BYTES = 64 * 1024
+"""From this size, bodies are parsed and replies written in a thread."""
 
+_LARGE_WORK = ThreadPoolExecutor(1, "large")  # one: so the event loop waits for at most one C call of this work
 
 _CHARSET = re.compile(r"""\bcharset\s*=\s*["']?([^"';\s]*)""")
 
@@ -57,7 +63,11 @@ class JsonRequest(Request):
             encoding = self.headers.get("content-encoding", "identity")
             if encoding.strip().lower() != "identity":
                 raise NotJson(f"content-encoding: must be identity, the body as it is; got {encoding:.40}")
-            self._json = parse_json(await self.body())
+            body = await self.body()
+            settings = answerer_of(self).settings
+            # The largest call to /v1/answers: each question with its fields, each context a value of its own.
+            most = max(MAX_VALUES, settings.max_questions * (settings.max_contexts + 2 * MAX_NAMES))
+            self._json = await off_loop_if_large(len(body), lambda: parse_json(body, most))
         return self._json
 
 
@@ -78,12 +88,25 @@ class JsonRoute(APIRoute):
         return parse_and_handle
 
 
-def parse_json(body: bytes) -> Any:
+async def off_loop_if_large(size: int, work: Callable[[], T]) -> T:
+    """Run work on ``size`` bytes: at once if there are few, else in a thread, so that the event loop goes on.
+
+    One call into C keeps the event loop waiting all the same, so the work should consist of several.
+    """
+    if size < LARGE_BYTES:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_LARGE_WORK, work)
+
+
+def parse_json(body: bytes, max_values: int = MAX_VALUES) -> Any:
     """Parse one JSON value.
 
     Raises:
-        MalformedBody: it is not UTF-8 or not JSON, holds NaN or Infinity, repeats a name, or is nested too deeply.
+        MalformedBody: it is not UTF-8 or not JSON, holds NaN or Infinity, repeats a name, is nested too deeply, or has
+            more than ``max_values`` values.
     """
+    if _has_more_values(body, max_values):
+        raise MalformedBody(f"body: its lists and objects must have at most {max_values:,} values together")
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -98,6 +121,21 @@ def parse_json(body: bytes) -> Any:
         raise MalformedBody("body: nested too deeply") from None
     except ValueError as error:  # our own two below, or a number with thousands of digits
         raise MalformedBody(f"body: not JSON, {error}") from None
+
+
+def _has_more_values(body: bytes, limit: int) -> bool:
+    """Whether the lists and objects of JSON have more values than allowed, without parsing it.
+
+    A value follows a comma or the start of a list or object, so these are counted where they are outside of strings.
+    """
+    if len(body) <= limit:
+        return False
+    if b"\\" in body:  # what is escaped ends no string
+        body = body.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+    if body.count(b'"') > 4 * limit:  # two for each name and each value
+        return True
+    outside = b"".join(body.split(b'"')[::2])
+    return sum(map(outside.count, (b",", b"[", b"{"))) > limit
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

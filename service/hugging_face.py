@@ -7,6 +7,7 @@ there is one model, none of them depends on its name, because old code keeps sen
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from fastapi import APIRouter
@@ -15,10 +16,19 @@ from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
+from bertqa.spans import Answer
 from bertqa.windows import SPECIAL_TOKENS
 from service.answering import Question, Result
 from service.errors import QUESTIONS, InvalidField, NoSuchModel, described, first_problem
-from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, reply_headers, unless_gone
+from service.exchange import (
+    DEADLINE_PARAMETER,
+    JsonRoute,
+    answerer_of,
+    deadline_of,
+    off_loop_if_large,
+    reply_headers,
+    unless_gone,
+)
 from service.models import Served
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K
 
@@ -182,9 +192,16 @@ async def _answer(body: HuggingFaceRequest, request: Request, model: Served) -> 
         if parameters.doc_stride is None:  # then the overlap came of the length
             error = error.renamed({"questions[0].overlap": "max_seq_len"})
         raise _renamed(error, single=body.inputs is not None) from None
-    answers = [to_answer(result, parameters) for result in results]
-    content = answers[0] if body.inputs is not None else {"predictions": answers}
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+
+    def write() -> bytes:
+        # One by one: each call into C is a short one.
+        written = [
+            json.dumps(to_answer(each, parameters), ensure_ascii=False, allow_nan=False).encode() for each in results
+        ]
+        return written[0] if body.inputs is not None else b'{"predictions": [%b]}' % b", ".join(written)
+
+    size = 200 * sum(len(each.decoded.answers) for each in results) + 2 * sum(each.question.chars for each in results)
+    text = await off_loop_if_large(size, write)
     return Response(text, headers=reply_headers(results), media_type="application/json")
 
 
@@ -212,13 +229,28 @@ def to_question(inputs: Inputs, parameters: Parameters, model: Served) -> Questi
 def to_answer(result: Result, parameters: Parameters) -> dict[str, Any] | list[dict[str, Any]]:
     """Translate a result; never None and never an empty list, which clients take for a malformed response."""
     decoded, top_k = result.decoded, result.question.top_k
-    spans = [{"answer": a.text, "score": a.score, "start": a.start, "end": a.end} for a in decoded.answers]
+    spans = _merged(decoded.answers)
     if parameters.handle_impossible_answer or not spans:
         null = {"answer": "", "score": decoded.null_score, "start": 0, "end": 0}
         # The threshold fitted with the model says whether the empty answer wins; its score, where it ranks if not.
-        better = sum(span["score"] >= decoded.null_score for span in spans)  # type: ignore[operator]
+        better = sum(span["score"] >= decoded.null_score for span in spans)
         spans.insert(max(better, 1) if decoded.has_answer else 0, null)
     return spans[0] if top_k == 1 else spans[:top_k]
+
+
+def _merged(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Merge ranked spans whose texts are the same in lower case, as the pipeline does.
+
+    The first keeps its place in the text and gets the scores of all.
+    """
+    spans: dict[str, dict[str, Any]] = {}
+    for each in answers:
+        if span := spans.get(each.text.lower()):
+            span["score"] = min(span["score"] + each.score, 1.0)
+        else:
+            found = {"answer": each.text, "score": each.score, "start": each.start, "end": each.end}
+            spans[each.text.lower()] = found
+    return sorted(spans.values(), key=lambda span: -span["score"])
 
 
 def _of_query(request: Request) -> Parameters:

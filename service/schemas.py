@@ -123,7 +123,7 @@ class Timings(BaseModel):
     tokenize_ms: float
     infer_ms: float = Field(description="Queue and computation of the engine, as seen from here.")
     decode_ms: float
-    total_ms: float
+    total_ms: float | None = Field(default=None, description="Of the whole call; not in each of `results`.")
 
 
 class ExplainedWindow(BaseModel):

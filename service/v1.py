@@ -12,9 +12,17 @@ from starlette.responses import Response
 from bertqa.graphemes import offset_in
 from bertqa.manifest import Bundle, Manifest
 from bertqa.spans import best_of_each_window
-from service.answering import Question, Result, off_loop
+from service.answering import Question, Result
 from service.errors import QUESTIONS, InvalidField, described
-from service.exchange import DEADLINE_PARAMETER, JsonRoute, answerer_of, deadline_of, reply_headers, unless_gone
+from service.exchange import (
+    DEADLINE_PARAMETER,
+    JsonRoute,
+    answerer_of,
+    deadline_of,
+    off_loop_if_large,
+    reply_headers,
+    unless_gone,
+)
 from service.models import Served
 from service.schemas import (
     AnswerItem,
@@ -44,9 +52,13 @@ async def answer(query: AnswerRequest, request: Request) -> Response:
         result = await unless_gone(request, answerer.answer(question, deadline=deadline))
     except InvalidField as error:
         raise _renamed(error, query) from None
-    response = await off_loop(result.question.chars, lambda: to_response(query, result))
-    response.timings.total_ms = _ms(time.perf_counter() - started)
-    return _json(response, [result])
+
+    def write() -> bytes:
+        response = to_response(query, result)
+        response.timings.total_ms = _ms(time.perf_counter() - started)
+        return _dump(response)
+
+    return _reply(await off_loop_if_large(_size(query, result), write), [result])
 
 
 @router.post("/answers", response_model=AnswersResponse, **_ASKED)
@@ -70,13 +82,15 @@ async def answers(query: AnswersRequest, request: Request) -> Response:
         place, _, field = error.field.partition(".")
         number = int(place.removeprefix("questions[").removesuffix("]"))
         raise _renamed(InvalidField(field, error.problem), query.questions[number]).inside(place) from None
-    responses = await off_loop(
-        sum(question.chars for question in questions),
-        lambda: [to_response(*pair) for pair in zip(query.questions, results, strict=True)],
-    )
-    timings = _timings(results)
-    timings.total_ms = _ms(time.perf_counter() - started)
-    return _json(AnswersResponse(results=responses, timings=timings), results)
+    pairs = list(zip(query.questions, results, strict=True))
+
+    def write() -> bytes:
+        written = [_dump(to_response(*pair)) for pair in pairs]  # one by one: each call into C is a short one
+        timings = _timings(results)
+        timings.total_ms = _ms(time.perf_counter() - started)
+        return b'{"results":[%b],"timings":%b}' % (b",".join(written), timings.model_dump_json().encode())
+
+    return _reply(await off_loop_if_large(sum(_size(*pair) for pair in pairs), write), results)
 
 
 @router.get("/models", response_model=ModelsResponse, responses=described())
@@ -161,7 +175,7 @@ def _renamed(error: InvalidField, query: AnswerRequest) -> InvalidField:
 
 def _timings(results: Sequence[Result]) -> Timings:
     stages = {f"{name}_ms": _ms(max(getattr(each, f"{name}_s") for each in results)) for name in _STAGES}
-    return Timings(**stages, total_ms=0.0)
+    return Timings(**stages)
 
 
 _STAGES = ("tokenize", "infer", "decode")
@@ -171,7 +185,21 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1000, 3)
 
 
-def _json(response: AnswerResponse | AnswersResponse, results: Sequence[Result]) -> Response:
+def _size(query: AnswerRequest, result: Result) -> int:
+    """Bytes of which writing takes as long as writing this result."""
+    # Converting offsets costs by the text's length, and explaining by window.
+    windows = sum(len(document.windows) for document in result.documents) if query.explain else 0
+    return 16 * result.question.chars + 100 * len(result.decoded.answers) + 2_000 * windows
+
+
+def _dump(response: AnswerResponse) -> bytes:
+    """Serialize the answers to one question, without what was not asked for or is not known."""
+    left_out: dict[str, Any] = {"timings": {"total_ms"}} if response.timings.total_ms is None else {}
+    if response.explain is None:
+        left_out["explain"] = True
+    return response.model_dump_json(exclude=left_out).encode()
+
+
+def _reply(body: bytes, results: Sequence[Result]) -> Response:
     # A finished Response: FastAPI would validate the model a second time and serialize it through a dict.
-    text = response.model_dump_json(exclude={"explain"} if getattr(response, "explain", 0) is None else None)
-    return Response(text, headers=reply_headers(results), media_type="application/json")
+    return Response(body, headers=reply_headers(results), media_type="application/json")

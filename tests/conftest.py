@@ -1,180 +1,110 @@
-"""A toy model of the service: a real tokenizer of a few hundred pieces, and an engine that answers what is «marked»."""
+"""Fixtures of every test, and what is not run where something is missing."""
 
-import asyncio
-import contextlib
-import json
+import os
 import shutil
 import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy and torch are loaded: a worker has a core, not all of them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import httpx
 import hypothesis
-import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from bertqa.manifest import MODEL_NAME, Bundle, Manifest
-from bertqa.spans import Logits
-from bertqa.windows import Window, WindowMaker
-from engine_builder.checkpoint import BertConfig
-from engine_builder.tensorrt_build import missing_parts
+from bertqa.manifest import Bundle
 from service.app import create_app
 from service.settings import Settings
-from service.triton import ModelError
+from tests.support.machine import machine
+from tests.support.servers import serving
+from tests.support.toy_model import FakeEngine, toy_bundle
 
 # How long an example takes says something of the machine, and nothing of the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-_NOT_RUN: list[str] = []
+MAY_BE_SKIPPED: frozenset[str] = frozenset()
+"""Tests that may be skipped in CI, by node id; any other skip there fails the run."""
+
+_SKIPPED: list[str] = []
+_NOT_RUN: dict[str, list[str]] = {}
+"""Tests that this machine cannot run, by what it lacks."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU where there is none; the summary lists it."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and missing_parts():
-        items[:] = [item for item in items if item not in marked]
-        config.hook.pytest_deselected(items=marked)
-        _NOT_RUN.extend(item.nodeid for item in marked)
+    """Leave out what needs a GPU or root where there is none, and keep the tests of a file together."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    for marker, missing in (("gpu", _missing_gpu), ("root", _missing_root)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        lacks = missing() if marked else ""
+        if lacks:
+            items[:] = [item for item in items if item not in marked]
+            config.hook.pytest_deselected(items=marked)
+            _NOT_RUN[lacks] = [item.nodeid for item in marked]
+
+
+def _missing_gpu() -> str:
+    from engine_builder.tensorrt_build import missing_parts
+
+    return ", ".join(missing_parts())
+
+
+def _missing_root() -> str:
+    return "" if os.geteuid() == 0 else "the rights of root"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note what was skipped."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _SKIPPED.append(report.nodeid.partition("@")[0])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell xdist's main process what was not run, and fail in CI if a test was skipped."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = _NOT_RUN
+    elif os.environ.get("CI") == "true" and set(_SKIPPED) - MAY_BE_SKIPPED and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of xdist did not run; each worker collects the same tests."""
+    _NOT_RUN.update(getattr(node, "workeroutput", {}).get("not_run", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was not run, and why."""
-    if _NOT_RUN:
-        terminalreporter.section(
-            f"NOT RUN: {len(_NOT_RUN)} tests, for this machine has not {', '.join(missing_parts())}"
-        )
-        for name in _NOT_RUN:
+    for missing, names in _NOT_RUN.items():
+        terminalreporter.section(f"NOT RUN: {len(names)} tests, for this machine has not {missing}")
+        for name in names:
             terminalreporter.line(f"not run: {name}")
+    if os.environ.get("CI") == "true" and (skipped := set(_SKIPPED) - MAY_BE_SKIPPED):
+        terminalreporter.section("SKIPPED, which CI does not allow")
+        for name in sorted(skipped):
+            terminalreporter.line(f"skipped: {name}")
 
 
-_PIECES = [
-    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "«", "»"),
-    *(chr(code) for code in range(0x21, 0x7F)),
-    *(f"##{chr(code)}" for code in range(0x21, 0x7F)),
-    *("horovod", "uber", "who", "made", "where", "was", "the", "##ing"),
-    *("é", "##é", "서", "##울", "漢", "字", "م", "##ر", "😀", "e\u0301"),
-]
-
-
-def toy_bundle(tokenizer: Tokenizer | None = None) -> Bundle:
-    """A bundle with short windows, of the toy's own tokenizer or another."""
-    if tokenizer is None:
-        tokenizer = Tokenizer(WordPiece({piece: number for number, piece in enumerate(_PIECES)}, unk_token="[UNK]"))
-        tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
-        tokenizer.pre_tokenizer = BertPreTokenizer()
-    manifest = Manifest(
-        name="toy",
-        target="cpu",
-        precision="fp32",
-        engine_file="model.xml",
-        engine_sha256="0" * 64,
-        tokenizer_sha256="1" * 64,
-        checkpoint_sha256="2" * 64,
-        onnx_sha256="3" * 64,
-        vocabulary_size=tokenizer.get_vocab_size(),
-        max_seq_len=64,
-        overlap=16,
-        max_question_tokens=16,
-        null_threshold=0.0,
-        exact_match=100.0,
-        f1=100.0,
-        reference_f1=100.0,
-        gate_questions=1,
-        gate_data="none",
-        runtime={"numpy": np.__version__},
-        built="2026-01-01T00:00:00Z",
-        triton=("2.49.0", ""),
-        buckets=(32, 64),
-    )
-    maker = WindowMaker(
-        tokenizer,
-        max_seq_len=manifest.max_seq_len,
-        max_question_tokens=manifest.max_question_tokens,
-        overlap=manifest.overlap,
-        buckets=manifest.buckets,
-    )
-    return Bundle(MODEL_NAME, 7, manifest, maker)
+@pytest.fixture(autouse=True)
+def _place_on_the_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let a test that is marked `alone` wait for the tests of xdist's other workers, and them for it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    shared = tmp_path_factory.getbasetemp().parent
+    with machine(shared, alone=request.node.get_closest_marker("alone") is not None):
+        yield
 
 
 @pytest.fixture(scope="session")
 def bundle() -> Bundle:
     return toy_bundle()
-
-
-class FakeEngine:
-    """Holds that the first span between « and » in a window is its answer, and that a window without has none."""
-
-    def __init__(self, identity: str) -> None:
-        self.identity = identity
-        self.failure: Exception | None = None
-        self.delay_s = 0.0
-        self.call_s = 0.0  # as it tells
-        self.seconds_each = 0.0  # how much longer a request waits for each that is before it
-        self.windows = 0  # answered
-        self.cancelled = threading.Event()
-        self.started = threading.Event()
-        self.closed = False
-
-    async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
-        self.started.set()
-        try:
-            if self.delay_s:
-                await asyncio.sleep(self.delay_s)
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-        if self.failure is not None:
-            raise self.failure
-        assert deadline > time.monotonic()
-        self.windows += len(windows)
-        return [self.logits(window) for window in windows]
-
-    @staticmethod
-    def logits(window: Window) -> Logits:
-        """Null is 0; the marked span is 16; any other span is below null, earlier and shorter ones being better."""
-        slope = np.linspace(-4, -5, window.length, dtype=np.float32)[None]
-        start, end = slope.copy(), slope.copy()
-        start[0, 0] = end[0, 0] = 0
-        ids = window.input_ids[0].tolist()
-        opening, closing = _PIECES.index("«"), _PIECES.index("»")
-        if opening in ids and closing in ids[ids.index(opening) + 2 :]:
-            start[0, ids.index(opening) + 1] = 8
-            end[0, ids.index(closing, ids.index(opening) + 2) - 1] = 8
-        return start, end
-
-    async def check_ready(self, *, deadline: float) -> None:
-        if isinstance(self.failure, ModelError):
-            raise self.failure
-
-    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
-        if isinstance(self.failure, ModelError):
-            raise self.failure
-        return {"identity_7": self.identity}
-
-    def expected_wait(self, ahead: int) -> float:
-        return self.seconds_each * ahead
-
-    async def server_version(self, *, deadline: float) -> str:
-        if isinstance(self.failure, ModelError):
-            raise self.failure
-        return "2.51.0"
-
-    def at(self, model: str, version: int) -> "FakeEngine":
-        return self
-
-    async def close(self) -> None:
-        self.closed = True
 
 
 @pytest.fixture
@@ -190,23 +120,6 @@ def make_app(bundle: Bundle, engine: FakeEngine) -> Callable[..., FastAPI]:
         return create_app(Settings(**settings), engine=engine, bundle=bundle)  # type: ignore[arg-type]
 
     return make
-
-
-@contextlib.contextmanager
-def serving(app: FastAPI, **options: Any) -> Iterator[str]:
-    """Serve an application with uvicorn on a free port, in a thread of its own; gives the base URL."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none", **options))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture
@@ -240,46 +153,3 @@ def shared_client(bundle: Bundle) -> Iterator[httpx.Client]:
     app = create_app(Settings(), engine=FakeEngine(bundle.manifest.identity), bundle=bundle)
     with serving(app) as base_url, httpx.Client(base_url=base_url, timeout=30, trust_env=False) as http:
         yield http
-
-
-_TEXT = "Ada Lovelace wrote the first program in London. Who wrote it? Where was it written? Horovod was made at Uber."
-
-
-def write_checkpoint(directory: Path, *, prefix: str = "bert.", text: str = _TEXT, **fields: object) -> Path:
-    """A BERT for question answering of two small layers with random weights, and a tokenizer that knows the words of
-    ``text``; ``fields`` replace those of config.json."""
-    directory.mkdir(parents=True, exist_ok=True)
-    words = dict.fromkeys(
-        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(text.lower().replace(".", " .").replace("?", " ?").split())]
-    )
-    tokenizer = Tokenizer(WordPiece({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = BertPreTokenizer()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {
-        "architectures": ["BertForQuestionAnswering"],
-        "model_type": "bert",
-        "hidden_act": "gelu",
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 128,
-        "type_vocab_size": 2,
-        "layer_norm_eps": 1e-12,
-    } | fields
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "bertqa.json").write_text(
-        json.dumps({"name": "tiny", "max_seq_len": 128, "overlap": 16, "max_question_tokens": 16})
-    )
-    random = np.random.default_rng(0)
-    shapes = BertConfig.read(directory / "config.json").shapes()
-    weights = {
-        name if name.startswith("qa_outputs") else prefix + name: random.normal(
-            "LayerNorm.weight" in name, 0.2, shape
-        ).astype(np.float16)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, directory / "model.safetensors")
-    return directory

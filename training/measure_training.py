@@ -178,7 +178,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--precisions", nargs="+", choices=["fp32", "bf16"], help="default: both, unless bf16 is the slower"
     )
     parser.add_argument("--processes", type=at_least_one, default=2, help="of the launch beside the one of one process")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="of the suite for GPUs")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what is compiled")
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)  # what a launch of our own measures
     args = parser.parse_args(argv)
     if args.quick:
@@ -244,7 +244,7 @@ def contenders(args: argparse.Namespace) -> list[Row]:
             add(alone, data=data, layout="shuffled", precision=precision)
             add(alone, data=data, layout="bucketed", precision=precision)
             add(alone, data=data, layout="bucketed", precision=precision, **parts)
-            if precision == "fp32":
+            if precision == "fp32" and args.compile:
                 add(alone, data=data, layout="bucketed", compile=True)
         for place in dict.fromkeys([(1, shared[1]), shared]):
             if place != alone:

@@ -1,4 +1,4 @@
-"""``python -m chaos``: run every scenario, print one table, and fail if anything was lost or wrong."""
+"""``python -m tests.chaos``: run every scenario, print one table, and fail if anything was lost or wrong."""
 
 import argparse
 import sys
@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from chaos import bad_input, corrupt_files, faults, overload, replicas, who_may_ask
-from chaos.faults import Scenario
-from chaos.product import Layout, Product
-from chaos.report import Row, Size, table
+from tests.chaos import bad_input, corrupt_files, faults, overload, replicas, who_may_ask
+from tests.chaos.faults import Scenario
+from tests.chaos.product import Layout, Product
+from tests.chaos.report import Row, Size, table
 
 SCENARIOS: tuple[tuple[Layout, Scenario], ...] = (*faults.SCENARIOS, *replicas.SCENARIOS, *overload.SCENARIOS)
 OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = (
@@ -22,7 +22,7 @@ OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = (
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     size = Size()
     parser.add_argument("--requests", type=int, default=size.requests, help="at least, of each fault (%(default)s)")
     parser.add_argument("--clients", type=int, default=size.clients, help="side by side (%(default)s)")

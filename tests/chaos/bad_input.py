@@ -21,18 +21,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 import hypothesis
 import numpy as np
 import schemathesis
-from conftest import FakeEngine, serving, toy_bundle
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
-from invariants import wrong_offsets, wrong_scores
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
 from schemathesis.engine.recorder import ScenarioRecorder
@@ -40,12 +37,15 @@ from tokenizers import Tokenizer
 
 from bertqa.spans import Logits
 from bertqa.windows import Window
-from chaos.report import Row, Size
 from service.app import create_app
 from service.settings import Settings
+from tests.chaos.report import Row, Size
+from tests.support.invariants import wrong_offsets, wrong_scores
+from tests.support.paths import CHECKPOINT, ROOT
+from tests.support.servers import serving
+from tests.support.texts import SURROGATES, TEXTS
+from tests.support.toy_model import FakeEngine, toy_bundle
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CHECKPOINT = ROOT / "checkpoints" / "minilm-l6-squad"
 ROUND = 2_000
 """Inputs of one run of hypothesis, which becomes slow beyond."""
 REFUSALS = {400: "malformed_json", 413: "body_too_large", 415: "not_json", 422: "validation"}
@@ -141,43 +141,9 @@ class Service:
 
 # ---- what comes in -------------------------------------------------------------------------------------------------
 
-FRAGMENTS = (
-    *(
-        "a",
-        "I",
-        " ",
-        "  ",
-        ".",
-        "?",
-        "the ",
-        "Uber",
-        "[SEP]",
-        "##ing",
-        "\r\n",
-        "\n",
-        "\t",
-        "\0",
-        "\x1b",
-        "\x7f",
-        "\x85",
-    ),
-    *("\u200b", "\u200d", "\u200e", "\u202e", "\u2066", "\ufeff", "\u00ad", "\u2028", "\u3000"),  # zero width, bidi
-    *("\u0301", "\u0308\u0301", "e\u0301", "q\u0323\u0307", "\u20e3", "\ufe0f", "o\u0328\u0304"),  # combining
-    *("é", "ß", "ẞ", "İ", "ı", "ſ", "ŉ", "ΐ", "ﬁ", "ǰ", "Σας", "ᾳ", "K", "և"),  # other lengths when case is folded
-    *("👨\u200d👩\u200d👧\u200d👦", "👍🏽", "🇰🇷", "🇰", "🏴\U000e0067\U000e0062\U000e007f", "1\ufe0f\u20e3"),
-    *("각", "\u1100\u1161\u11a8", "\u1112\u1161", "한국어", "漢字", "かな", "か\u3099", "ﾊﾞ"),
-    *("กำ", "ที่นี่", "क्षि", "नमस्ते", "ক্ষ", "עברית", "مرحبا", "ﷺ", "𝒳", "\U0010ffff", "\ue000"),
-)
-CHARACTERS = st.characters(exclude_categories=["Cs"])
-TEXTS = st.one_of(
-    st.lists(st.sampled_from(FRAGMENTS), max_size=60).map("".join),
-    st.text(CHARACTERS, max_size=60),
-    st.tuples(st.sampled_from(FRAGMENTS), st.integers(1, 150)).map(lambda pair: pair[0] * pair[1]),
-)
 QUESTIONS = TEXTS.map(lambda text: "who " + text[:900])
 CONTEXTS = TEXTS.map("in ".__add__)
 BLANK = st.text(st.sampled_from(" \t\r\n\x0b\x0c\x1c\x85\xa0\u2003\u2028\u3000"), max_size=9)
-SURROGATES = st.tuples(TEXTS, st.characters(categories=["Cs"]), TEXTS).map("".join)
 BAD_TEXTS = BLANK | SURROGATES
 
 INTEGERS = st.integers() | st.sampled_from((-(2**63), 2**63, 2**64, 10**30, 10**400, -(10**4000)))
@@ -598,15 +564,16 @@ def _generated(
 
 
 def fuzzed(count: int, seed: int) -> Row:
-    """Windows, spans and graphemes under `chaos.fuzz_decoding`, in a process of its own."""
+    """Windows, spans and graphemes under `tests.chaos.fuzz_decoding`, in a process of its own."""
     row = Row(fault="windows, spans and graphemes, fuzzed by atheris")
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
-            [sys.executable, "-m", "chaos.fuzz_decoding", str(count), str(seed)],
+            [sys.executable, "-m", "tests.chaos.fuzz_decoding", str(count), str(seed)],
             cwd=directory,  # libFuzzer leaves the input that broke a promise there
-            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
+            timeout=120 + count / 100,
             check=False,
         )
     counts = json.loads(next((line for line in done.stdout.splitlines() if line.startswith("{")), "{}"))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chaos.report import GRACE_S, Row, Size
+from tests.chaos.report import GRACE_S, Row, Size
 
 DEADLINE_S = 3.0
 """BERTQA_DEADLINE_S of every service here."""

@@ -10,21 +10,23 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from conftest import toy_bundle, write_checkpoint
 from hypothesis import strategies as st
 
-from bertqa.manifest import Bundle, BundleMismatch, Settings, sha256_of
+from bertqa.manifest import Bundle, BundleMismatch, Settings
 from bertqa.repository import Repository
 from bertqa.squad import MalformedSquad, read_squad
-from chaos.bad_input import INTEGERS, TEXTS, explore
-from chaos.report import Row, Size
 from engine_builder.checkpoint import BertConfig, InvalidCheckpoint, read_weights
+from tests.chaos.bad_input import INTEGERS, TEXTS, explore
+from tests.chaos.report import Row, Size
+from tests.support.checkpoints import write_checkpoint
+from tests.support.repositories import publish_toy_bundle
+from tests.support.toy_model import toy_bundle
 from training.checkpoints import STATE_FILE, CheckpointError, State, load_state, save_state
 from training.shards import Pair, ShardError, ShardManifest, ShardSet, Source, tokenizer_sha256, write_shard
 
@@ -88,11 +90,8 @@ def readers(root: Path) -> Mapping[str, Reader]:
     _shards(root / "shards", (checkpoint / "tokenizer.json").read_text())
     save_state(root, State(3, {"model/weight": torch.arange(6.0).reshape(2, 3)}, {"scale": 2.0}), RUN)
     bundle = toy_bundle()
-    version = root / "models" / "bert_qa" / "1"
-    version.mkdir(parents=True)
-    (version / "tokenizer.json").write_text(bundle.maker.tokenizer_json())
-    replace(bundle.manifest, tokenizer_sha256=sha256_of(version / "tokenizer.json")).write(version / "manifest.json")
     repository = Repository(root / "models")
+    version = publish_toy_bundle(repository, bundle, 1)
     repository.activate("bert_qa", 1)
     hashed = (version / "tokenizer.json", root / "shards" / "part-00000.parquet", root / STATE_FILE)
     whole = {path.name: (path, path.read_bytes()) for path in hashed}

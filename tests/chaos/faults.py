@@ -14,12 +14,14 @@ from pathlib import Path
 
 from bertqa.command import status
 from bertqa.manifest import MODEL_NAME
-from chaos.bundles import break_engine, expect_another_answer, flip, publish
-from chaos.clients import DEADLINE_S, load
-from chaos.product import PATIENT, ROOT, Layout, Product, until
-from chaos.relay import nonsense
-from chaos.report import Row, Size
 from service.commands import models
+from tests.chaos.clients import DEADLINE_S, load
+from tests.chaos.product import PATIENT, Layout, Product
+from tests.chaos.relay import nonsense
+from tests.chaos.report import Row, Size
+from tests.support.bundles import break_engine, expect_another_answer, flip, publish
+from tests.support.paths import ROOT
+from tests.support.waiting import until
 
 Scenario = Callable[[Product, Size], Row]
 PLAIN = Layout(settings=PATIENT)

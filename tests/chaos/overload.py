@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from chaos.clients import load
-from chaos.faults import PLAIN, Scenario
-from chaos.product import Layout, Product
-from chaos.report import Row, Size
+from tests.chaos.clients import load
+from tests.chaos.faults import PLAIN, Scenario
+from tests.chaos.product import Layout, Product
+from tests.chaos.report import Row, Size
 
 SLEEP_S = 0.1
 """What every engine call takes, so that the engine is the limit and not this machine."""

@@ -20,13 +20,15 @@ from typing import Any
 
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from chaos.bundles import Faults, publish
-from chaos.clients import DEADLINE_S, Asked, answer_of, questions
-from chaos.relay import Relay, relay
-from chaos.report import READY_S, Row, Size
-from service.embedded_triton import EmbeddedTriton, TritonPorts, free_port, living_children
+from service.embedded_triton import EmbeddedTriton, TritonPorts, living_children
+from tests.chaos.clients import DEADLINE_S, Asked, answer_of, questions
+from tests.chaos.relay import Relay, relay
+from tests.chaos.report import READY_S, Row, Size
+from tests.support.bundles import Faults, publish
+from tests.support.paths import ROOT
+from tests.support.ports import free_port, triton_ports
+from tests.support.waiting import until
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = "127.0.0.1"
 SETTLE_S = 40.0
 """Seconds for what is left of a scenario to go away: connections that are kept for a while, replaced ones."""
@@ -50,25 +52,11 @@ def ask(host: str, port: int, path: str, body: object = None, *, timeout: float 
         connection.close()
 
 
-def until(condition: Callable[[], object], why: str, seconds: float = 60.0) -> float:
-    """Wait for a condition, which is looked at every 20 ms; gives the seconds that it took.
-
-    Raises:
-        TimeoutError: it did not come true; says why that is bad.
-    """
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > seconds:
-            raise TimeoutError(f"{why} ({seconds:.0f} s)")
-        time.sleep(0.02)
-    return time.monotonic() - began
-
-
 class Service:
     """A replica: `bertqa serve` with the processes under it."""
 
     def __init__(self, directory: Path, repository: Path, triton_url: str, **settings: object) -> None:
-        self.port = free_port(HOST, 0)
+        self.port = free_port(HOST)
         self._directory = directory
         self._command = [sys.executable, "-m", "service", f"--port={self.port}", f"--repository={repository}"]
         self._command += [f"--triton-url={triton_url}"]
@@ -198,7 +186,7 @@ class Product:
                 stack.enter_context(self._movable_clock())
             stack.callback(self._stop_tritons)
             for _ in range(self.layout.tritons):
-                self.tritons.append(self._triton(TritonPorts(0, 0, 0)))
+                self.tritons.append(self._triton(triton_ports()))
                 self.tritons[-1].start()
             urls = ",".join(triton.url for triton in self.tritons)
             if self.layout.relayed:
@@ -270,7 +258,9 @@ class Product:
     @contextlib.contextmanager
     def _movable_clock(self) -> Iterator[None]:
         """Let libfaketime tell the wall clock to every process that is started, but not the monotonic one."""
-        libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+        # where Debian, Arch, Fedora and its own Makefile put it
+        places = ("lib/*/faketime", "lib/faketime", "lib64/faketime", "local/lib/faketime")
+        libraries = [found for place in places for found in Path("/usr").glob(f"{place}/libfaketimeMT.so.1")]
         assert libraries, "libfaketime is needed; see tests/install_servers.sh"
         self.set_clock(0)
         ours = {
@@ -302,8 +292,8 @@ class Product:
     @contextlib.contextmanager
     def _balancer(self) -> Iterator[None]:
         """Debian's HAProxy with the configuration of the stack; the replicas by address, for there is no Docker DNS."""
-        self.balancer_port = free_port(HOST, 0)
-        self._balancer_metrics = free_port(HOST, 0, avoid=[self.balancer_port])
+        self.balancer_port = free_port(HOST)
+        self._balancer_metrics = free_port(HOST)
         text = (ROOT / "deploy" / "haproxy.cfg").read_text()
         servers = "\n".join(f"    server service-{n} {HOST}:{each.port}" for n, each in enumerate(self.services, 1))
         text = re.sub(r"^ *server-template .*$", servers, text, flags=re.MULTILINE)

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from chaos.clients import load
-from chaos.faults import Scenario
-from chaos.product import PATIENT, Layout, Product, Service, ask, until
-from chaos.report import Row, Size
 from service.embedded_triton import living_children
+from tests.chaos.clients import load
+from tests.chaos.faults import Scenario
+from tests.chaos.product import PATIENT, Layout, Product, Service, ask
+from tests.chaos.report import Row, Size
+from tests.support.waiting import until
 
 SHUTDOWN_DELAY_S = 3
 """HAProxy's checks take at most 2.5 s to notice."""
@@ -37,7 +38,7 @@ def replica_killed(product: Product, size: Size) -> Row:
             else:
                 for process in (service.process.pid, worker):
                     os.kill(process, signal.SIGKILL)
-                service.process.wait()
+                service.process.wait(60)
                 service.start()
             row.injected += 1
             until(product.is_ready, f"not ready again; see {service.log}")

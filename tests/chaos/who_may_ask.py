@@ -1,6 +1,7 @@
 """Generated strangers: keys that are none, and origins whose pages may not ask. Nobody gets in, and nothing gets out.
 
-As in `chaos.bad_input`, the real application runs in this process without an engine, and the requests are the inputs.
+As in `tests.chaos.bad_input`, the real application runs in this process without an engine, and the requests are the
+inputs.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from chaos.bad_input import (
+from service.keys import new_key
+from service.logs import JsonFormatter
+from tests.chaos.bad_input import (
     BODIES,
     HEADER_BYTES,
     REFUSALS,
@@ -29,9 +32,7 @@ from chaos.bad_input import (
     explore,
     generate,
 )
-from chaos.report import Row, Size
-from service.keys import new_key
-from service.logs import JsonFormatter
+from tests.chaos.report import Row, Size
 
 GUARDED = {**REFUSALS, 401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 429: "rate_limited"}
 CROSS_ORIGIN = {**GUARDED, 400: "cross_origin"}

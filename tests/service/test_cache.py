@@ -1,0 +1,279 @@
+"""Kept answers and shared computations: the cache alone, and in the application."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from service.cache import Cache
+from service.models import Served
+from service.triton import ModelUnavailable
+from tests.support.servers import serving
+from tests.support.toy_model import FakeEngine
+
+ASKED = {"question": "Who?", "context": "It was made at «Uber» in 2017."}
+MakeApp = Callable[..., FastAPI]
+
+
+def soon(seconds: float = 30.0) -> float:
+    return time.monotonic() + seconds
+
+
+def play(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+class Work:
+    """A computation that ends when it is let."""
+
+    def __init__(self, value: object = "value") -> None:
+        self.value, self.begun, self.cancelled = value, 0, 0
+        self.let = asyncio.Event()
+
+    async def __call__(self) -> Any:
+        self.begun += 1
+        try:
+            await self.let.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_the_oldest_goes_when_bytes_run_out_and_what_is_too_large_is_not_kept() -> None:
+    async def scenario() -> None:
+        cache = Cache[str](10, len)
+
+        async def get(key: str, value: str) -> str:
+            async def compute() -> str:
+                return value
+
+            return (await cache.get(key, compute, deadline=soon()))[1]
+
+        assert [await get(key, "1234") for key in "abab"] == ["computed", "computed", "kept", "kept"]
+        assert (len(cache), cache.bytes) == (2, 8)
+        assert await get("a", "") == "kept"
+        assert await get("c", "1234") == "computed"
+        assert [await get(key, "") for key in "ac"] == ["kept", "kept"], "b was not asked for longest"
+        assert await get("large", "12345678901") == await get("large", "12345678901") == "computed"
+        assert (len(cache), cache.bytes) == (2, 8)
+
+    play(scenario)
+
+
+def test_one_computation_for_all_who_ask_meanwhile_and_one_who_leaves_ends_it_for_nobody() -> None:
+    async def scenario() -> None:
+        cache, work = Cache[str](10, len), Work()
+        first, second, third = (asyncio.ensure_future(cache.get("k", work, deadline=soon())) for _ in range(3))
+        await settle()
+        first.cancel()
+        await settle()
+        assert (work.begun, work.cancelled, first.cancelled()) == (1, 0, True)
+        work.let.set()
+        assert await second == await third == ("value", "shared")
+        assert await cache.get("k", work, deadline=soon()) == ("value", "kept")
+
+    play(scenario)
+
+
+def test_the_last_who_leaves_ends_it_and_the_next_begins_anew() -> None:
+    async def scenario() -> None:
+        cache, work = Cache[str](10, len), Work()
+        waiting = [asyncio.ensure_future(cache.get("k", work, deadline=soon())) for _ in range(2)]
+        await settle()
+        for each in waiting:
+            each.cancel()
+        late = asyncio.ensure_future(cache.get("k", work, deadline=soon()))
+        await settle()
+        work.let.set()
+        assert (await late)[0] == "value"
+        await settle()
+        assert not cache._flights
+
+    play(scenario)
+
+
+def test_errors_are_shared_but_not_kept() -> None:
+    async def scenario() -> None:
+        cache, work = Cache[str](10, len), Work(ModelUnavailable("gone"))
+        waiting = [asyncio.ensure_future(cache.get("k", work, deadline=soon())) for _ in range(2)]
+        await settle()
+        work.let.set()
+        for each in waiting:
+            with pytest.raises(ModelUnavailable):
+                await each
+        work.value = "value"
+        assert await cache.get("k", work, deadline=soon()) == ("value", "computed")
+        assert work.begun == 2
+
+    play(scenario)
+
+
+def test_everyone_has_a_deadline_of_his_own() -> None:
+    async def scenario() -> None:
+        cache, work = Cache[str](10, len), Work()
+        patient = asyncio.ensure_future(cache.get("k", work, deadline=soon()))
+        await settle()
+        with pytest.raises(TimeoutError):
+            await cache.get("k", work, deadline=soon(0.01))
+        assert not patient.done()
+        patient.cancel()
+        await asyncio.wait([patient])
+        # one whose own time is up fails, and whoever joined it tries again
+        hasty = Work(TimeoutError())
+        first = asyncio.ensure_future(cache.get("k", hasty, deadline=soon(-1)))
+        await settle()
+        second = asyncio.ensure_future(cache.get("k", work, deadline=soon()))
+        await settle()
+        hasty.let.set()
+        work.let.set()
+        with pytest.raises(TimeoutError):
+            await first
+        assert await second == ("value", "computed")
+
+    play(scenario)
+
+
+def test_the_same_question_is_computed_once(make_app: MakeApp, engine: FakeEngine) -> None:
+    app = make_app(cache_mb=1)
+    with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        first, again = (client.post("/v1/answer", json=ASKED) for _ in range(2))
+        assert [reply.headers["cache-status"] for reply in (first, again)] == [
+            "bertqa; fwd=miss; stored",
+            "bertqa; hit",
+        ]
+        assert engine.windows == 1
+        assert again.json()["answers"] == first.json()["answers"]
+        assert again.json()["timings"]["infer_ms"] == 0
+        # what only the reply's form depends on is no other question
+        told = client.post("/v1/answer", json={**ASKED, "offset_unit": "byte", "explain": True}).json()
+        assert (told["answers"][0]["start"], len(told["explain"]["windows"]), engine.windows) == (17, 1, 1)
+        others: list[dict[str, Any]] = [
+            {"top_k": 2},
+            {"max_answer_tokens": 5},
+            {"overlap": 3},
+            {"question": "Where?"},
+            {"context": "«Uber»"},
+        ]
+        for number, other in enumerate(others):
+            client.post("/v1/answer", json=ASKED | other)
+            assert engine.windows == number + 2
+        hugging_face = client.post("/", json={"inputs": ASKED})  # other defaults
+        assert hugging_face.headers["cache-status"].endswith("stored")
+        told = client.get("/metrics").text
+        assert 'bertqa_cache_lookups_total{source="kept"} 2.0' in told
+        assert "bertqa_cache_entries 7.0" in told
+        served: Served = app.state.answerer.models[None]
+        assert served.cache is not None
+        assert f"bertqa_cache_bytes {float(served.cache.bytes)}" in told
+        # an engine that is busy has no part in what is known
+        engine.seconds_each, served.in_progress = 1.0, 9
+        assert client.post("/v1/answer", json=ASKED).status_code == 200
+        assert client.post("/v1/answer", json={**ASKED, "question": "When?"}).status_code == 503
+
+
+def test_a_client_that_leaves_does_not_end_what_another_waits_for(make_app: MakeApp, engine: FakeEngine) -> None:
+    engine.delay_s = 0.5
+
+    async def scenario(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as client:
+            leaving = asyncio.ensure_future(client.post("/v1/answer", json=ASKED, timeout=0.2))
+            while not engine.started.is_set():
+                await asyncio.sleep(0.01)
+            staying = asyncio.ensure_future(client.post("/v1/answer", json=ASKED))
+            with pytest.raises(httpx.ReadTimeout):
+                await leaving
+            reply = await staying
+            assert (reply.status_code, reply.headers["cache-status"]) == (200, "bertqa; fwd=miss; collapsed")
+            assert engine.windows == 1
+            assert not engine.cancelled.is_set()
+
+    with serving(make_app(cache_mb=1)) as url:
+        asyncio.run(scenario(url))
+
+
+def test_errors_and_other_versions_are_not_answered_from_memory(make_app: MakeApp, engine: FakeEngine) -> None:
+    app = make_app(cache_mb=1)
+    with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        engine.failure = ModelUnavailable("gone")
+        assert client.post("/v1/answer", json=ASKED).status_code == 503
+        engine.failure = None
+        for _ in range(2):
+            assert client.post("/v1/answer", json=ASKED).status_code == 200
+        models = app.state.answerer.models
+        models.put(Served(models[None].bundle, engine, app.state.metrics))  # as `Follower` does
+        assert client.post("/v1/answer", json=ASKED).headers["cache-status"] == "bertqa; fwd=miss; stored"
+        assert engine.windows == 2
+
+
+def test_without_a_cache_nothing_is_kept(client: httpx.Client, engine: FakeEngine) -> None:
+    for number in (1, 2):
+        assert "cache-status" not in client.post("/v1/answer", json=ASKED).headers
+        assert engine.windows == number
+
+
+def test_a_batch_computes_what_stands_in_it_twice_once_and_what_is_known_not_at_all(
+    make_app: MakeApp, engine: FakeEngine
+) -> None:
+    other = {**ASKED, "question": "Where?"}
+    with serving(make_app(cache_mb=1)) as url, httpx.Client(base_url=url, trust_env=False) as client:
+
+        def ask(*questions: dict[str, str]) -> tuple[str, list[Any]]:
+            reply = client.post("/v1/answers", json={"questions": questions})
+            assert reply.status_code == 200, reply.text
+            return reply.headers["cache-status"], [each["answers"] for each in reply.json()["results"]]
+
+        status, (first, second, third) = ask(ASKED, other, ASKED)
+        assert (status, engine.windows) == ("bertqa; fwd=miss; stored", 2)
+        assert first == third == client.post("/v1/answer", json=ASKED).json()["answers"]
+        assert second == client.post("/v1/answer", json=other).json()["answers"]
+        assert ask(other, ASKED) == ("bertqa; hit", [second, first])
+        assert ask(ASKED, {**ASKED, "question": "When?"})[0] == "bertqa; fwd=miss; stored"
+        assert engine.windows == 3
+        told = client.get("/metrics").text
+        for source, count in (("computed", 3), ("shared", 1), ("kept", 5)):
+            assert f'bertqa_cache_lookups_total{{source="{source}"}} {count}.0' in told
+
+
+def test_batches_join_what_is_being_computed_and_a_bad_question_is_named_by_its_place(
+    make_app: MakeApp, engine: FakeEngine
+) -> None:
+    engine.delay_s = 0.5
+    bad = {**ASKED, "question": "\x00"}  # found out by the tokenizer alone
+
+    async def scenario(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as client:
+
+            async def ask(*questions: dict[str, str]) -> httpx.Response:
+                return await client.post("/v1/answers", json={"questions": questions})
+
+            reply = await ask(ASKED, {**ASKED, "question": "Where?"}, bad)
+            assert (reply.status_code, engine.windows) == (422, 0)
+            assert reply.json()["error"] == "questions[2].question: holds no token that the model knows"
+            alone = asyncio.ensure_future(client.post("/v1/answer", json=ASKED))
+            while not engine.started.is_set():
+                await asyncio.sleep(0.01)
+            reply = await ask(bad, ASKED)
+            assert (reply.status_code, reply.json()["error"][:22]) == (422, "questions[0].question:")
+            assert not engine.cancelled.is_set(), "the one that waits alone still wants it"
+            batches = await asyncio.gather(ask(ASKED), ask(ASKED, ASKED), ask({**ASKED, "question": "Where?"}, ASKED))
+            statuses = [reply.headers["cache-status"].removeprefix("bertqa; fwd=miss; ") for reply in batches]
+            assert statuses == ["collapsed", "collapsed", "stored"]
+            assert (await alone).status_code == 200
+            assert engine.windows == 2
+
+    app = make_app(cache_mb=1)
+    with serving(app) as url:
+        asyncio.run(scenario(url))
+    assert app.state.answerer._in_progress == app.state.answerer.models[None].in_progress == 0

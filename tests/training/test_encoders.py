@@ -1,0 +1,126 @@
+"""A checkpoint that training wrote: transformers reads it, and tokenizes as its tokenizer.json does."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
+from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
+
+from bertqa.command import parse
+from tests.support.paths import CHECKPOINT as SHIPPED
+from training.encoders import (
+    EncoderOptions,
+    attention_implementation,
+    tokenizer_config,
+    write_checkpoint,
+)
+from training.options import JobArguments, Precision
+
+WORDS = (
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "École",
+    "ecole",
+    "école",
+    "USA",
+    "usa",
+    "who",
+    "Who",
+    "##s",
+    "漢",
+)
+TEXTS = st.lists(st.sampled_from((*WORDS, "ÉCOLE", "Who's", "漢字", "\u200b", "e\u0301", "?")), max_size=12).map(
+    " ".join
+)
+Both = tuple[Tokenizer, Any]
+
+
+@pytest.fixture(scope="module", params=["shipped", "cased", "uncased with accents"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
+    """A checkpoint's own tokenizer, and what transformers makes of its directory."""
+    directory = SHIPPED
+    if request.param != "shipped":
+        directory = tmp_path_factory.mktemp("checkpoint")
+        tokenizer = Tokenizer(WordPiece({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+        tokenizer.add_special_tokens([*WORDS[:5]])
+        tokenizer.normalizer = BertNormalizer(lowercase=request.param != "cased", strip_accents=False)
+        tokenizer.pre_tokenizer = BertPreTokenizer()
+        tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        config = BertConfig(
+            vocab_size=len(WORDS),
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            max_position_embeddings=40,
+        )
+        model = BertForQuestionAnswering(config)
+        write_checkpoint(directory, type(model).__name__, config, model.state_dict(), tokenizer.to_str())
+        BertForQuestionAnswering.from_pretrained(directory)
+    return Tokenizer.from_file(str(directory / "tokenizer.json")), AutoTokenizer.from_pretrained(directory)
+
+
+@given(
+    TEXTS | st.text(max_size=60), (TEXTS | st.text(max_size=60)).map("in ".__add__)
+)  # transformers takes "" for none
+def test_transformers_gives_the_same_ids(both: Both, question: str, context: str) -> None:
+    own, theirs = both
+    encoded, found = own.encode(question, context), theirs(question, context, return_offsets_mapping=True)
+    assert found["input_ids"] == encoded.ids
+    assert found["token_type_ids"] == encoded.type_ids
+    assert found["offset_mapping"] == encoded.offsets
+    assert theirs(question)["input_ids"] == own.encode(question).ids
+
+
+def test_what_else_transformers_reads(both: Both) -> None:
+    own, theirs = both
+    for role in ("pad", "unk", "cls", "sep", "mask"):
+        assert getattr(theirs, f"{role}_token_id") == own.token_to_id(f"[{role.upper()}]")
+    assert theirs.model_max_length in (40, 512)
+
+
+def test_the_shipped_file_is_what_training_writes() -> None:
+    config = json.loads((SHIPPED / "config.json").read_text())
+    written = tokenizer_config((SHIPPED / "tokenizer.json").read_text(), config["max_position_embeddings"])
+    assert json.loads((SHIPPED / "tokenizer_config.json").read_text()) == written
+    assert written["do_lower_case"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "dropout", "chosen"),
+    [
+        (False, "fp32", 0.0, "sdpa"),
+        (False, "fp32", 0.1, "sdpa"),
+        (False, "bf16", 0.1, "sdpa"),
+        (False, "bf16", 0.0, "eager"),
+        (True, "bf16", 0.0, "sdpa"),
+    ],
+)
+def test_the_attention_by_default(
+    gpu: bool, precision: Precision, dropout: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert attention_implementation("auto", precision, dropout) == chosen
+    assert attention_implementation("eager", precision, dropout) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("flags", "dropout", "attention_dropout"),
+    [([], 0.1, 0.1), (["--dropout", "0.2"], 0.2, 0.2), (["--attention-dropout", "0"], 0.1, 0.0)],
+)
+def test_dropout_of_attention_is_that_of_all_by_default(
+    flags: list[str], dropout: float, attention_dropout: float
+) -> None:
+    options = EncoderOptions.of(parse(JobArguments, ["--precision", "fp32", *flags]))
+    assert (options.dropout, options.attention_dropout, options.attention) == (dropout, attention_dropout, "sdpa")
