@@ -13,11 +13,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -101,7 +102,7 @@ TOY: dict[str, Any] = {"batch_size": 12, "learning_rate": 0.01, "precision": "fp
 
 @dataclass(frozen=True, kw_only=True)
 class ToyArguments(LoopArguments):
-    output: Path
+    output: Annotated[Path, typer.Option()]
     dropout: float = 0.0
 
 
