@@ -37,8 +37,8 @@ except OSError:
 endef
 export CHECK_VERSION CHECK_PYTHON
 
-# What runs with the service's packages alone: no builder, no Ray, no collector of traces.
-FAST := tests/bertqa $(filter-out %/test_batch.py %/test_rollout.py %/test_tracing.py %/test_triton.py %/test_workers.py, \
+# What runs with the service's packages alone: no Triton, no builder, no Ray, no collector of traces.
+FAST := tests/bertqa $(filter-out %/test_batch.py %/test_doctor.py %/test_rollout.py %/test_tracing.py %/test_triton.py %/test_workers.py, \
 	$(wildcard tests/service/test_*.py))
 
 .DEFAULT_GOAL := help
@@ -51,7 +51,7 @@ serve: $(VENV)/serve.stamp  ## Build the engine if there is none, start Triton a
 	$(BIN)/bertqa serve --checkpoint $(CHECKPOINT) $(ARGS)
 
 test: $(VENV)/test.stamp  ## Run all tests: real Triton, Horovod, a browser (PACKAGE=service ARGS="-k page")
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder \
 		$(if $(PACKAGE),tests/$(PACKAGE)) $(ARGS)
 
 test-fast:  ## Run what needs no Triton and no torch, on another Python (PYTHON=python3.13)

@@ -113,7 +113,7 @@ def tritons(repository: Path, count: int, logs: Path) -> Iterator[list[Server]]:
         started = []
         for number in range(count):
             ports = dict(zip(("grpc", "metrics", "http"), _free_ports(3), strict=True))
-            command = [sys.executable, "-m", "service.embedded_triton", "--repository", str(repository)]
+            command = [sys.executable, "-m", "service.runtime.triton", "--repository", str(repository)]
             for name, port in ports.items():
                 command += [f"--{name}-port", str(port)]
             process = stack.enter_context(_running(command, logs / f"triton-{number + 1}.log"))

@@ -7,92 +7,38 @@ Knows no HTTP: a `Question` goes in, a `Result` comes out, and errors are those 
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from sys import getsizeof
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from numpy.typing import NDArray
-
-from bertqa.spans import MAX_ANSWER_TOKENS, Decoded, Logits, decode
-from bertqa.windows import SPECIAL_TOKENS, Windows
+from bertqa.spans import Logits, decode
+from bertqa.windows import Window, Windows
 from service import tracing
-from service.cache import Cache, Source
+from service.admission import Call
+from service.cache import Cache
 from service.errors import InvalidField
+from service.memory import Account, MemoryBudget
 from service.metrics import Metrics
 from service.models import Models, Served
+from service.question import Question, Result, Tokenized
 from service.record import current_record
 from service.settings import Settings
 from service.triton import ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.worker_pool import INLINE_S, Check, WorkerPool, tokenizing_s
 
 T = TypeVar("T")
 
-INLINE_CHARS = 4_000
-"""Up to so many characters, tokenizing and decoding take well under a millisecond or two: a thread would cost more."""
 MAX_WINDOWS = 4_096
-"""Windows that a question may come to at worst."""
+"""Windows that the questions of one call may come to."""
 MAX_SPANS = 16_000_000
-"""Spans ranked for one question: tokens of its contexts times tokens of an answer, four bytes each."""
+"""Spans ranked for one question: tokens of its contexts times tokens of an answer."""
+MAX_ANSWER_BYTES = 1 << 20
+"""UTF-8 bytes of the answers of one call together. Its questions have equal shares; lower ranks are left out first."""
+EVIDENCE_S = 1.0
+"""Seconds for which an engine call that succeeded proves that the engine answers."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What is asked, and of whom; None stands for the model's own value. Field names are those that errors give."""
-
-    model: Served
-    question: str
-    contexts: tuple[str, ...]
-    top_k: int = 1
-    max_answer_tokens: int = MAX_ANSWER_TOKENS
-    overlap: int | None = None  # tokens
-    max_seq_len: int | None = None  # tokens
-    max_question_tokens: int | None = None
-    align_to_words: bool = True
-
-    @property
-    def chars(self) -> int:
-        """Characters of all contexts."""
-        return sum(map(len, self.contexts))
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenized:
-    """A question ready for the engine."""
-
-    question: Question
-    documents: tuple[Windows, ...]  # one for each context
-    seconds: float
-
-    @property
-    def windows(self) -> int:
-        """Engine calls that the question needs."""
-        return sum(len(document.windows) for document in self.documents)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A question answered."""
-
-    question: Question
-    documents: tuple[Windows, ...]
-    logits: Sequence[Sequence[Logits]]  # for each document, of each of its windows
-    decoded: Decoded
-    tokenize_s: float
-    infer_s: float
-    decode_s: float
-    source: Source | None = None  # None without a cache
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes up, within a tenth or so: texts, arrays, and a kilobyte of objects for each window."""
-        asked = self.question
-        arrays: list[NDArray[Any]] = [array for pairs in self.logits for pair in pairs for array in pair]
-        for each in self.documents:
-            arrays += [each.starts, each.ends, each.words]
-            arrays += [array for window in each.windows for array in window.tensors().values()]
-        texts = (asked.question, *asked.contexts)
-        windows = sum(len(each.windows) for each in self.documents)
-        return sum(map(getsizeof, texts)) + sum(array.nbytes for array in arrays) + 2048 + 1024 * windows
+_INLINE_SPANS = 24_000  # as many are ranked in about a millisecond, whatever they are
+_INLINE_BYTES = 64 * 1024  # as many are written in less than a millisecond
 
 
 class Answerer:
@@ -102,21 +48,39 @@ class Answerer:
         self.models = models
         self.settings = settings
         self.metrics = metrics
-        self._in_progress = 0
-        self._longest_wait_s = settings.max_queue_ms / 1000
+        self.memory = MemoryBudget(settings.max_memory_mb << 20)
+        self._pool = WorkerPool()
+
+    def close(self) -> None:
+        """Begin no more work."""
+        self._pool.close()
+
+    async def is_ready(self, model: Served, patience_s: float) -> None:
+        """Return if a model answers, as the latest probe found; at most one a second is made, whoever asks.
+
+        Raises:
+            Exception: as `check_ready`, with a deadline so many seconds from now.
+        """
+        await model.readiness.ask(lambda: self.check_ready(model, time.monotonic() + patience_s))
 
     async def check_ready(self, model: Served, deadline: float) -> None:
-        """Send a real question through tokenizer, engine and decoder.
+        """Compare the engine with its bundle, and see it answer: a call of the last moment, or a question of our own.
 
         Raises:
             BundleMismatch: as in `Served.verify`.
             ModelError: the engine does not answer.
             InvalidLogits: it answers nonsense.
         """
-        model.verified = False  # a probe is the moment to notice that Triton has loaded something else
-        await model.engine.check_ready(deadline=deadline)
-        asked = Question(model=model, question="Is it ready?", contexts=("It is ready.",))
-        await self._answer_all([asked], deadline)  # a busy engine is ready
+        try:
+            await model.engine.check_ready(deadline=deadline)
+            await model.compare(deadline=deadline)  # a probe is the moment to notice that Triton has another loaded
+        except ModelUnavailable:
+            model.verified = False  # it may come back as another
+            raise
+        evidence_s = max(EVIDENCE_S, 2 * model.admission.call_s)
+        if time.monotonic() > model.admission.answered_at + evidence_s:
+            asked = Question(model=model, question="Is it ready?", contexts=("It is ready.",))
+            await self._answer([asked], Call(deadline))  # never refused: a busy engine is ready
 
     def check_room(self) -> None:
         """Return if a request of which nothing has been read yet has a chance.
@@ -124,14 +88,19 @@ class Answerer:
         Raises:
             ModelOverloaded: it would be refused, whichever model it asks.
         """
+        self.memory.check()
         if self.settings.cache_mb:
             return  # it may ask what is known
         for model in self.models:
             try:
-                return model.check_room(self._longest_wait_s)
+                return model.admission.check(besides=self._pool.abandoned)
             except ModelOverloaded as error:
                 overloaded = error
         raise overloaded
+
+    def expected_wait(self) -> float:
+        """Seconds until a call that comes now would have its first turn, at the model that is busiest."""
+        return max(model.admission.expected_wait(self._pool.abandoned) for model in self.models)
 
     async def answer(self, question: Question, *, deadline: float) -> Result:
         """Answer one question; arguments and errors as in `answer_all`, but fields are named without their place."""
@@ -141,7 +110,7 @@ class Answerer:
             raise InvalidField(error.field.removeprefix("questions[0]."), error.problem) from None
 
     async def answer_all(self, questions: Sequence[Question], *, deadline: float) -> list[Result]:
-        """Answer questions side by side, all or none.
+        """Answer the questions of one call side by side, all or none.
 
         Args:
             questions: all are checked and tokenized before the engine hears of any.
@@ -150,56 +119,69 @@ class Answerer:
         Raises:
             InvalidField: a question is outside the limits; ``questions[i].`` and a field of `Question` are named.
             BundleMismatch: as in `Served.verify`.
-            ModelOverloaded: it would have to wait too long for the engine, or too many are in progress.
+            ModelOverloaded: it would have to wait too long for the engine, or there is no memory for it.
             ModelError: the engine did not answer.
             InvalidLogits: it answered nonsense.
         """
+        call = Call(deadline)
+        current_record.get().charge("question", len(questions) - 1)  # one was taken when the request came
         if self.settings.cache_mb:
-            return await self._known_or_new(questions, deadline)
-        return await self._admit(questions, deadline)
+            results = await self._known_or_new(questions, call)
+        else:
+            self._check_room(questions, call)
+            results = await self._answer(questions, call)
+        return results if len(results) == 1 else [each.within(MAX_ANSWER_BYTES // len(results)) for each in results]
 
-    async def _known_or_new(self, questions: Sequence[Question], deadline: float) -> list[Result]:
-        """Compute only what is neither kept nor being computed, and what stands twice among the questions once."""
+    async def off_loop(self, size: int, work: Callable[[Check], T], *, deadline: float) -> T:
+        """Make something of results, their reply for one: at once if that takes as long as few bytes, else in a thread.
+
+        Raises:
+            ModelTimeout: the deadline, in `time.monotonic` seconds, passed first.
+        """
+        return work(_no_check) if size < _INLINE_BYTES else await self._pool.run(work, deadline=deadline)
+
+    async def _known_or_new(self, questions: Sequence[Question], call: Call) -> list[Result]:
+        """Compute only what is neither known nor being computed, and what stands twice among the questions once."""
         places: dict[Question, int] = {}
         for number, question in enumerate(questions):
             places.setdefault(question, number)
         ready: dict[Question, Tokenized] = {}
         new = [question for question in places if not self._cache_of(question.model).has(question)]
-        if len(new) > 1:
-            # All or none are admitted and valid; then each is a computation of its own, for others to join.
-            self._check_room(new, deadline)
-            with self._in_work(new):
-                tokenized = await self._prepare(new, [places[question] for question in new], deadline)
-            ready = dict(zip(new, tokenized, strict=True))
-        work = [self._look_up(question, place, ready.get(question), deadline) for question, place in places.items()]
-        found = dict(zip(places, [await work[0]] if len(work) == 1 else await side_by_side(work), strict=True))
+        with self.memory.account() as account:
+            if len(new) > 1:
+                # All or none are admitted and valid; then each is a computation of its own, for others to join.
+                self._check_room(new, call)
+                tokenized = await self._prepare(new, [places[question] for question in new], call, account)
+                ready = dict(zip(new, tokenized, strict=True))
+            work = [self._look_up(question, place, ready.get(question), call) for question, place in places.items()]
+            found = dict(zip(places, [await work[0]] if len(work) == 1 else await side_by_side(work), strict=True))
         results = []
         for number, question in enumerate(questions):
             result = found[question]
-            again = number != places[question] and result.source == "computed"
-            results.append(replace(result, source="shared") if again else result)
-        kept = [each.cache for each in self.models if each.cache]
+            again = number != places[question] and result.source == "miss"
+            results.append(replace(result, source="coalesced") if again else result)
+        caches = [each.cache for each in self.models if each.cache]
         for result in results:
             if result.source:
-                self.metrics.looked_up(result.source, kept)
+                self.metrics.looked_up(result.source, caches)
         return results
 
-    async def _look_up(self, question: Question, place: int, tokenized: Tokenized | None, deadline: float) -> Result:
+    async def _look_up(self, question: Question, place: int, tokenized: Tokenized | None, call: Call) -> Result:
         async def compute() -> Result:
             if tokenized is None:
-                return (await self._admit([question], deadline))[0]
-            with self._in_work([question]):
-                return await self._infer(tokenized, deadline)
+                self._check_room([question], call)
+                return (await self._answer([question], call))[0]
+            return await self._infer(tokenized, call)
 
         try:
             found: Result
-            found, source = await self._cache_of(question.model).get(question, compute, deadline=deadline)
+            found, source = await self._cache_of(question.model).get(question, compute, deadline=call.deadline)
         except TimeoutError:
             raise ModelTimeout("The deadline passed before somebody else's same question was answered.") from None
         except InvalidField as error:  # perhaps of somebody who asked it in another place
             field = error.field.removeprefix("questions[0].")
             raise InvalidField(field, error.problem).inside(f"questions[{place}]") from None
-        if source == "kept":
+        if source == "hit":
             found = replace(found, tokenize_s=0.0, infer_s=0.0, decode_s=0.0)
         return replace(found, source=source)
 
@@ -208,69 +190,65 @@ class Answerer:
             model.cache = Cache(self.settings.cache_mb << 20, lambda result: result.bytes)
         return model.cache
 
-    async def _admit(self, questions: Sequence[Question], deadline: float) -> list[Result]:
-        self._check_room(questions, deadline)
-        return await self._answer_all(questions, deadline)
-
-    def _check_room(self, questions: Sequence[Question], deadline: float) -> None:
-        if self._in_progress and self._in_progress + len(questions) > self.settings.max_in_progress:
-            limit = self.settings.max_in_progress
-            raise ModelOverloaded(f"{self._in_progress} questions are in progress, and {limit} may be.")
-        patience_s = deadline - time.monotonic()
+    def _check_room(self, questions: Sequence[Question], call: Call) -> None:
+        self.memory.check(sum(question.chars for question in questions))
         for model in {question.model for question in questions}:
-            model.check_room(self._longest_wait_s, patience_s=patience_s)
+            model.admission.check(call.deadline, besides=self._pool.abandoned)
 
-    async def _answer_all(self, questions: Sequence[Question], deadline: float) -> list[Result]:
-        with self._in_work(questions):
-            tokenized = await self._prepare(questions, range(len(questions)), deadline)
+    async def _answer(self, questions: Sequence[Question], call: Call) -> list[Result]:
+        with self.memory.account() as account:
+            tokenized = await self._prepare(questions, range(len(questions)), call, account)
             if len(tokenized) == 1:
-                return [await self._infer(tokenized[0], deadline)]
-            return await side_by_side([self._infer(each, deadline) for each in tokenized])
+                return [await self._infer(tokenized[0], call)]
+            return await side_by_side([self._infer(each, call) for each in tokenized])
 
-    @contextmanager
-    def _in_work(self, questions: Sequence[Question]) -> Iterator[None]:
-        """Count questions among those in progress."""
-        self._in_progress += len(questions)
-        for question in questions:
-            question.model.in_progress += 1
-        try:
-            yield
-        finally:
-            self._in_progress -= len(questions)
-            for question in questions:
-                question.model.in_progress -= 1
-
-    async def _prepare(self, questions: Sequence[Question], places: Sequence[int], deadline: float) -> list[Tokenized]:
+    async def _prepare(
+        self, questions: Sequence[Question], places: Sequence[int], call: Call, account: Account
+    ) -> list[Tokenized]:
         """Tokenize all before the engine hears of any; ``places`` are theirs among all that were asked."""
-        for model in {question.model for question in questions}:
-            await model.verify(deadline=deadline)
-        tokenized = []
-        for question, place in zip(questions, places, strict=True):
-            try:
-                tokenized.append(await self._tokenize(question))
-            except InvalidField as error:
-                raise error.inside(f"questions[{place}]") from None
+        tokenized: list[Tokenized] = []
+        room, quick_s = MAX_WINDOWS, INLINE_S
+        with ExitStack() as arriving:
+            for model in {question.model for question in questions}:
+                arriving.enter_context(model.admission.arriving())
+                await model.verify(deadline=call.deadline)
+            for question, place in zip(questions, places, strict=True):
+                with _named(place):
+                    quick_s -= tokenizing_s(question.question, *question.contexts)
+                    tokenized.append(await self._tokenize(question, room, quick_s >= 0, call))
+                room -= tokenized[-1].windows
+                account.add(tokenized[-1].bytes)
         return tokenized
 
-    async def _tokenize(self, question: Question) -> Tokenized:
+    async def _tokenize(self, question: Question, max_windows: int, is_quick: bool, call: Call) -> Tokenized:
         current_record.get().asked(question.question, question.contexts)
         self._check(question)
         started = time.perf_counter()
+
+        def make(check: Check) -> tuple[Windows, ...]:
+            return self._make_windows(question, max_windows, check)
+
         with tracing.span("tokenize", contexts=len(question.contexts), characters=question.chars):
-            documents = await off_loop(question.chars, lambda: self._make_windows(question))
-        tokens = sum(len(document.starts) for document in documents)
-        if tokens * question.max_answer_tokens > MAX_SPANS:
-            limit = MAX_SPANS // tokens
-            raise InvalidField("max_answer_tokens", f"must be at most {limit} for texts of {tokens:,} tokens together")
+            if is_quick:
+                documents = make(_no_check)
+            else:
+                self._pool.check(max(min(self.settings.max_wait_s, call.deadline - time.monotonic()), 0))
+                documents = await self._pool.run(make, deadline=call.deadline)
         tokenized = Tokenized(question, documents, time.perf_counter() - started)
+        if tokenized.tokens * question.max_answer_tokens > MAX_SPANS:
+            limit = MAX_SPANS // tokenized.tokens
+            raise InvalidField(
+                "max_answer_tokens", f"must be at most {limit} for texts of {tokenized.tokens:,} tokens together"
+            )
         self.metrics.tokenized(tokenized.seconds, tokenized.windows, documents[0].question_truncated)
         identity = question.model.bundle.manifest.identity
         current_record.get().tokenized(identity, tokenized.seconds, tokenized.windows)
         return tokenized
 
-    def _make_windows(self, question: Question) -> tuple[Windows, ...]:
-        documents = []
+    def _make_windows(self, question: Question, max_windows: int, check: Check) -> tuple[Windows, ...]:
+        documents: list[Windows] = []
         for number, context in enumerate(question.contexts):
+            check()
             try:
                 documents.append(
                     question.model.bundle.maker(
@@ -279,42 +257,66 @@ class Answerer:
                         overlap=question.overlap,
                         max_seq_len=question.max_seq_len,
                         max_question_tokens=question.max_question_tokens,
+                        check=check,
+                        max_windows=max_windows,
                     )
                 )
             except ValueError as error:
                 raise InvalidField.from_value_error(error).renamed({"context": f"contexts[{number}]"}) from None
+            max_windows -= len(documents[-1].windows)
         return tuple(documents)
 
-    async def _infer(self, tokenized: Tokenized, deadline: float) -> Result:
+    async def _infer(self, tokenized: Tokenized, call: Call) -> Result:
         question, documents = tokenized.question, tokenized.documents
         model = question.model
         started = time.perf_counter()
         windows = [window for document in documents for window in document.windows]
         try:
             with tracing.span("infer", calls=True, windows=len(windows), model=model.bundle.manifest.identity):
-                flat = iter(await model.engine.predict(windows, deadline=deadline) if windows else [])
+                flat = iter(await self._ask_engine(model, windows, call))
         except ModelUnavailable:
             model.verified = False  # it may come back as another
             raise
         logits = [[next(flat) for _ in document.windows] for document in documents]
         inferred = time.perf_counter()
-        with tracing.span("decode", top_k=question.top_k):
-            decoded = await off_loop(
-                question.chars,
-                lambda: decode(
-                    documents,
-                    logits,
-                    top_k=question.top_k,
-                    max_answer_tokens=question.max_answer_tokens,
-                    null_threshold=model.bundle.manifest.null_threshold,
-                    align_to_words=question.align_to_words,
-                ),
+
+        def rank(check: Check) -> Result:
+            decoded = decode(
+                documents,
+                logits,
+                top_k=question.top_k,
+                max_answer_tokens=question.max_answer_tokens,
+                null_threshold=model.bundle.manifest.null_threshold,
+                align_to_words=question.align_to_words,
+                check=check,
             )
+            return Result(tokenized, logits, decoded, tokenized.seconds, 0.0, 0.0).within(MAX_ANSWER_BYTES)
+
+        is_quick = tokenized.tokens * question.max_answer_tokens <= _INLINE_SPANS
+        is_quick = is_quick and tokenizing_s(*question.contexts) <= INLINE_S
+        with tracing.span("decode", top_k=question.top_k):
+            result = rank(_no_check) if is_quick else await self._pool.run(rank, deadline=call.deadline)
         ended = time.perf_counter()
         self.metrics.answered(inferred - started, ended - inferred)
         current_record.get().answered(inferred - started, ended - inferred)
         model.count()
-        return Result(question, documents, logits, decoded, tokenized.seconds, inferred - started, ended - inferred)
+        return replace(result, infer_s=inferred - started, decode_s=ended - inferred)
+
+    async def _ask_engine(self, model: Served, windows: Sequence[Window], call: Call) -> list[Logits]:
+        """The logits of each window, asked for as the call's turns come."""
+        logits: list[Logits] = [None] * len(windows)  # type: ignore[list-item]  # all are set, or an error is raised
+        todo = iter(enumerate(windows))
+
+        async def ask() -> None:
+            for number, window in todo:  # shared by all
+                async with model.admission.slot(call):
+                    (logits[number],) = await model.engine.predict([window], deadline=call.deadline)
+
+        if len(windows) == 1:  # the common case needs no task
+            await ask()
+        else:
+            await side_by_side([ask() for _ in range(min(len(windows), model.admission.slots))])
+        return logits
 
     def _check(self, question: Question) -> None:
         """Hold a question against the limits, before anything is made of it."""
@@ -329,16 +331,6 @@ class Answerer:
         for field, text in (("question", question.question), *_numbered(question.contexts)):
             if not text or text.isspace():
                 raise InvalidField(field, "must hold more than white space")
-        # A window advances by at least so many tokens, and a text rarely has more tokens than characters.
-        manifest = question.model.bundle.manifest
-        room = (question.max_seq_len or manifest.max_seq_len) - SPECIAL_TOKENS
-        room -= question.max_question_tokens or manifest.max_question_tokens
-        step = room - (min(manifest.overlap, room // 2) if question.overlap is None else question.overlap)
-        if chars > MAX_WINDOWS * max(step, 1):
-            field = "contexts" if question.overlap is None else "overlap"
-            raise InvalidField(
-                field, f"{chars:,} characters could come to over {MAX_WINDOWS:,} windows, the most there may be"
-            )
 
 
 def _numbered(contexts: Sequence[str]) -> list[tuple[str, str]]:
@@ -349,9 +341,17 @@ def _too_many(field: str, limit: int, unit: str, got: int) -> InvalidField:
     return InvalidField(field, f"must be at most {limit:,} {unit}; got {got:,}")
 
 
-async def off_loop(chars: int, work: Callable[[], T]) -> T:
-    """Run work on texts of so many characters: at once if they are short, else in a thread."""
-    return work() if chars <= INLINE_CHARS else await asyncio.to_thread(work)
+def _no_check() -> None:
+    """Let work go on to its end."""
+
+
+@contextmanager
+def _named(place: int) -> Iterator[None]:
+    """Name the question in which a field is not as it must be."""
+    try:
+        yield
+    except InvalidField as error:
+        raise error.inside(f"questions[{place}]") from None
 
 
 async def side_by_side(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -28,18 +28,20 @@ from starlette.types import Receive, Scope, Send
 
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
-from service import errors, hugging_face, logs, tracing, v1
+from service import errors, hugging_face, tracing, v1
 from service.answering import Answerer
 from service.edge import Edge
 from service.exchange import DEADLINE_HEADER, answerer_of
-from service.hedging import Hedging
 from service.keys import Guard, Keyring, KeysError, needs_key
 from service.metrics import Metrics
 from service.models import Follower, Models, Served
+from service.observability import logging as logs
+from service.observability.readiness import ReadinessLog
+from service.runtime.shutdown import Shutdown, clean_up
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.settings import Settings, SettingsError
-from service.shutdown import Shutdown
 from service.triton import Engine, ModelError, TritonModel, tls_credentials
+from service.worker_pool import Watchman
 
 log = logging.getLogger("bertqa.service")
 
@@ -75,6 +77,7 @@ def create_app(
     if own_process:
         logs.configure(settings, count_lost=metrics.lost_records)
     shutdown = Shutdown(settings.shutdown_delay_s)
+    scraper = Watchman("metrics")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -85,14 +88,12 @@ def create_app(
                 log.warning("no traces: %s; %s", error, tracing.INSTALL)
         triton = engine or TritonModel(
             settings.triton_urls,
-            max_in_flight=settings.max_in_flight or None,
             watch_circuit=metrics.circuit,
             tls=tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key),
-            hedging=Hedging(settings.hedge_ms / 1000, metrics.hedged),
         )
-        follower = Follower(Repository(settings.repository), triton, metrics)
+        follower = Follower(Repository(settings.repository), triton, metrics, settings)
         if bundle:
-            models = Models(bundle.model, {bundle.model: Served(bundle, triton, metrics)})
+            models = Models(bundle.model, {bundle.model: Served(bundle, triton, metrics, settings)})
         else:
             models = follower.start(settings.model or None)
         app.state.answerer = answerer = Answerer(models, settings, metrics)
@@ -103,7 +104,7 @@ def create_app(
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples, and no cycles of note
         shutdown.listen()
-        following = [asyncio.create_task(_watch(models, metrics))]
+        following = [asyncio.create_task(_watch(answerer, metrics))]
         try:
             await _verify_if_up(models)
             if not bundle:
@@ -114,10 +115,13 @@ def create_app(
         finally:
             for task in following:
                 task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
+            answerer.close()
+            scraper.close()
             if engine is None:
                 await triton.close()
-            await asyncio.to_thread(tracing.stop)
-            await asyncio.to_thread(logs.flush)
+            await clean_up(tracing.stop)
+            await clean_up(logs.flush)
 
     app = _Application(
         title="bertqa",
@@ -129,7 +133,8 @@ def create_app(
         docs_url=None,  # FastAPI's pages load their scripts from a CDN
         redoc_url=None,
     )
-    app.state.metrics, app.state.shutdown = metrics, shutdown
+    app.state.metrics, app.state.shutdown, app.state.scraper = metrics, shutdown, scraper
+    app.state.readiness = ReadinessLog()
     # The last one added is the first that a request meets.
     if keyring:
         app.add_middleware(Guard, keyring=keyring, metrics=metrics, settings=settings)
@@ -216,14 +221,14 @@ def own_version() -> str:
         return "checkout"
 
 
-async def _watch(models: Models, metrics: Metrics) -> None:
+async def _watch(answerer: Answerer, metrics: Metrics) -> None:
     """Measure, as long as the application lives, what no request tells."""
     loop = asyncio.get_running_loop()
     while True:
         wanted = loop.time() + _WATCH_S
         await asyncio.sleep(_WATCH_S)
         metrics.loop_lag.observe(max(loop.time() - wanted, 0))
-        metrics.queue_wait.set(max(model.engine.expected_wait(model.in_progress) for model in models))
+        metrics.queue_wait.set(answerer.expected_wait())
 
 
 async def _verify_if_up(models: Models) -> None:
@@ -249,11 +254,13 @@ async def _live() -> Health:
 
 
 async def _ready(request: Request, model: str | None = None) -> Health:
-    """A real question goes through tokenizer, engine and decoder within a second, of the default model or another."""
+    """The default model or another answers a question within a second, or did so within the last one."""
     if request.app.state.shutdown.has_begun:
         raise errors.Stopping("The service is about to end; ask another replica.")
     answerer = answerer_of(request)
-    await answerer.check_ready(answerer.models[model], time.monotonic() + PROBE_S)
+    probed = answerer.models[model]
+    with request.app.state.readiness.probing(probed.bundle.model):
+        await answerer.is_ready(probed, PROBE_S)
     return Health(status="ready")
 
 
@@ -296,4 +303,5 @@ async def _metrics(request: Request) -> Response:
     """Metrics of this process, in Prometheus' text format."""
     metrics: Metrics = request.app.state.metrics
     metrics.tasks.set(len(asyncio.all_tasks()))
-    return Response(await asyncio.to_thread(metrics.text), headers={"content-type": CONTENT_TYPE_LATEST})
+    scraper: Watchman = request.app.state.scraper
+    return Response(await scraper.run(metrics.text), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -10,7 +10,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import Bundle, BundleMismatch, sha256_of
 from bertqa.spans import InvalidLogits, Logits
 from bertqa.windows import Window
-from service.answering import Answerer, Question, Result, side_by_side
+from service.answering import Answerer, side_by_side
 from service.errors import InvalidField, first_problem
 from service.metrics import Metrics
 from service.models import Models, Served
+from service.question import Question, Result
 from service.schemas import AnswerRequest, AnswerResponse
 from service.settings import Settings
-from service.triton import Engine, ModelError, ModelOverloaded, TritonModel, tls_credentials
+from service.triton import Engine, Loaded, ModelError, ModelOverloaded, TritonModel, tls_credentials
 from service.v1 import to_question, to_response
 
 ANSWER_COLUMNS = pa.schema(
@@ -58,7 +59,8 @@ CALL_S = 120.0
 """Seconds in which the engine must have computed a window that was sent to it."""
 IN_FLIGHT = 64
 """Windows of a process that are with the engine at one time, where nothing else is said."""
-_PIECE = 8  # windows of one row that are with the engine at one time
+_MAX_WAIT_S = 3600.0
+_MAX_MEMORY_MB = 4096
 _SUSPECT_ATTEMPTS = 3
 _READ_ROWS = 64
 _FAILURES = (ModelError, InvalidLogits)
@@ -135,8 +137,7 @@ class PartAnswerer:
         self._patience_s = patience_s
         self._at_a_time = settings.max_in_flight or IN_FLIGHT
         self._loop = asyncio.new_event_loop()
-        settings = settings.model_copy(update={"max_in_progress": self._at_a_time})
-        self._loop.run_until_complete(self._connect(engine, settings))
+        self._loop.run_until_complete(self._connect(engine, _patient(settings, self._at_a_time)))
 
     async def _connect(self, engine: Engine | None, settings: Settings) -> None:
         bundle, metrics = self._bundle, Metrics()
@@ -145,11 +146,10 @@ class PartAnswerer:
                 settings.triton_urls,
                 model=bundle.model,
                 version=bundle.version,
-                max_in_flight=self._at_a_time,
                 tls=tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key),
             )
-        self._engine = SteadyEngine(engine, self._at_a_time, self._patience_s)
-        self._served = Served(bundle, self._engine, metrics)
+        self._engine = SteadyEngine(engine, self._patience_s)
+        self._served = Served(bundle, self._engine, metrics, settings)
         self._answerer = Answerer(Models(bundle.model, {bundle.model: self._served}), settings, metrics)
         self._suspects = asyncio.Lock()
 
@@ -165,6 +165,7 @@ class PartAnswerer:
     def close(self) -> None:
         """End the connections."""
         self._loop.run_until_complete(self._engine.close())
+        self._answerer.close()
         self._loop.close()
 
     async def _answer(self, part: Part) -> Receipt:
@@ -248,11 +249,10 @@ class PartAnswerer:
 
 
 class SteadyEngine:
-    """An engine for those who can wait: windows wait for their turn without a deadline, and again if refused."""
+    """An engine for those who can wait: a window that is refused is asked again."""
 
-    def __init__(self, engine: Engine, at_a_time: int, patience_s: float) -> None:
+    def __init__(self, engine: Engine, patience_s: float) -> None:
         self._engine = engine
-        self._turns = asyncio.Semaphore(at_a_time)
         self._patience_s = patience_s
         self._heard = time.monotonic()
 
@@ -262,28 +262,15 @@ class SteadyEngine:
         Raises:
             BatchStopped: windows have been refused, and none computed, for longer than the patience.
         """
-        logits: list[Logits] = []
-        for first in range(0, len(windows), _PIECE):
-            piece = windows[first : first + _PIECE]
-            logits += await side_by_side([self._predict(window, deadline) for window in piece])
-        return logits
+        return await side_by_side([self._predict(window, deadline) for window in windows])
 
     async def check_ready(self, *, deadline: float) -> None:
         """As in `Engine`."""
         await self._engine.check_ready(deadline=_soon(deadline))
 
-    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
+    async def loaded(self, *, deadline: float) -> Loaded:
         """As in `Engine`."""
-        return await self._engine.model_parameters(deadline=_soon(deadline))
-
-    @property
-    def call_s(self) -> float:
-        """As in `Engine`."""
-        return self._engine.call_s
-
-    def expected_wait(self, ahead: int) -> float:
-        """As in `Engine`; nobody waits too long here."""
-        return 0.0
+        return await self._engine.loaded(deadline=_soon(deadline))
 
     async def server_version(self, *, deadline: float) -> str:
         """As in `Engine`."""
@@ -300,19 +287,18 @@ class SteadyEngine:
         await self._engine.close()
 
     async def _predict(self, window: Window, deadline: float) -> Logits:
-        async with self._turns:
-            began = time.monotonic()
-            for pause in pauses():
-                try:
-                    (logits,) = await self._engine.predict([window], deadline=_soon(deadline))
-                except ModelOverloaded as error:
-                    quiet_s = time.monotonic() - max(began, self._heard)
-                    if quiet_s > self._patience_s:
-                        raise BatchStopped(f"the engine has computed nothing for {quiet_s:.0f} s: {error}") from error
-                else:
-                    self._heard = time.monotonic()
-                    return logits
-                await asyncio.sleep(pause)
+        began = time.monotonic()
+        for pause in pauses():
+            try:
+                (logits,) = await self._engine.predict([window], deadline=_soon(deadline))
+            except ModelOverloaded as error:
+                quiet_s = time.monotonic() - max(began, self._heard)
+                if quiet_s > self._patience_s:
+                    raise BatchStopped(f"the engine has computed nothing for {quiet_s:.0f} s: {error}") from error
+            else:
+                self._heard = time.monotonic()
+                return logits
+            await asyncio.sleep(pause)
         raise AssertionError("there is always another pause")
 
 
@@ -425,6 +411,12 @@ def _columns(response: AnswerResponse) -> dict[str, Any]:
         best = response.answers[0]
         found |= {"answer": best.text, "start": best.start, "end": best.end, "score": best.score}
     return found
+
+
+def _patient(settings: Settings, at_a_time: int) -> Settings:
+    """Those of a job, whose rows are never refused for others of its rows."""
+    changes = {"max_in_flight": at_a_time, "max_wait_s": _MAX_WAIT_S, "max_memory_mb": _MAX_MEMORY_MB}
+    return settings.model_copy(update=changes)
 
 
 def _soon(deadline: float) -> float:

@@ -13,8 +13,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 V = TypeVar("V")
 
-Source = Literal["computed", "kept", "shared"]
-"""Where a value came from: a computation of one's own, an earlier one, or the one that somebody else had begun."""
+Source = Literal["hit", "coalesced", "miss"]
+"""Where a value came from: an earlier computation, one that somebody else had begun, or one of one's own."""
 
 
 class Cache(Generic[V]):
@@ -60,14 +60,14 @@ class Cache(Generic[V]):
         while True:
             if key in self._kept:
                 self._kept.move_to_end(key)
-                return self._kept[key][0], "kept"
+                return self._kept[key][0], "hit"
             flight = self._flights.get(key)
             mine = flight is None
             if flight is None:
                 flight = self._flights[key] = _Flight(asyncio.ensure_future(self._fly(key, compute)), deadline)
                 flight.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # it was looked at
             try:
-                return await self._join(key, flight, None if mine else deadline), "computed" if mine else "shared"
+                return await self._join(key, flight, None if mine else deadline), "miss" if mine else "coalesced"
             except Exception:
                 if mine or not flight.task.done() or not flight.deadline <= time.monotonic() < deadline:
                     raise

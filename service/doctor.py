@@ -27,8 +27,9 @@ from bertqa.repository import CONFIG_FILE, Repository
 from bertqa.triton_config import Serving
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
 from service.commands.doctor import DoctorOptions
-from service.embedded_triton import LOOPBACK, TritonError, TritonInstallation, TritonPorts, find_triton, free_port
 from service.rollout import RolloutFailed, Servers, ask, tls_of
+from service.runtime.ports import LOOPBACK, PortError, TritonPorts, free_port
+from service.runtime.triton_install import TritonError, TritonInstallation, find_triton
 from service.settings import Settings
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -497,7 +498,7 @@ def ports(host: str, port: int, grpc_port: int | None) -> Iterator[Finding]:
         subject = f"port {number}"
         try:
             found = free_port(address, number)
-        except TritonError as error:
+        except PortError as error:
             yield Finding("FAIL", subject, str(error))
             continue
         if number in (0, found):  # 0 takes any

@@ -14,9 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import BodyTooLarge, error_response
 from service.metrics import Metrics
+from service.observability import readiness
 from service.record import RequestRecord, current_record, route_of
+from service.runtime.shutdown import Shutdown
 from service.settings import Settings
-from service.shutdown import Shutdown
 from service.triton import request_id as triton_request_id
 
 log = logging.getLogger("bertqa.service")
@@ -102,12 +103,18 @@ class Edge:
             seconds = time.perf_counter() - started
             route, error_type = route_of(scope), scope.get("error_type")
             self.metrics.requested(route, status, error_type, seconds if asked else None)
-            if self.logs and (status >= 400 or not route.startswith(_UNLOGGED)):
+            if self.logs and _is_logged(route, status):
                 fields = {"method": scope["method"], "route": route, "status": status or None, "error_type": error_type}
                 fields |= {"seconds": round(seconds, 6), "received_bytes": received, "sent_bytes": sent}
                 if "api_key" in scope:
                     fields["api_key"] = scope["api_key"]  # its name
                 _log_access(fields, record)
+
+
+def _is_logged(route: str, status: int) -> bool:
+    if route == readiness.ROUTE:  # `ReadinessLog` logs the others
+        return 400 <= status < 500
+    return status >= 400 or not route.startswith(_UNLOGGED)
 
 
 def _log_access(fields: dict[str, Any], record: RequestRecord) -> None:

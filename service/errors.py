@@ -35,6 +35,7 @@ from starlette.types import Scope
 
 from bertqa.manifest import BundleMismatch
 from bertqa.spans import InvalidLogits
+from service.observability import readiness
 from service.record import current_record, route_of
 from service.schemas import Problem
 from service.triton import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
@@ -86,9 +87,9 @@ class Unauthorized(RequestError):
 class RateLimited(RequestError):
     """An API key is used more often than it may be."""
 
-    def __init__(self, name: str, rate: float, wait_s: float) -> None:
-        """Say how long to wait, in seconds, for the next request of a key that has so many a second."""
-        super().__init__(f"the API key {name} has {rate:g} requests a second; the next is free in {wait_s:.3g} s")
+    def __init__(self, name: str, rate: float, unit: str, wait_s: float) -> None:
+        """Say how long to wait, in seconds, for the next unit of a key that has so many a second."""
+        super().__init__(f"the API key {name} has {rate:g} {unit}s a second; the next is free in {wait_s:.3g} s")
         self.headers = {"retry-after": str(math.ceil(wait_s))}
 
 
@@ -267,7 +268,7 @@ def respond(scope: Scope, error: Exception) -> Response:
     field, headers = getattr(error, "field", None), getattr(error, "headers", None)
     if isinstance(error, ModelOverloaded):  # counted, but not logged one by one: refusing must stay cheap
         headers = {"retry-after": str(max(math.ceil(error.retry_after_s), 1))}
-    elif status >= 500 and not isinstance(error, BodiesOverloaded):
+    elif status >= 500 and not isinstance(error, BodiesOverloaded) and route_of(scope) != readiness.ROUTE:
         told = error if current_record.get().keeps_texts else getattr(error, "plain", error)
         log.warning("%s %s: %s: %s", scope["method"], route_of(scope), error_type, told)
     return error_response(status, error_type, str(error), field=field, headers=headers)

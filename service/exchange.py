@@ -11,9 +11,12 @@ from typing import Any, NoReturn, TypeVar
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
-from service.answering import Answerer, Result
+from service.answering import Answerer
 from service.errors import InvalidField, MalformedBody, NotJson
+from service.memory import Account
+from service.question import Result
 
 T = TypeVar("T")
 
@@ -79,11 +82,20 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def parse_and_handle(request: Request) -> Response:
-            if request.method == "POST":
-                answerer_of(request).check_room()  # before the body is read
-                request = JsonRequest(request.scope, request.receive)
+            if request.method != "POST":
+                return await handle(request)
+            answerer = answerer_of(request)
+            answerer.check_room()  # before the body is read
+            account = answerer.memory.open()
+            try:
+                request = JsonRequest(request.scope, _counted(request.receive, account))
                 await request.json()
-            return await handle(request)
+                response = await handle(request)
+                account.add(len(response.body))
+            except BaseException:
+                account.close()
+                raise
+            return _Accounted(response, account)
 
         return parse_and_handle
 
@@ -96,6 +108,41 @@ async def off_loop_if_large(size: int, work: Callable[[], T]) -> T:
     if size < LARGE_BYTES:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_LARGE_WORK, work)
+
+
+def _counted(receive: Receive, account: Account) -> Receive:
+    """The same, with the bytes of the body on an account."""
+
+    async def counted_receive() -> Message:
+        message = await receive()
+        account.add(len(message.get("body", b"")))
+        return message
+
+    return counted_receive
+
+
+class _Accounted(Response):
+    """A response whose bytes are given back when the client has taken them, and with them those of its request."""
+
+    def __init__(self, response: Response, account: Account) -> None:
+        self._response = response
+        self._account = account
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+
+        async def send_and_wait(message: Message) -> None:
+            if message["type"] != "http.response.body" or len(message.get("body", b"")) < LARGE_BYTES:
+                await send(message)
+                return
+            # The server waits for the client before it sends more: so there is more, of no bytes.
+            await send({**message, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+        try:
+            await self._response(scope, receive, send_and_wait)
+        finally:
+            self._account.close()
 
 
 def parse_json(body: bytes, max_values: int = MAX_VALUES) -> Any:
@@ -207,9 +254,9 @@ def answerer_of(request: Request) -> Answerer:
 
 
 _CACHE_STATUS = {  # of several questions, that of the one which took most
-    "computed": "bertqa; fwd=miss; stored",
-    "shared": "bertqa; fwd=miss; collapsed",
-    "kept": "bertqa; hit",
+    "miss": "bertqa; fwd=miss; stored",
+    "coalesced": "bertqa; fwd=miss; collapsed",
+    "hit": "bertqa; hit",
 }
 
 

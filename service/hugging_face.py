@@ -18,7 +18,6 @@ from starlette.responses import Response
 
 from bertqa.spans import Answer
 from bertqa.windows import SPECIAL_TOKENS
-from service.answering import Question, Result
 from service.errors import QUESTIONS, InvalidField, NoSuchModel, described, first_problem
 from service.exchange import (
     DEADLINE_PARAMETER,
@@ -30,6 +29,7 @@ from service.exchange import (
     unless_gone,
 )
 from service.models import Served
+from service.question import Question, Result
 from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K
 
 MAX_ANSWER_LEN = 15

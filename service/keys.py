@@ -1,7 +1,9 @@
 """Who may ask: API keys, kept as hashes in a file, each with a name and a rate of its own; behind ``bertqa keys``.
 
-A line of the file is ``NAME SHA256 RATE BURST``: the hash of the key in hexadecimal, requests per second, and how many
-may come at once; ``- -`` where there is no limit. ``#`` begins a comment. Keys are 256 random bits, so their plain
+A line of the file is ``NAME SHA256 RATE BURST [UNIT]``: the hash of the key in hexadecimal, how many a second, and how
+many at once; ``- -`` where there is no limit. UNIT is what is counted: ``request`` (as without it), ``question``, or
+``window``, a call of the engine. ``#`` begins a comment. A file without a single byte is being written: the keys from
+before stay valid. Keys are 256 random bits, so their plain
 SHA-256 cannot be guessed back, and a slow hash, made for passwords that people choose, would only slow requests down.
 """
 
@@ -18,22 +20,28 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import RateLimited, Unauthorized, respond
 from service.metrics import Metrics
+from service.record import current_record
 from service.settings import Settings
+from service.worker_pool import Watchman
 
 PREFIX = "bertqa_"
 """Begins every key, so that one that was left lying about is recognized."""
 FOLLOW_S = 1.0
 """Seconds between two looks at the file."""
+
+Unit = Literal["request", "question", "window"]
+"""What a key's rate counts."""
 
 log = logging.getLogger("bertqa.service")
 
@@ -50,8 +58,9 @@ class Key:
 
     name: str
     sha256: bytes
-    rate: float = math.inf  # requests per second
-    burst: float = math.inf  # requests at once, from rest
+    rate: float = math.inf  # units per second
+    burst: float = math.inf  # units at once, from rest
+    unit: Unit = "request"
     _tokens: float = field(init=False)
     _filled: float = field(init=False)
 
@@ -59,12 +68,17 @@ class Key:
         self._tokens, self._filled = self.burst, time.monotonic()
 
     @property
-    def limits(self) -> tuple[float, float]:
-        """Rate and burst."""
-        return self.rate, self.burst
+    def limits(self) -> tuple[float, float, Unit]:
+        """Rate, burst, and of what."""
+        return self.rate, self.burst, self.unit
+
+    def charge(self, unit: Unit, number: int) -> None:
+        """Spend what a request turned out to take, beyond the one unit that `take` spent; the rest is a debt."""
+        if unit == self.unit:
+            self._tokens -= max(number, 0)
 
     def take(self) -> float:
-        """Spend a request; returns 0.0, or the seconds until there is one to spend."""
+        """Spend one unit; returns 0.0, or the seconds until there is one to spend."""
         if math.isinf(self.rate):
             return 0.0
         now = time.monotonic()
@@ -92,10 +106,10 @@ def parse_keys(path: Path) -> dict[str, Key]:
         if not parts:
             continue
         try:
-            name, sha256, rate, burst = parts
-            key = Key(name, bytes.fromhex(sha256), *_limits(rate, burst))
+            name, sha256, rate, burst, *rest = parts
+            key = Key(name, bytes.fromhex(sha256), *_limits(rate, burst), *_unit(rest))
         except ValueError as error:
-            raise KeysError(f"{path}, line {number}: must be NAME SHA256 RATE BURST ({error})") from None
+            raise KeysError(f"{path}, line {number}: must be NAME SHA256 RATE BURST [UNIT] ({error})") from None
         if not _NAME.fullmatch(name) or len(key.sha256) != 32:
             raise KeysError(f"{path}, line {number}: must begin with a name and 64 hexadecimal digits")
         if name in keys or any(key.sha256 == other.sha256 for other in keys.values()):
@@ -116,6 +130,16 @@ def _limits(rate: str, burst: str) -> tuple[float, float]:
     return limits
 
 
+def _unit(rest: Sequence[str]) -> tuple[Unit, ...]:
+    match rest:
+        case []:
+            return ()
+        case ["request" | "question" | "window" as unit]:
+            return (unit,)
+        case _:  # may hold a key, and is not quoted
+            raise ValueError(f"UNIT must be one of {', '.join(get_args(Unit))}, and nothing may follow it")
+
+
 class Keyring:
     """The keys of a file, read again when it changes."""
 
@@ -128,6 +152,7 @@ class Keyring:
         self._path = path
         self._stamp = self._look()
         self._keys = parse_keys(path)
+        self._watchman = Watchman("keys")
 
     def find(self, presented: bytes) -> Key | None:
         """The key that this is, compared with every one in constant time."""
@@ -139,28 +164,40 @@ class Keyring:
         return found
 
     def reload(self) -> None:
-        """Read the file if it has changed; one that cannot be used is logged once, and the keys stay as they are."""
+        """Read the file if it has changed; one that cannot be used is logged once, and the keys stay as they are.
+
+        An editor that truncates a file before it writes leaves it empty for a moment. Who wants no key to be valid
+        leaves a comment in it.
+        """
         stamp = self._look()
         if stamp == self._stamp:
             return
-        self._stamp = stamp
         try:
             keys = parse_keys(self._path)
+            if not stamp or stamp[-1] == 0:
+                raise KeysError(f"{self._path}: holds nothing, as if it were being written")
         except KeysError as error:
+            self._stamp = stamp
             log.error("%s; the keys from before stay valid", error)
             return
         for name, key in keys.items():
             old = self._keys.get(name)
             if old and (old.sha256, old.limits) == (key.sha256, key.limits):
                 keys[name] = old  # with what it has spent
-        self._keys = keys
+        self._stamp, self._keys = stamp, keys
         log.warning("%s: %d keys from now on", self._path, len(keys))
 
     async def follow(self) -> None:
         """Keep up with the file, for ever."""
-        while True:
-            await asyncio.sleep(FOLLOW_S)
-            await asyncio.to_thread(self.reload)
+        try:
+            while True:
+                await asyncio.sleep(FOLLOW_S)
+                try:
+                    await self._watchman.run(self.reload)
+                except Exception:  # whatever it is, the next look may go well
+                    log.exception("%s could not be looked at; it will be again", self._path)
+        finally:
+            self._watchman.close()
 
     def _look(self) -> tuple[int, ...]:
         try:
@@ -196,14 +233,16 @@ class Guard:
             await self.app(scope, receive, send)
             return
         try:
-            scope["api_key"] = self._admit(Headers(scope=scope))
+            key = self._admit(Headers(scope=scope))
         except (Unauthorized, RateLimited) as error:
             await respond(scope, error)(scope, receive, send)
             return
+        scope["api_key"] = key.name
+        current_record.get().charge = key.charge
         await self.app(scope, receive, send)
 
-    def _admit(self, headers: Headers) -> str:
-        """The name of the key that came along.
+    def _admit(self, headers: Headers) -> Key:
+        """The key that came along.
 
         Raises:
             Unauthorized: there is none, nobody knows it, or a header that has one stands there twice, of which a proxy
@@ -223,11 +262,11 @@ class Guard:
         wait_s = key.take()
         self.metrics.admitted(key.name, not wait_s)
         if wait_s:
-            raise RateLimited(key.name, key.rate, wait_s)
-        return key.name
+            raise RateLimited(key.name, key.rate, key.unit, wait_s)
+        return key
 
 
-def new_key(path: Path, name: str, rate: float | None, burst: float | None) -> str:
+def new_key(path: Path, name: str, rate: float | None, burst: float | None, unit: Unit = "request") -> str:
     """Make a key and append its hash to the file.
 
     Returns:
@@ -247,7 +286,8 @@ def new_key(path: Path, name: str, rate: float | None, burst: float | None) -> s
         _limits(*limits.split())
     except ValueError as error:
         raise KeysError(f"--rate, --burst: {error}") from None
-    line = f"{name} {hashlib.sha256(key.encode()).hexdigest()} {limits}\n"
+    counted = "" if rate is None or unit == "request" else f" {unit}"
+    line = f"{name} {hashlib.sha256(key.encode()).hexdigest()} {limits}{counted}\n"
     try:
         with _locked(path) as file:
             end = file.seek(0, os.SEEK_END)

@@ -97,14 +97,6 @@ class Metrics:
         self._transitions = Counter(
             "bertqa_circuit_transitions", "Changes of a circuit's state", [*circuit, "to"], registry=self.registry
         )
-        self._hedges = Counter(
-            "bertqa_hedges",
-            "Second calls to another Triton, by whether they won, and those that the budget withheld",
-            ["outcome"],
-            registry=self.registry,
-        )
-        for outcome in ("won", "lost", "failed", "cancelled", "withheld"):
-            self._hedges.labels(outcome)
         self._windows = Histogram(
             "bertqa_windows", "Windows of a question, each one engine call", buckets=WINDOWS, registry=self.registry
         )
@@ -125,7 +117,7 @@ class Metrics:
         self.lost_records = lost_records.inc
         self._lookups = Counter(
             "bertqa_cache_lookups",
-            "Questions by where their answers came from: computed, kept from before, or shared with one in progress",
+            "Questions by where their answers came from: hit, coalesced with one in progress, or miss",
             ["source"],
             registry=self.registry,
         )
@@ -174,10 +166,6 @@ class Metrics:
             self._transitions.labels(*labels, state.name.lower()).inc()
 
         return change
-
-    def hedged(self, outcome: str) -> None:
-        """Count a second call to another Triton, or one that was withheld."""
-        self._hedges.labels(outcome).inc()
 
     def questions(self, model: str, version: int) -> Callable[[], None]:
         """What counts a question that this version answered."""

@@ -6,7 +6,6 @@ over, questions in progress end with the one that they began with.
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -14,18 +13,17 @@ from typing import Any
 
 from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch
 from bertqa.repository import SERVING_FILE, Repository
+from service.admission import Admission
 from service.cache import Cache
 from service.errors import InvalidField
 from service.metrics import Metrics
-from service.triton import Engine, ModelOverloaded
+from service.readiness import Readiness
+from service.settings import Settings
+from service.triton import Engine
+from service.worker_pool import Watchman
 
 FOLLOW_S = 1.0
 """Seconds between two looks at the repository."""
-OVERLOAD = 0.1
-"""Share of refused questions above which there is too much load, and not a burst."""
-CALM_S = 1.0
-"""Seconds without a refusal after which there is no longer too much."""
-_WEIGHT = 1 / 128  # of the latest question in the share of those refused
 PROBE_S = 5.0
 """Seconds that a question to a new version may take before it is tried again."""
 
@@ -35,48 +33,14 @@ log = logging.getLogger("bertqa.service")
 class Served:
     """One version of a model: its bundle, the engine that Triton has loaded from it, and whether those agree."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, metrics: Metrics, settings: Settings) -> None:
         self.bundle = bundle
         self.engine = engine
+        self.admission = Admission(settings.max_wait_s, settings.max_in_flight)
+        self.readiness = Readiness()
         self.count = metrics.questions(bundle.model, bundle.version)
         self.verified = False
-        self.in_progress = 0  # questions
-        self._refused_at = -math.inf
-        self._refused_share = 0.0  # of the latest questions
         self.cache: Cache[Any] | None = None  # of results, for whoever answers
-
-    def check_room(self, longest_s: float, *, patience_s: float | None = None) -> None:
-        """Return if one more question need not wait too long for the engine.
-
-        A burst may fill the queue. Where a tenth of all questions is refused, more comes than the engine can take: a
-        full queue stays full, and everybody waits for nothing. Then a newcomer may wait half a call, enough that the
-        engine never idles.
-
-        Args:
-            longest_s: seconds that it may be expected to wait.
-            patience_s: seconds that its own deadline leaves; without it this is a first look, and the question is not
-                admitted yet.
-
-        Raises:
-            ModelOverloaded: it would have to.
-        """
-        wait_s, now = self.engine.expected_wait(self.in_progress), time.monotonic()
-        if now > self._refused_at + CALM_S:
-            self._refused_share = 0.0
-        if self._refused_share > OVERLOAD:
-            longest_s = min(longest_s, self.engine.call_s / 2)
-        if wait_s > longest_s:
-            self._refused_at = now
-            self._refused_share += (1 - self._refused_share) * _WEIGHT
-        elif patience_s is not None:
-            self._refused_share -= self._refused_share * _WEIGHT
-            longest_s = max(min(longest_s, patience_s), 0)  # too late is not too full
-        if wait_s > longest_s:
-            raise ModelOverloaded(
-                f"The engine has {self.in_progress} questions before this one, which would wait {wait_s:.2f} s; "
-                f"at most {longest_s:.2f} s are allowed.",
-                retry_after_s=wait_s,
-            )
 
     async def verify(self, *, deadline: float) -> None:
         """Compare the loaded engine with the manifest; costs nothing from then on, until the engine has been away.
@@ -85,16 +49,21 @@ class Served:
             BundleMismatch: they differ.
             ModelError: the engine cannot be asked yet.
         """
-        if self.verified:
-            return
-        parameters = await self.engine.model_parameters(deadline=deadline)
-        loaded = parameters.get(f"identity_{self.bundle.version}", "an engine without identity")
+        if not self.verified:
+            await self.compare(deadline=deadline)
+
+    async def compare(self, *, deadline: float) -> None:
+        """Compare them now, whatever is known; errors as in `verify`."""
+        loaded = await self.engine.loaded(deadline=deadline)
+        identity = loaded.parameters.get(f"identity_{self.bundle.version}", "an engine without identity")
         expected = self.bundle.manifest.identity
-        if loaded != expected:
+        if identity != expected:
+            self.verified = False
             raise BundleMismatch(
-                f"Triton has loaded {loaded}, but version {self.bundle.version} of the repository that the service "
+                f"Triton has loaded {identity}, but version {self.bundle.version} of the repository that the service "
                 f"reads is {expected}; give both the same model repository, or reload Triton"
             )
+        self.admission.resize(loaded.concurrency)
         self.verified = True
 
 
@@ -142,17 +111,20 @@ class Models:
 class Follower:
     """Keeps `Models` at what the repository says."""
 
-    def __init__(self, repository: Repository, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, repository: Repository, engine: Engine, metrics: Metrics, settings: Settings) -> None:
         """Name the parts.
 
         Args:
             repository: read only.
             engine: any of the servers' models; others are made of it.
             metrics: of the application.
+            settings: likewise.
         """
         self._repository = repository
         self._engine = engine
         self._metrics = metrics
+        self._settings = settings
+        self._watchman = Watchman("repository")
         self._seen: tuple[int, ...] = ()  # the stamp, when the repository was last read
         self._said: dict[str, str] = {}  # what is in the way of a model's version
 
@@ -183,39 +155,48 @@ class Follower:
             models: to keep.
             probe: sends a real question to a model, by a deadline in `time.monotonic` seconds.
         """
-        while True:
-            await asyncio.sleep(FOLLOW_S)
-            stamp = await asyncio.to_thread(self._stamp)
-            if stamp == self._seen and not self._said:
+        try:
+            while True:
+                await asyncio.sleep(FOLLOW_S)
+                try:
+                    await self._look(models, probe)
+                except Exception:  # whatever it is, the next look may go well
+                    log.exception("the repository could not be looked at; it will be again")
+        finally:
+            self._watchman.close()
+
+    async def _look(self, models: Models, probe: Callable[[Served, float], Awaitable[object]]) -> None:
+        stamp = await self._watchman.run(self._stamp)
+        if stamp == self._seen and not self._said:
+            return
+        try:
+            serving = await self._watchman.run(self._repository.serving)
+        except (BundleMismatch, OSError) as error:
+            self._say("", str(error))
+            return
+        self._seen = stamp
+        self._said = {name: said for name, said in self._said.items() if name in serving}
+        for name, wanted in serving.items():
+            if name in models and models[name].bundle.version == wanted.active:
+                self._said.pop(name, None)
                 continue
             try:
-                serving = await asyncio.to_thread(self._repository.serving)
-            except (BundleMismatch, OSError) as error:
-                self._say("", str(error))
+                new = self._served(await self._watchman.run(self._repository.open, name, wanted.active))
+                await probe(new, time.monotonic() + PROBE_S)
+            except Exception as error:  # whatever it is, the version before goes on
+                self._say(name, f"version {wanted.active} of {name} cannot answer yet: {error}")
                 continue
-            self._seen = stamp
-            self._said = {name: said for name, said in self._said.items() if name in serving}
-            for name, wanted in serving.items():
-                if name in models and models[name].bundle.version == wanted.active:
-                    self._said.pop(name, None)
-                    continue
-                try:
-                    new = self._served(await asyncio.to_thread(self._repository.open, name, wanted.active))
-                    await probe(new, time.monotonic() + PROBE_S)
-                except Exception as error:  # whatever it is, the version before goes on
-                    self._say(name, f"version {wanted.active} of {name} cannot answer yet: {error}")
-                    continue
-                self._said.pop(name, None)
-                models.put(new)
-                log.warning("%s answers from version %d now, %s", name, wanted.active, new.bundle.manifest.identity)
+            self._said.pop(name, None)
+            models.put(new)
+            log.warning("%s answers from version %d now, %s", name, wanted.active, new.bundle.manifest.identity)
+            self._metrics.serves(each.bundle for each in models)
+        for name in [each.bundle.model for each in models if each.bundle.model not in serving]:
+            if name != models.default:
+                models.remove(name)
                 self._metrics.serves(each.bundle for each in models)
-            for name in [each.bundle.model for each in models if each.bundle.model not in serving]:
-                if name != models.default:
-                    models.remove(name)
-                    self._metrics.serves(each.bundle for each in models)
 
     def _served(self, bundle: Bundle) -> Served:
-        return Served(bundle, self._engine.at(bundle.model, bundle.version), self._metrics)
+        return Served(bundle, self._engine.at(bundle.model, bundle.version), self._metrics, self._settings)
 
     def _say(self, name: str, problem: str) -> None:
         """Log a problem once, not every second."""

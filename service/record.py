@@ -3,7 +3,7 @@
 Whoever handles a part of it adds to `current_record`; a request's tasks and threads share one record.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +21,13 @@ class RequestRecord:
     tokenize_s: float = 0.0
     infer_s: float = 0.0
     decode_s: float = 0.0
+    charge: Callable[[Any, int], None] = lambda unit, number: None  # the API key, with what a request takes
     questions: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)  # with contexts; if it keeps texts
 
     def tokenized(self, model: str, seconds: float, windows: int) -> None:
         """Add a question that became windows for a model, named by its identity."""
         self.models.add(model)
+        self.charge("window", windows - (not self.windows))  # one was taken when the request came
         self.tokenize_s = max(self.tokenize_s, seconds)
         self.windows += windows
 

@@ -22,9 +22,10 @@ from tritonclient.utils import InferenceServerException
 from bertqa.manifest import QUESTIONS_FILE, Bundle, BundleMismatch, changed_files, rebuild
 from bertqa.repository import ChangeRefused, Repository
 from bertqa.spans import InvalidLogits
-from service.answering import Answerer, Question
+from service.answering import Answerer
 from service.metrics import Metrics
 from service.models import Models, Served
+from service.question import Question
 from service.settings import Settings
 from service.triton import ModelError, TritonModel, tls_credentials, tls_options
 
@@ -356,7 +357,7 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
     """
     triton = servers.model(url, bundle.model, bundle.version)
     metrics, settings = Metrics(), Settings()
-    served = Served(bundle, triton, metrics)
+    served = Served(bundle, triton, metrics, settings)
     answerer = Answerer(Models(bundle.model, {bundle.model: served}), settings, metrics)
     seconds = []
     try:
@@ -374,5 +375,6 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
     except (ModelError, BundleMismatch, InvalidLogits) as error:
         raise RolloutFailed(f"{bundle.model} {bundle.version} at {url}: {error}") from error
     finally:
+        answerer.close()
         await triton.close()
     return seconds

@@ -23,6 +23,7 @@ _TIMINGS: dict[str, Any] = {"tokenize_ms": 0.2, "infer_ms": 6.4, "decode_ms": 0.
 _ANSWERED: dict[str, Any] = {
     "answers": [_ANSWER],
     "has_answer": True,
+    "answers_omitted": 0,
     "null_score": 0.04,
     "windows": 1,
     "question_tokens": 7,
@@ -153,6 +154,11 @@ class AnswerResponse(BaseModel):
 
     answers: list[AnswerItem]
     has_answer: bool
+    answers_omitted: int = Field(
+        default=0,
+        description="Answers of lower rank left out: the answers of a request hold at most 1 MiB of text, in equal "
+        "shares for its questions.",
+    )
     null_score: float = Field(description="Probability in [0, 1] that the texts do not answer the question.")
     windows: int = Field(description="Engine calls made for this question.")
     question_tokens: int = Field(description="Tokens of the question before any cut.")

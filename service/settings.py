@@ -90,18 +90,16 @@ class Settings(BaseSettings):
     max_in_flight: CountOrZero = 0
     """Engine calls of a process and a model at one time. 0: two for each engine instance at each address of Triton."""
 
-    max_queue_ms: Count = 100
-    """Milliseconds that a question may be expected to wait for the engine; one that would wait longer is refused with
+    max_wait_s: float = Field(default=2.0, gt=0, le=3600)
+    """Seconds that a request may wait for its first turn at the engine; one that would wait longer is refused with
     503."""
-
-    hedge_ms: CountOrZero = 0
-    """Milliseconds without a reply after which an engine call is also made at a second address. 0: never."""
 
     cache_mb: CountOrZero = 0
     """Megabytes of answers that each process keeps for repeated questions, for each model. 0: no cache."""
 
-    max_in_progress: Count = 1_024
-    """Questions in progress at one time; more are refused with 503."""
+    max_memory_mb: Count = 128
+    """Megabytes that requests in progress may hold: bodies, windows, logits, replies not yet taken; more are refused
+    with 503."""
 
     arrival_s: float = Field(default=20.0, gt=0, le=3600)
     """Seconds for a request to arrive, for a new connection to send one, and for a client to take its reply."""

@@ -21,8 +21,9 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -39,12 +40,9 @@ from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service import tracing
 from service.circuit import TRIAL_S, Circuit, State
-from service.hedging import Hedging
-from service.turns import Turns
 
 CALLS_PER_WINDOW = 2
 """Engine calls at one time for each window that the engine computes at one time: that one, and one that lies ready."""
-_CALLS_AT_FIRST = 4  # before the server has said how many instances it has
 _LOOKUP_S = 0.1  # that the name server may hold up a look at the loaded engine, and with it questions
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -136,14 +134,24 @@ def tls_options(name: str) -> tuple[tuple[str, str], ...]:
     return (("grpc.ssl_target_name_override", name),) if name else ()
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model as the server has loaded it."""
+
+    parameters: Mapping[str, str]
+    """Those of its ``config.pbtxt``."""
+    concurrency: int
+    """Windows that it is to have at one time: twice those that its instances at all addresses compute at one time."""
+
+
 class Engine(Protocol):
     """What the service needs of a model; `TritonModel` is the real one."""
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
-        """Run the engine on each window, side by side; all or nothing.
+        """Run the engine on each window, all at once; all or nothing.
 
         Args:
-            windows: of one request.
+            windows: no more than the engine is to have at one time.
             deadline: in `time.monotonic` seconds.
 
         Returns:
@@ -162,21 +170,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
-        """The ``parameters`` of the ``config.pbtxt`` that the server has loaded.
+    async def loaded(self, *, deadline: float) -> "Loaded":
+        """What the server has loaded.
 
         Raises:
             ModelError: the server did not tell.
         """
-        ...
-
-    @property
-    def call_s(self) -> float:
-        """Mean seconds of the latest calls, from a window's turn to its logits; 0.0 before the first."""
-        ...
-
-    def expected_wait(self, ahead: int) -> float:
-        """Seconds until a request's first window would be computed, with so many other requests in progress."""
         ...
 
     async def server_version(self, *, deadline: float) -> str:
@@ -188,7 +187,7 @@ class Engine(Protocol):
         ...
 
     def at(self, model: str, version: int) -> "Engine":
-        """Another version or model of the same servers, over the same channels, with places of its own."""
+        """Another version or model of the same servers, over the same channels."""
         ...
 
     async def close(self) -> None:
@@ -208,11 +207,9 @@ class TritonModel:
         *,
         model: str = MODEL_NAME,
         version: int | None = None,
-        max_in_flight: int | None = None,
         watch_circuit: WatchCircuit | None = None,
         tls: grpc.ChannelCredentials | None = None,
         tls_name: str = "",
-        hedging: Hedging | None = None,
     ) -> None:
         """Open the channels; connections are made when first needed.
 
@@ -222,27 +219,19 @@ class TritonModel:
                 (Triton's ``--grpc-max-connection-age``).
             model: name of the model.
             version: of the model; by default the highest that is loaded.
-            max_in_flight: windows of a model's version that are with Triton at one time; by default twice those that
-                its instances at all addresses compute at one time, known from `model_parameters` on.
             tls: as `tls_credentials` gives it; without it, connections are in the clear.
             tls_name: that Triton's certificate must have; by default that of the address.
-            hedging: when a call that gets no reply is made at another of the addresses too; by default never.
             watch_circuit: called with address, model and version when a circuit begins; gives what is told its states.
 
         Raises:
-            ValueError: there is no address, or ``max_in_flight`` is below 1.
+            ValueError: there is no address.
         """
         if not urls:
             raise ValueError("urls: at least one address host:port is needed")
-        if max_in_flight is not None and max_in_flight < 1:
-            raise ValueError("max_in_flight: at least 1")
         self._model = model
         self._version = str(version or "")
-        self._max_in_flight = max_in_flight
-        self._turns = Turns(max_in_flight or _CALLS_AT_FIRST)
         self._replicas = [_Replica(url, tls, tls_name) for url in urls]
         self._watch_circuit = watch_circuit
-        self._hedging = hedging or Hedging()
         self._links: dict[tuple[str, str], list[_Link]] = {}  # of every model and version that `at` has made
         self._calls = count()
         self._heads: dict[int, bytes] = {}
@@ -251,28 +240,20 @@ class TritonModel:
         """As in `Engine`."""
         other = copy.copy(self)
         other._model, other._version, other._heads = model, str(version), {}
-        other._turns = Turns(self._turns.places)
         return other
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
         """As in `Engine`."""
-        request = object()
         if len(windows) == 1:  # the common case needs no task
-            return [await self._predict(windows[0], request, deadline)]
-        logits: list[Logits] = [None] * len(windows)  # type: ignore[list-item]  # all are set, or an error is raised
-        todo = iter(enumerate(windows))
-        workers = [
-            asyncio.ensure_future(self._work(todo, logits, request, deadline))
-            for _ in range(min(len(windows), self._turns.places))
-        ]
+            return [await self._predict(windows[0], deadline)]
+        calls = [asyncio.ensure_future(self._predict(window, deadline)) for window in windows]
         try:
-            await asyncio.gather(*workers)
+            return await asyncio.gather(*calls)
         except BaseException:  # a failure of one, or the caller was cancelled: leave nothing running
-            for worker in workers:
-                worker.cancel()
-            await asyncio.wait(workers)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
             raise
-        return logits
 
     async def check_ready(self, *, deadline: float) -> None:
         """As in `Engine`."""
@@ -281,25 +262,15 @@ class TritonModel:
         if not reply.ready:
             raise ModelNotLoaded(f"Triton runs, but {self._name} is not ready.")
 
-    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
+    async def loaded(self, *, deadline: float) -> Loaded:
         """As in `Engine`."""
         request = service_pb2.ModelConfigRequest(name=self._model, version=self._version)
         reply = await self._call("model_config", request, deadline)
-        if self._max_in_flight is None:
-            instances = sum(group.count * max(len(group.gpus), 1) for group in reply.config.instance_group)
-            addresses = await asyncio.gather(*(replica.count_addresses() for replica in self._replicas))
-            windows = max(instances, 1) * max(reply.config.max_batch_size, 1)
-            self._turns.resize(CALLS_PER_WINDOW * windows * sum(addresses))
-        return {name: value.string_value for name, value in reply.config.parameters.items()}
-
-    @property
-    def call_s(self) -> float:
-        """As in `Engine`."""
-        return self._turns.call_s
-
-    def expected_wait(self, ahead: int) -> float:
-        """As in `Engine`."""
-        return self._turns.expected_wait(ahead)
+        instances = sum(group.count * max(len(group.gpus), 1) for group in reply.config.instance_group)
+        addresses = await asyncio.gather(*(replica.count_addresses() for replica in self._replicas))
+        windows = max(instances, 1) * max(reply.config.max_batch_size, 1)
+        parameters = {name: value.string_value for name, value in reply.config.parameters.items()}
+        return Loaded(parameters, CALLS_PER_WINDOW * windows * sum(addresses))
 
     async def server_version(self, *, deadline: float) -> str:
         """As in `Engine`; of the replica whose turn it is."""
@@ -314,28 +285,10 @@ class TritonModel:
         """As in `Engine`; ends those made by `at` too."""
         await asyncio.gather(*(replica.close() for replica in self._replicas))
 
-    async def _work(
-        self, todo: Iterator[tuple[int, Window]], logits: list[Logits], request: object, deadline: float
-    ) -> None:
-        for index, window in todo:  # shared with the request's other workers
-            logits[index] = await self._predict(window, request, deadline)
-
-    async def _predict(self, window: Window, request: object, deadline: float) -> Logits:
-        try:
-            await self._turns.take(request, deadline)
-        except TimeoutError:
-            raise ModelTimeout("The deadline passed while waiting for a free place at the engine.") from None
-        call_s = None
-        try:
-            began = time.monotonic()
-            message = self._request(window, deadline)
-            logits: Logits = await self._call(
-                "model_infer", message, deadline, lambda reply: _logits(reply, window.length)
-            )
-            call_s = time.monotonic() - began
-            return logits
-        finally:
-            self._turns.give_back(call_s)
+    async def _predict(self, window: Window, deadline: float) -> Logits:
+        message = self._request(window, deadline)
+        logits: Logits = await self._call("model_infer", message, deadline, lambda reply: _logits(reply, window.length))
+        return logits
 
     def _request(self, window: Window, deadline: float) -> bytes:
         # Messages of one type may be concatenated, so what is the same for all windows of a length is written once.
@@ -366,7 +319,6 @@ class TritonModel:
         turn = next(self._calls)
         tried: list[_Link] = []
         failure: ModelError | None = None
-        may_hedge = bool(read and self._hedging.after_s and len(self._replicas) > 1)
         for attempt in range(_RETRIES + 1):
             link = await self._next_link(turn, tried, deadline)
             if link is None:
@@ -379,8 +331,6 @@ class TritonModel:
                 link.circuit.unknown()
                 raise failure or ModelTimeout(_PASSED)
             try:
-                if may_hedge and not attempt:
-                    return await self._ask_hedged(link, tried, method, request, deadline, read)
                 return await self._ask(link, tried, method, request, deadline, read)
             except ModelError as error:
                 failure = error
@@ -415,8 +365,6 @@ class TritonModel:
         except grpc.aio.AioRpcError as error:
             failure = _translate(error, link.replica.url, self._name)
             link.note(failure, sent)
-            if isinstance(failure, ModelOverloaded):
-                self._hedging.overloaded()
             raise failure from error
         except (ModelBroken, ModelTimeout) as error:
             link.note(error, sent)
@@ -431,63 +379,6 @@ class TritonModel:
         else:
             link.circuit.unknown()
         return result
-
-    async def _ask_hedged(
-        self,
-        link: "_Link",
-        tried: "list[_Link]",
-        method: str,
-        request: object,
-        deadline: float,
-        read: Callable[[Any], _Reply] | None,
-    ) -> Any:
-        """Ask one replica, and another one too if that gives no reply in time; the first reply counts.
-
-        Leaves no call behind, whatever becomes of it.
-        """
-        hedging, sent = self._hedging, time.monotonic()
-        hedging.called()
-        first = asyncio.ensure_future(self._ask(link, tried, method, request, deadline, read))
-        calls, outcome = [first], ""
-        try:
-            await asyncio.wait(calls, timeout=hedging.after_s)
-            other = None if first.done() else self._idle_link(tried)
-            if other is None or not hedging.allows(self._turns.places):
-                return await first
-            tried.append(other)
-            second = asyncio.ensure_future(self._ask(other, tried, method, request, deadline, read))
-            calls.append(second)
-            outcome = "cancelled"
-            while not all(call.done() for call in calls):
-                await asyncio.wait([call for call in calls if not call.done()], return_when=asyncio.FIRST_COMPLETED)
-                for call in calls:
-                    if call.done() and call.exception() is None:
-                        outcome = "lost" if call is first else "won"
-                        if call is second and not first.done():
-                            link.note(ModelTimeout(_PASSED), sent)  # silence, if it was long
-                        return call.result()
-            outcome = "failed"
-            failures = [error for call in calls if (error := call.exception())]
-            raise next((error for error in failures if isinstance(error, ModelOverloaded)), failures[0])
-        finally:
-            if outcome:
-                hedging.count(outcome)
-            for call in calls:
-                call.cancel()
-            await asyncio.gather(*calls, return_exceptions=True)
-
-    def _idle_link(self, tried: "Sequence[_Link]") -> "_Link | None":
-        """The next one in turn that was not tried yet and is well."""
-        links = self._linked()
-        begin = links.index(tried[-1]) + 1
-        return next(
-            (
-                each
-                for each in links[begin:] + links[:begin]
-                if each not in tried and each.circuit.state is State.CLOSED
-            ),
-            None,
-        )
 
     def _linked(self) -> "list[_Link]":
         key = self._model, self._version

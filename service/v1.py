@@ -12,18 +12,17 @@ from starlette.responses import Response
 from bertqa.graphemes import offset_in
 from bertqa.manifest import Bundle, Manifest
 from bertqa.spans import best_of_each_window
-from service.answering import Question, Result
 from service.errors import QUESTIONS, InvalidField, described
 from service.exchange import (
     DEADLINE_PARAMETER,
     JsonRoute,
     answerer_of,
     deadline_of,
-    off_loop_if_large,
     reply_headers,
     unless_gone,
 )
 from service.models import Served
+from service.question import Question, Result
 from service.schemas import (
     AnswerItem,
     AnswerRequest,
@@ -36,6 +35,7 @@ from service.schemas import (
     ModelsResponse,
     Timings,
 )
+from service.worker_pool import Check
 
 _ASKED: dict[str, Any] = {"responses": described(*QUESTIONS), "openapi_extra": DEADLINE_PARAMETER}
 router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["Questions"])
@@ -53,12 +53,12 @@ async def answer(query: AnswerRequest, request: Request) -> Response:
     except InvalidField as error:
         raise _renamed(error, query) from None
 
-    def write() -> bytes:
-        response = to_response(query, result)
+    def write(check: Check) -> bytes:
+        response = to_response(query, result, check)
         response.timings.total_ms = _ms(time.perf_counter() - started)
         return _dump(response)
 
-    return _reply(await off_loop_if_large(_size(query, result), write), [result])
+    return _reply(await answerer.off_loop(_size(query, result), write, deadline=deadline), [result])
 
 
 @router.post("/answers", response_model=AnswersResponse, **_ASKED)
@@ -84,13 +84,14 @@ async def answers(query: AnswersRequest, request: Request) -> Response:
         raise _renamed(InvalidField(field, error.problem), query.questions[number]).inside(place) from None
     pairs = list(zip(query.questions, results, strict=True))
 
-    def write() -> bytes:
-        written = [_dump(to_response(*pair)) for pair in pairs]  # one by one: each call into C is a short one
+    def write(check: Check) -> bytes:
+        written = [_dump(to_response(*pair, check)) for pair in pairs]  # one by one: each call into C is a short one
         timings = _timings(results)
         timings.total_ms = _ms(time.perf_counter() - started)
         return b'{"results":[%b],"timings":%b}' % (b",".join(written), timings.model_dump_json().encode())
 
-    return _reply(await off_loop_if_large(sum(_size(*pair) for pair in pairs), write), results)
+    size = sum(_size(*pair) for pair in pairs)
+    return _reply(await answerer.off_loop(size, write, deadline=deadline), results)
 
 
 @router.get("/models", response_model=ModelsResponse, responses=described())
@@ -118,11 +119,12 @@ def to_question(query: AnswerRequest, model: Served) -> Question:
     )
 
 
-def to_response(query: AnswerRequest, result: Result) -> AnswerResponse:
-    """Translate a result; offsets are counted in the unit that the request names."""
+def to_response(query: AnswerRequest, result: Result, check: Check = lambda: None) -> AnswerResponse:
+    """Translate a result; offsets are counted in the unit that the request names; ``check`` may end the work."""
     bundle = result.question.model.bundle
     decoded, contexts, unit = result.decoded, result.question.contexts, query.offset_unit
     found = () if query.no_answer and not decoded.has_answer else decoded.answers
+    check()
     return AnswerResponse(
         answers=[
             AnswerItem(
@@ -135,6 +137,7 @@ def to_response(query: AnswerRequest, result: Result) -> AnswerResponse:
             for each in found
         ],
         has_answer=decoded.has_answer,
+        answers_omitted=result.omitted,
         null_score=decoded.null_score,
         windows=sum(len(document.windows) for document in result.documents),
         question_tokens=result.documents[0].question_tokens,
@@ -143,13 +146,13 @@ def to_response(query: AnswerRequest, result: Result) -> AnswerResponse:
         version=bundle.version,
         offset_unit=unit,
         timings=_timings([result]),
-        explain=_explain(query, result, bundle.manifest) if query.explain else None,
+        explain=_explain(query, result, bundle.manifest, check) if query.explain else None,
     )
 
 
-def _explain(query: AnswerRequest, result: Result, manifest: Manifest) -> Explanation:
+def _explain(query: AnswerRequest, result: Result, manifest: Manifest, check: Check) -> Explanation:
     contexts, unit, margin = result.question.contexts, query.offset_unit, result.decoded.null_margin
-    spans = best_of_each_window(result.documents, result.logits, max_answer_tokens=query.max_answer_tokens)
+    spans = best_of_each_window(result.documents, result.logits, max_answer_tokens=query.max_answer_tokens, check=check)
     return Explanation(
         null_margin=margin if math.isfinite(margin) else None,
         null_threshold=manifest.null_threshold,

@@ -36,9 +36,11 @@ _NOT_RUN: dict[str, list[str]] = {}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU or root where there is none, and keep the tests of a file together."""
+    """Leave out what needs a GPU or root where there is none; keep a file's tests together, slow files first."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # or one worker ends long after the others
     for marker, missing in (("gpu", _missing_gpu), ("root", _missing_root)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         lacks = missing() if marked else ""

@@ -36,7 +36,7 @@ def servers(python: Path, checkpoint: Path, directory: Path) -> dict[str, Server
     """
     uvicorn = [str(python), "-m", "uvicorn", "--host", HOST, "--port", "{port}", "--no-access-log"]
     bentoml = [str(python.parent / "bentoml"), "serve", "--host", HOST, "--port", "{port}"]
-    triton = [str(python), "-m", "service.embedded_triton", "--repository", str(directory / "repository")]
+    triton = [str(python), "-m", "service.runtime.triton", "--repository", str(directory / "repository")]
     bertqa = [str(Path(sys.executable).parent / "bertqa"), "serve", "--repository", str(directory / "bertqa")]
     shared = {"CHECKPOINT": str(checkpoint), "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
     return {
@@ -83,7 +83,7 @@ def servers(python: Path, checkpoint: Path, directory: Path) -> dict[str, Server
             span=lambda reply: reply["answers"][0],
             text="text",
             # The others queue without a limit, so ours does too: by default it would turn some of 64 clients away.
-            environment={"BERTQA_MAX_QUEUE_MS": "10000"},
+            environment={"BERTQA_MAX_WAIT_S": "10"},
         ),
     }
 

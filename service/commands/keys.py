@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,12 +29,14 @@ class NewOptions(KeysOptions):
     name: Annotated[str, typer.Argument(help="Name of whoever gets the key; metrics show it.")]
     rate: Annotated[
         float | None,
-        typer.Option(callback=positive, show_default="no limit", help="Requests per second that each process allows."),
+        typer.Option(callback=positive, show_default="no limit", help="Number per second that each process allows."),
     ] = None
     burst: Annotated[
         float | None,
-        typer.Option(callback=positive, show_default="twice the rate", help="Requests that may come at once."),
+        typer.Option(callback=positive, show_default="twice the rate", help="Number that may come at once."),
     ] = None
+
+    per: Annotated[Literal["request", "question", "window"], typer.Option(help="What the rate counts.")] = "request"
 
     def __post_init__(self) -> None:
         if self.burst is not None and self.rate is None:
@@ -61,7 +63,7 @@ def new(options: NewOptions) -> None:
     from service.keys import KeysError, new_key  # noqa: PLC0415
 
     try:
-        print(new_key(options.file, options.name, options.rate, options.burst))
+        print(new_key(options.file, options.name, options.rate, options.burst, options.per))
     except KeysError as error:
         raise CommandError(str(error), Exit.NO) from error
     say("the key is stored nowhere else; services that read the file accept it within a second")
@@ -85,6 +87,7 @@ def list_keys(options: ListOptions) -> None:
                         "name": key.name,
                         "rate": key.rate if limited[key.name] else None,
                         "burst": key.burst if limited[key.name] else None,
+                        "per": key.unit,
                     }
                     for key in keys
                 ]
@@ -92,7 +95,7 @@ def list_keys(options: ListOptions) -> None:
         )
         return
     for key in keys:
-        limits = "no limit" if math.isinf(key.rate) else f"{key.rate:g} a second, {key.burst:g} at once"
+        limits = "no limit" if math.isinf(key.rate) else f"{key.rate:g} {key.unit}s a second, {key.burst:g} at once"
         print(f"{key.name}  {limits}")
 
 

@@ -66,7 +66,7 @@ def serve(options: ServeOptions) -> int:
     Builds an engine if the repository has none, starts Triton and the REST service, restarts what dies, and ends both
     in order on Ctrl-C or SIGTERM. docs/operations.md lists the settings, which are environment variables.
     """
-    from service.__main__ import launch  # noqa: PLC0415
+    from service.runtime.launcher import launch  # noqa: PLC0415
 
     _check_model(options)
     return launch(options)

@@ -22,10 +22,11 @@ from bertqa.manifest import Bundle, BundleMismatch, Settings
 from bertqa.repository import Repository
 from bertqa.squad import MalformedSquad, read_squad
 from engine_builder.checkpoint import BertConfig, InvalidCheckpoint, read_weights
-from tests.chaos.bad_input import INTEGERS, TEXTS, explore
+from tests.chaos.bad_input import INTEGERS, explore
 from tests.chaos.report import Row, Size
 from tests.support.checkpoints import write_checkpoint
 from tests.support.repositories import publish_toy_bundle
+from tests.support.texts import TEXTS
 from tests.support.toy_model import toy_bundle
 from training.checkpoints import STATE_FILE, CheckpointError, State, load_state, save_state
 from training.shards import Pair, ShardError, ShardManifest, ShardSet, Source, tokenizer_sha256, write_shard

@@ -20,7 +20,9 @@ from typing import Any
 
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from service.embedded_triton import EmbeddedTriton, TritonPorts, living_children
+from service.runtime.ports import TritonPorts, hold_port
+from service.runtime.processes import living_children
+from service.runtime.triton_process import EmbeddedTriton
 from tests.chaos.clients import DEADLINE_S, Asked, answer_of, questions
 from tests.chaos.relay import Relay, relay
 from tests.chaos.report import READY_S, Row, Size
@@ -56,7 +58,8 @@ class Service:
     """A replica: `bertqa serve` with the processes under it."""
 
     def __init__(self, directory: Path, repository: Path, triton_url: str, **settings: object) -> None:
-        self.port = free_port(HOST)
+        self._held = hold_port(HOST, 0, "--port")  # also while no replica is there
+        self.port = int(self._held.getsockname()[1])
         self._directory = directory
         self._command = [sys.executable, "-m", "service", f"--port={self.port}", f"--repository={repository}"]
         self._command += [f"--triton-url={triton_url}"]
@@ -143,9 +146,9 @@ class Layout:
     settings: tuple[tuple[str, object], ...] = ()  # of the services; names in capitals are variables as they are
 
 
-PATIENT = (("max_queue_ms", int(DEADLINE_S * 1000)),)
-"""Clients that ask without pause are more than an engine can answer within the 200 ms that a question may wait; let all
-of them wait, so that what is refused is refused for the fault."""
+PATIENT = (("max_wait_s", DEADLINE_S),)
+"""Clients that ask without pause may be more than an engine can answer within the time that a question may wait; let
+all of them wait, so that what is refused is refused for the fault."""
 
 
 class Product:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.embedded_triton import living_children
+from service.runtime.processes import living_children
 from tests.chaos.clients import load
 from tests.chaos.faults import Scenario
 from tests.chaos.product import PATIENT, Layout, Product, Service, ask
@@ -29,10 +29,13 @@ def replica_killed(product: Product, size: Size) -> Row:
     """The service's process alone, which its launcher starts again; then all at once, as a container dies."""
     row = Row(fault="service replica killed (-9)")
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
-        for number, service in enumerate(product.services * 2, 1):
-            clients.until(requests=size.requests * number // 5)
+        kills = [(service, alone) for alone in (True, False) for service in product.services]
+        if size.rounds == 1:
+            kills = [kills[0], kills[-1]]  # each way once, each replica once
+        for number, (service, alone) in enumerate(kills, 1):
+            clients.until(requests=size.requests * number // (len(kills) + 1))
             worker = service.worker
-            if number <= len(product.services):
+            if alone:
                 os.kill(worker, signal.SIGKILL)
                 until(lambda: living_children(service.process.pid) - {worker}, "not started again")  # noqa: B023
             else:

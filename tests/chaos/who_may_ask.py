@@ -17,7 +17,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from service.keys import new_key
-from service.logs import JsonFormatter
+from service.observability.logging import JsonFormatter
 from tests.chaos.bad_input import (
     BODIES,
     HEADER_BYTES,

@@ -31,9 +31,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from service import embedded_triton
 from service.app import create_app
 from service.protocol import BoundedProtocol
+from service.runtime.processes import living_children
+from service.runtime.triton_process import FLAGS
 from service.settings import Settings
 from tests.support.checkpoints import write_checkpoint
 from tests.support.name_server import Names
@@ -172,7 +173,7 @@ def test_dockerfile_is_clean_and_copies_what_there_is() -> None:
 
 def test_gpu_triton_has_the_flags_of_the_embedded_one() -> None:
     flags = [flag for flag in compose()["triton-gpu"]["command"][1:] if not flag.startswith("--model-repository=")]
-    assert sorted(flags) == sorted(embedded_triton.FLAGS)
+    assert sorted(flags) == sorted(FLAGS)
 
 
 def test_load_balancer_configuration_is_valid_as_it_is() -> None:
@@ -348,7 +349,7 @@ class Container:
 
 def descendants(pid: int) -> list[int]:
     """A process and all that came of it, the youngest first."""
-    children = embedded_triton.living_children(pid)
+    children = living_children(pid)
     return [*(grandchild for child in children for grandchild in descendants(child)), pid]
 
 

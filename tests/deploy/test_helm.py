@@ -14,9 +14,10 @@ import yaml
 from bertqa.command import parse
 from bertqa.triton_config import Serving
 from engine_builder.commands import BuildArguments
-from service import embedded_triton
 from service.commands.serve import ServeOptions
 from service.metrics import Metrics
+from service.runtime import triton as triton_command
+from service.runtime.triton_process import FLAGS
 from service.settings import Settings
 from service.triton import CALLS_PER_WINDOW
 from tests.support.paths import ROOT
@@ -192,7 +193,7 @@ def test_programs_take_their_arguments(release: list[dict[str, Any]]) -> None:
     args = parse(ServeOptions, containers["service"]["args"])
     assert args.triton_url
     environment = {variable["name"]: variable["value"] for variable in containers["service"]["env"]}
-    settings = Settings.from_environment({**environment, "BERTQA_TRITON_URL": args.triton_url})
+    settings = Settings.from_environment({**environment, "BERTQA_TRITON_URL": args.triton_url or ""})
     if settings.api_keys_file:
         (mount,) = (mount for mount in containers["service"]["volumeMounts"] if mount["name"] == "keys")
         assert str(Path(settings.api_keys_file).parent) == mount["mountPath"]
@@ -201,9 +202,9 @@ def test_programs_take_their_arguments(release: list[dict[str, Any]]) -> None:
     assert (args.host, args.port, str(args.repository)) == ("0.0.0.0", 8000, "/models")
     triton = containers["triton"]
     if triton["args"][0] == "tritonserver":
-        assert sorted(triton["args"][1:]) == sorted(["--model-repository=/models", *embedded_triton.FLAGS])
+        assert sorted(triton["args"][1:]) == sorted(["--model-repository=/models", *FLAGS])
     else:
-        served = embedded_triton.parse_args(triton["args"])
+        served = triton_command.parse_args(triton["args"])
         ports = {port["name"]: port["containerPort"] for port in triton["ports"]}
         assert ports == {"grpc": served.grpc_port, "metrics": served.metrics_port, "http": served.http_port}
         assert (served.host, str(served.repository)) == ("0.0.0.0", "/models")

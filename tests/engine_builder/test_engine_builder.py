@@ -31,7 +31,7 @@ from engine_builder.checkpoint import InvalidCheckpoint
 from engine_builder.gate import GateFailed, Measured, check_f1, check_logits, measure
 from engine_builder.openvino_model import Engine, engine_sha256
 from engine_builder.publish import BuildRefused, Publication, publish
-from service.embedded_triton import FLAGS, EmbeddedTriton
+from service.runtime.triton_process import FLAGS, EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import ROOT
@@ -340,7 +340,7 @@ def test_windows_of_one_length_are_computed_together(options: BuildOptions, tmp_
         engine = TritonModel([url])
         channel = grpc.aio.insecure_channel(url)
         try:
-            await engine.model_parameters(deadline=time.monotonic() + 30)
+            await engine.loaded(deadline=time.monotonic() + 30)
             logits = await engine.predict(windows, deadline=time.monotonic() + 30)
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             statistics = await stub.ModelStatistics(service_pb2.ModelStatisticsRequest(name="bert_qa"))
@@ -415,6 +415,7 @@ def test_the_builder_needs_neither_torch_nor_transformers(options: BuildOptions)
     assert Repository(options.repository).open().manifest.precision == "int8"
 
 
+@pytest.mark.slow
 def test_nobody_is_told_of_a_build_or_of_an_engine_that_starts(
     options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

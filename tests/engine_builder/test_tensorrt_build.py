@@ -107,6 +107,7 @@ def test_there_are_types_of_both_major_versions() -> None:
     assert sorted(path.name.partition(".")[0] for path in TYPES.iterdir()) == ["10", "11"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", sorted(path.name for path in TYPES.glob("*")) or ["missing"])
 def test_a_whole_build_on_the_types_of_tensorrt(tmp_path: Path, version: str) -> None:
     checkpoint = write_checkpoint(tmp_path / "tiny")

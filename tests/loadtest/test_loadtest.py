@@ -316,6 +316,7 @@ def all_points() -> list[Point]:
     return points
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_point(tmp_path: Path) -> None:
     points = all_points()
     report.write_report(tmp_path, {"title": "a <toy>", "date": "2026-01-01", "machine": {"cores": 2}}, points)
@@ -477,6 +478,7 @@ def test_several_processes_make_one_load(url: str, tmp_path: Path) -> None:
     assert len(samples) == pytest.approx(80, abs=36)
 
 
+@pytest.mark.slow
 def test_a_small_load_test_of_the_toy(make_app: Callable[..., FastAPI], tmp_path: Path) -> None:
     args = parse(SweepOptions, ["--seconds", "1", "--warmup", "0.2"])
     asked = [each for kind in KINDS for each in make_requests(toy_examples(), kind, 6)]
@@ -511,7 +513,7 @@ def test_what_is_refused_for_now_is_counted_apart(
     requests = make_requests(toy_examples(), "short", 12)
     write_requests(tmp_path / "requests.jsonl", requests)
     engine.delay_s = 0.5
-    with serving(make_app(max_in_progress=1)) as url:
+    with serving(make_app(max_in_flight=1, max_wait_s=0.2)) as url:
         samples = run_locust(url, tmp_path, users=4, seconds=2)
     outcomes = Counter(each.outcome for each in samples)
     assert outcomes.keys() == {RIGHT, "shed 503 engine_overloaded"}
@@ -585,6 +587,7 @@ def test_a_service_that_wants_a_key_gets_it(
         assert {each.outcome for each in run_locust(url, tmp_path, users=2, seconds=1)} == {"error 401 unauthorized"}
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_replicas_with_engines_of_their_own_before_a_real_balancer(bundle: Bundle, tmp_path: Path) -> None:
     """Triton, service and HAProxy, and the command from its beginning to its end."""

@@ -10,7 +10,7 @@ from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch, changed_files
 from bertqa.repository import Repository
 from bertqa.spans import Decoded, decode
 from loadtest.sleeping_engine import write_repository
-from service.embedded_triton import EmbeddedTriton
+from service.runtime.triton_process import EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.ports import triton_ports
 from tests.support.repositories import publish_toy_bundle
@@ -33,8 +33,8 @@ def test_it_sleeps_and_answers_with_the_first_word(bundle: Bundle, tmp_path: Pat
     async def ask(url: str) -> tuple[Decoded, float]:
         engine = TritonModel([url])
         try:
-            parameters = await engine.model_parameters(deadline=time.monotonic() + 30)
-            assert parameters["identity_1"] == served.manifest.identity
+            loaded = await engine.loaded(deadline=time.monotonic() + 30)
+            assert loaded.parameters["identity_1"] == served.manifest.identity
             began = time.monotonic()
             logits = await engine.predict(windows.windows, deadline=began + 30)
             return decode([windows], [logits]), time.monotonic() - began

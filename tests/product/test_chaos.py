@@ -10,7 +10,7 @@ from tests.chaos.faults import Scenario
 from tests.chaos.product import Layout, Product
 from tests.chaos.report import Size, table
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.slow]
 
 SMALL = Size(requests=200, clients=8, rounds=1, inputs=500, soak_minutes=0.1, patience=10.0)
 """A busy machine may take longer than promised, but not for ever."""

@@ -81,6 +81,7 @@ def bertqa(*words: str, stdin: str | None = None) -> subprocess.CompletedProcess
 
 
 @pytest.mark.triton
+@pytest.mark.slow
 def test_a_question_is_answered_by_the_real_model(served: tuple[str, Path]) -> None:
     url, repository = served
     reply = post(url, "/v1/answer", {"question": "Which country holds most of the forest?", "context": CONTEXT})
@@ -92,6 +93,7 @@ def test_a_question_is_answered_by_the_real_model(served: tuple[str, Path]) -> N
 
 
 @pytest.mark.triton
+@pytest.mark.slow
 def test_the_answer_is_found_in_a_long_text_and_among_several(served: tuple[str, Path]) -> None:
     url, _ = served
     filler = "The harbour was quiet that day, and the ships lay still in the morning fog. " * 120
@@ -107,6 +109,7 @@ def test_the_answer_is_found_in_a_long_text_and_among_several(served: tuple[str,
 
 
 @pytest.mark.triton
+@pytest.mark.slow
 def test_the_hugging_face_route_answers_too(served: tuple[str, Path]) -> None:
     url, _ = served
     reply = post(url, "/", {"inputs": {"question": "Which country holds most of the forest?", "context": CONTEXT}})
@@ -114,6 +117,7 @@ def test_the_hugging_face_route_answers_too(served: tuple[str, Path]) -> None:
 
 
 @pytest.mark.triton
+@pytest.mark.slow
 def test_the_served_path_scores_what_the_builder_measured(served: tuple[str, Path], tmp_path: Path) -> None:
     url, repository = served
     manifest = Repository(repository).open().manifest
@@ -133,6 +137,7 @@ def test_the_served_path_scores_what_the_builder_measured(served: tuple[str, Pat
 
 
 @pytest.mark.triton
+@pytest.mark.slow
 def test_the_command_line_asks(served: tuple[str, Path], tmp_path: Path) -> None:
     url, _ = served
     question = "How many square kilometres does the basin encompass?"
@@ -156,6 +161,7 @@ def test_the_command_line_asks(served: tuple[str, Path], tmp_path: Path) -> None
 
 
 @pytest.mark.triton
+@pytest.mark.slow
 def test_readiness_and_identity_are_those_of_the_loaded_engine(served: tuple[str, Path]) -> None:
     url, repository = served
     with DIRECT.open(url + "/health/ready", timeout=10) as response:
@@ -167,6 +173,7 @@ def test_readiness_and_identity_are_those_of_the_loaded_engine(served: tuple[str
 
 
 @pytest.mark.triton
+@pytest.mark.slow
 def test_another_tokenizer_in_the_bundle_is_refused_with_the_fix(served: tuple[str, Path], tmp_path: Path) -> None:
     _, repository = served
     spoiled = tmp_path / "repository"
@@ -199,6 +206,7 @@ def test_bad_use_of_the_command_line_is_said_plainly(tmp_path: Path) -> None:
 
 
 @pytest.mark.triton
+@pytest.mark.slow
 def test_a_refused_request_ends_the_command_with_the_services_sentence(served: tuple[str, Path]) -> None:
     url, _ = served
     refused = bertqa("ask", "who?", "--context", "-", "--url", url, "--top-k", "1000", stdin="text")
@@ -210,6 +218,7 @@ def test_a_refused_request_ends_the_command_with_the_services_sentence(served: t
 
 
 @pytest.mark.triton
+@pytest.mark.slow
 def test_sigterm_ends_everything_in_order(served: tuple[str, Path], tmp_path: Path) -> None:
     _, repository = served
     with serving(repository, tmp_path) as (url, process):

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from bertqa.manifest import MODEL_NAME
+from service import answering, readiness
 from service.app import create_app
 from service.keys import new_key
 from service.metrics import Metrics
@@ -123,6 +124,8 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(
     tmp_path: Path, guarded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.protocol.MAX_BODIES_BYTES", 0)  # then one body of the largest size has room
+    monkeypatch.setattr(readiness, "REUSE_S", 0.0)  # each probe finds out anew
+    monkeypatch.setattr(answering, "EVIDENCE_S", 0.0)
     bundle = toy_bundle()
     engine = FakeEngine(bundle.manifest.identity)
     settings: dict[str, object] = {"arrival_s": 2.0, "max_connections": MAX_CONNECTIONS, "max_body_bytes": MAX_BODY}
@@ -134,7 +137,7 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(
     app = create_app(Settings(**settings), engine=engine, bundle=bundle)  # type: ignore[arg-type]
     with serving(app, http=BoundedProtocol) as url:
         answerer = app.state.answerer
-        other = Served(bundle, engine, Metrics())
+        other = Served(bundle, engine, Metrics(), Settings())
         answerer.models = Models(bundle.model, {bundle.model: answerer.models[None], "other": other})
         operations = Operations(url)
         operations.ask(key)
@@ -164,7 +167,10 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(
         with ExitStack() as stack:
             for _ in range(MAX_CONNECTIONS):  # none is idle
                 stack.enter_context(operations.connection()).sendall(_request(key))
-            until(lambda: answerer.models[None].in_progress == MAX_CONNECTIONS, "not all questions are being answered")
+            until(
+                lambda: answerer.models[None].admission._queue.busy == MAX_CONNECTIONS,
+                "not all questions are being answered",
+            )
             operations.send()
     assert operations.given == operations.documented()
     if guarded:

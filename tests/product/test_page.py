@@ -1,4 +1,4 @@
-"""The page in a real browser, against the real application with the toy engine of conftest.
+"""The page in a real browser, against the real application with the toy engine.
 
 The engine's answer is what a text has between « and »; a text without has none. Every test that opens the page also
 holds that nothing was asked of another origin and that the console stayed clean.
@@ -28,7 +28,10 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
+from bertqa.manifest import Bundle
+from service.app import create_app
 from service.keys import new_key
+from service.settings import Settings
 from service.triton import ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
@@ -53,6 +56,26 @@ def browser() -> Iterator[Browser]:
         chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def shared(bundle: Bundle) -> Iterator[tuple[str, FakeEngine]]:
+    """One server for all tests, and its engine."""
+    engine = FakeEngine(bundle.manifest.identity)
+    with serving(create_app(Settings(), engine=engine, bundle=bundle)) as url:
+        yield url, engine
+
+
+@pytest.fixture
+def url(shared: tuple[str, FakeEngine], engine: FakeEngine) -> str:
+    return shared[0]
+
+
+@pytest.fixture
+def engine(shared: tuple[str, FakeEngine]) -> FakeEngine:
+    """The server's engine, as a new one."""
+    vars(shared[1]).update(vars(FakeEngine(shared[1].identity)))
+    return shared[1]
 
 
 class Console:

@@ -1,135 +1,231 @@
-"""Who is let in, simulated: the real rule and the real estimate of the wait, clients and engine of virtual time.
+"""Who is let in, and when: the real admission, in an event loop whose clock jumps to the next event.
 
-The engine has two instances, and Triton one more call ready for each, as on two cores of a CPU.
+The engine has two instances of 300 ms a call, and Triton one more call ready for each, as on two cores of a CPU.
 """
 
-import heapq
+import asyncio
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
 
-from bertqa.manifest import Bundle
-from service.metrics import Metrics
-from service.models import Served
-from service.triton import ModelOverloaded
-from service.turns import Turns
-from tests.support.toy_model import FakeEngine
+from service.admission import Admission, Call
+from service.triton import ModelOverloaded, ModelTimeout
 
-INSTANCES, PLACES = 2, 4
-CALL_S = (0.008, 0.032)
-"""Seconds of an engine call, each as likely."""
-CAPACITY = INSTANCES / np.mean(CALL_S)
-LONGEST_S = 0.1
+INSTANCES, SLOTS = 2, 4
+CALL_S = 0.3
+CAPACITY = INSTANCES / CALL_S
+MAX_WAIT_S = 2.0
 
 
-@dataclass
-class Outcome:
-    """What became of the questions of 50 s, after 10 s that do not count."""
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """An event loop that never waits: where nothing is to be done now, it is the time of the next timer at once."""
 
-    seconds: list[float] = field(default_factory=list)  # of those answered
-    refused: int = 0
+    now = 1000.0
 
-    @property
-    def rate(self) -> float:
-        return len(self.seconds) / 50
+    def time(self) -> float:
+        return self.now
 
-    @property
-    def p99(self) -> float:
-        return float(np.percentile(self.seconds, 99))
-
-    @property
-    def refused_share(self) -> float:
-        return self.refused / (self.refused + len(self.seconds))
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self.now = max(self.now, self._scheduled[0].when())  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
 
 
-Simulate = Callable[..., Outcome]
+Play = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
 
 
 @pytest.fixture
-def simulate(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Simulate:
-    def run(*, clients: int = 0, rate: float = 0.0) -> Outcome:
-        clock, numbers, draw, outcome = [0.0], count(), random.Random(0), Outcome()
-        monkeypatch.setattr("service.models.time.monotonic", lambda: clock[0])
-        turns = Turns(PLACES)
-        engine = FakeEngine(bundle.manifest.identity)
-        engine.expected_wait = turns.expected_wait  # type: ignore[method-assign]
-        served = Served(bundle, engine, Metrics())
-        waiting: list[tuple[float, bool]] = []  # since when, and whether its client comes again
-        ready: list[list[float | bool]] = []
-        events: list[tuple[float, int, Callable[[], None]]] = []
-        idle, free = INSTANCES, PLACES
-
-        def at(moment: float, what: Callable[[], None]) -> None:
-            heapq.heappush(events, (moment, next(numbers), what))
-
-        def begin() -> None:
-            nonlocal idle, free
-            while free and waiting:
-                asked, returns = waiting.pop(0)
-                free -= 1
-                ready.append([asked, clock[0], returns])
-            while idle and ready:
-                idle -= 1
-                call = ready.pop(0)
-                at(clock[0] + draw.uniform(*CALL_S), lambda call=call: end(*call))  # type: ignore[misc]
-
-        def ask(returns: bool) -> None:
-            try:
-                served.check_room(LONGEST_S, patience_s=10)
-            except ModelOverloaded:
-                outcome.refused += clock[0] > 10
-                if returns:
-                    at(clock[0] + draw.uniform(1, 1.5), lambda: ask(True))  # as retry-after says
-                return
-            served.in_progress += 1
-            waiting.append((clock[0], returns))
-            begin()
-
-        def end(asked: float, sent: float, returns: bool) -> None:
-            nonlocal idle, free
-            idle, free = idle + 1, free + 1
-            served.in_progress -= 1
-            turns.give_back(clock[0] - sent)
-            engine.call_s = turns.call_s
-            if clock[0] > 10:
-                outcome.seconds.append(clock[0] - asked)
-            if returns:
-                at(clock[0], lambda: ask(True))
-            begin()
-
-        def arrive() -> None:
-            ask(False)
-            at(clock[0] + draw.expovariate(rate), arrive)
-
-        for _ in range(clients):
-            at(draw.random(), lambda: ask(True))
-        if rate:
-            at(0.0, arrive)
-        while events[0][0] < 60:
-            clock[0], _, what = heapq.heappop(events)
-            what()
-        return outcome
+def play(monkeypatch: pytest.MonkeyPatch) -> Play:
+    def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        loop = JumpingLoop()
+        for module in ("admission", "fair_queue"):
+            monkeypatch.setattr(f"service.{module}.time.monotonic", loop.time)
+        try:
+            loop.run_until_complete(scenario())
+        finally:
+            loop.close()
 
     return run
 
 
-def test_ten_times_the_load_of_the_knee_costs_neither_throughput_nor_those_admitted_their_time(
-    simulate: Simulate,
-) -> None:
-    knee = simulate(clients=PLACES)
-    assert knee.rate == pytest.approx(CAPACITY, rel=0.03)
-    assert knee.refused == 0
-    for over in (simulate(clients=10 * PLACES), simulate(clients=100 * PLACES), simulate(rate=3 * CAPACITY)):
-        assert over.refused_share > 0.15
-        assert over.rate > 0.98 * knee.rate
-        assert over.p99 < 2 * knee.p99
+@dataclass
+class Client:
+    """What became of one client's calls."""
+
+    seconds: list[float] = field(default_factory=list)  # of calls that were answered
+    answered: list[int] = field(default_factory=list)  # questions of each
+    refused: int = 0
+    retry_after_s: list[float] = field(default_factory=list)
+    in_vain: list[float] = field(default_factory=list)  # seconds until each refusal
+    late: int = 0
 
 
-def test_a_load_below_the_capacity_is_hardly_refused(simulate: Simulate) -> None:
-    assert simulate(rate=0.7 * CAPACITY).refused_share < 0.005
-    assert simulate(rate=0.9 * CAPACITY).refused_share < 0.035
-    assert simulate(clients=3 * PLACES).refused == 0, "as many as may wait for 100 ms"
+class Product:
+    """Admission before an engine; a call begins as `Answerer` lets it."""
+
+    def __init__(self, *, slots: int = SLOTS, spread: float = 0.0) -> None:
+        self.admission = Admission(MAX_WAIT_S, slots)
+        self.engine = asyncio.Semaphore(INSTANCES)
+        self.random = random.Random(0)
+        self.spread = spread
+
+    async def ask(self, client: Client, windows: int = 1, deadline_s: float = 10.0) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        call = Call(began + deadline_s)
+        try:
+            self.admission.check(call.deadline)
+            with self.admission.arriving():
+                await asyncio.sleep(0.001)  # tokenizing
+            todo = iter(range(windows))
+
+            async def work() -> None:
+                for _ in todo:
+                    async with self.admission.slot(call), self.engine:
+                        await asyncio.sleep(CALL_S * self.random.uniform(1 - self.spread, 1 + self.spread))
+
+            await asyncio.gather(*(work() for _ in range(min(windows, self.admission.slots))))
+        except ModelOverloaded as error:
+            client.refused += 1
+            client.in_vain.append(loop.time() - began)
+            client.retry_after_s.append(error.retry_after_s)
+            await asyncio.sleep(0.05)  # it does not wait as it was told to
+        except ModelTimeout:
+            client.late += 1
+        else:
+            client.seconds.append(loop.time() - began)
+            client.answered.append(windows)
+
+    async def closed_loop(self, clients: int, seconds: float, windows: int = 1) -> Client:
+        """So many clients who ask again at once, for so long."""
+        all_of_them, loop = Client(), asyncio.get_running_loop()
+        end = loop.time() + seconds
+
+        async def client() -> None:
+            await asyncio.sleep(self.random.random())
+            while loop.time() < end:
+                await self.ask(all_of_them, windows)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return all_of_them
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_eight_clients_of_a_slow_engine_are_never_refused(play: Play, spread: float) -> None:
+    async def scenario() -> None:
+        found = await Product(spread=spread).closed_loop(8, 160)
+        assert len(found.seconds) >= 1000
+        assert (found.refused, found.late) == (0, 0)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_ten_times_the_capacity_costs_neither_throughput_nor_more_than_the_bound(play: Play, spread: float) -> None:
+    async def scenario() -> None:
+        peak = len((await Product(spread=spread).closed_loop(8, 100)).seconds) / 100
+        assert peak == pytest.approx(CAPACITY, rel=0.03)
+        product, crowd, tasks = Product(spread=spread), Client(), []
+        await product.closed_loop(8, 5)  # so that the time of a call is known
+        for _ in range(int(100 * 10 * CAPACITY)):
+            tasks.append(asyncio.ensure_future(product.ask(crowd)))
+            await asyncio.sleep(product.random.expovariate(10 * CAPACITY))
+        await asyncio.wait(tasks)
+        for over in (await Product(spread=spread).closed_loop(64, 100), crowd):
+            assert over.refused > 0
+            assert len(over.seconds) / 100 >= 0.95 * peak
+            assert np.percentile(over.seconds, 99) <= MAX_WAIT_S + 2 * CALL_S * (1 + spread) + 0.01
+            in_vain = sum(each > 0 for each in over.in_vain)
+            assert in_vain <= 0.05 * len(over.seconds), "refused after they had waited"
+            assert over.late == 0
+
+    play(scenario)
+
+
+def test_a_client_of_single_questions_gets_its_share_beside_calls_of_64(play: Play) -> None:
+    async def scenario() -> None:
+        product = Product()
+        many, one = await asyncio.gather(product.closed_loop(1, 100, windows=32), product.closed_loop(1, 100))
+        assert (one.refused, one.late) == (0, 0)
+        # It asks one question at a time: a turn of each other call, and its own engine call behind those in Triton.
+        assert max(one.seconds) <= 4 * CALL_S
+        assert len(one.seconds) >= 100 / (4 * CALL_S)
+        assert sum(many.answered) >= 0.5 * CAPACITY * 100, "the engine is not left idle"
+
+    play(scenario)
+
+
+def test_a_refusal_says_truly_when_to_come_again(play: Play) -> None:
+    async def scenario() -> None:
+        product, crowd = Product(), Client()
+        await product.closed_loop(8, 5)  # so that the time of a call is known
+        tasks = [asyncio.ensure_future(product.ask(crowd)) for _ in range(40)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(ModelOverloaded, match=r"may wait 2\.00 s") as refused:
+            product.admission.check()
+        late = Client()
+        await asyncio.sleep(max(math.ceil(refused.value.retry_after_s), 1))  # as the header says
+        await product.ask(late)
+        assert late.refused == 0
+        assert late.seconds[0] <= MAX_WAIT_S + 2 * CALL_S + 0.01
+        await asyncio.wait(tasks)
+        # Whose deadline is nearer than the bound may wait no longer than that.
+        tasks = [asyncio.ensure_future(product.ask(Client())) for _ in range(10)]
+        await asyncio.sleep(0.01)
+        product.admission.check(asyncio.get_running_loop().time() + 2)
+        with pytest.raises(ModelOverloaded, match=r"may wait 0\.50 s"):
+            product.admission.check(asyncio.get_running_loop().time() + 0.5)
+        await asyncio.wait(tasks)
+
+    play(scenario)
+
+
+def test_calls_being_tokenized_and_work_that_cannot_be_stopped_count(play: Play) -> None:
+    async def scenario() -> None:
+        admission = Admission(MAX_WAIT_S, 1)
+        async with admission.slot(Call(2000.0)):
+            await asyncio.sleep(1.0)
+        assert admission.expected_wait() == 0
+        with admission.arriving(), admission.arriving():
+            assert admission.expected_wait() == pytest.approx(2.0)
+            assert admission.expected_wait(besides=3) == pytest.approx(5.0)
+            async with admission.slot(Call(2000.0)):
+                assert admission.expected_wait() == pytest.approx(3.0)
+        assert admission.expected_wait() == 0
+
+    play(scenario)
+
+
+def test_an_engine_that_stops_costs_nobody_more_than_the_bound(play: Play) -> None:
+    async def scenario() -> None:
+        loop, admission = asyncio.get_running_loop(), Admission(MAX_WAIT_S, 1)
+        async with admission.slot(Call(5000.0)):
+            await asyncio.sleep(CALL_S)
+        async with admission.slot(Call(5000.0)):  # which never ends
+            began = loop.time()
+            with pytest.raises(ModelOverloaded, match="slower than it was"):
+                async with admission.slot(Call(5000.0)):
+                    pass
+            assert loop.time() - began == pytest.approx(MAX_WAIT_S)
+            with pytest.raises(ModelTimeout, match="deadline"):
+                async with admission.slot(Call(loop.time() + 1)):
+                    pass
+            begun = Call(loop.time() + 8, has_begun=True)
+            with pytest.raises(ModelTimeout, match="deadline"):
+                async with admission.slot(begun):
+                    pass
+            assert loop.time() == pytest.approx(begun.deadline)
+
+    play(scenario)
+
+
+def test_slots_follow_the_engine_unless_they_are_set() -> None:
+    free, fixed = Admission(1.0), Admission(1.0, 7)
+    for each in (free, fixed):
+        each.resize(12)
+    assert (free.slots, fixed.slots) == (12, 7)

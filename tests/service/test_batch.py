@@ -37,7 +37,7 @@ from service.app import create_app
 from service.batch import JOURNAL_FILE, BatchRefused
 from service.batch_worker import ANSWER_COLUMNS, MODEL_KEY, Asking, Part, PartAnswerer, PartReader, Receipt
 from service.commands.batch import BatchOptions, app
-from service.embedded_triton import EmbeddedTriton
+from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 from service.triton import Engine, ModelUnavailable
 from tests.support.checkpoints import write_checkpoint
@@ -479,6 +479,7 @@ def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product: Product, tmp_path: Path) -> None:
     source, output, expected = tmp_path / "in", tmp_path / "out", tmp_path / "expected"

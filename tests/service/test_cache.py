@@ -1,6 +1,9 @@
 """Kept answers and shared computations: the cache alone, and in the application."""
 
 import asyncio
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -11,7 +14,9 @@ from fastapi import FastAPI
 
 from service.cache import Cache
 from service.models import Served
+from service.settings import Settings
 from service.triton import ModelUnavailable
+from tests.support.paths import ROOT
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
 
@@ -61,12 +66,12 @@ def test_the_oldest_goes_when_bytes_run_out_and_what_is_too_large_is_not_kept() 
 
             return (await cache.get(key, compute, deadline=soon()))[1]
 
-        assert [await get(key, "1234") for key in "abab"] == ["computed", "computed", "kept", "kept"]
+        assert [await get(key, "1234") for key in "abab"] == ["miss", "miss", "hit", "hit"]
         assert (len(cache), cache.bytes) == (2, 8)
-        assert await get("a", "") == "kept"
-        assert await get("c", "1234") == "computed"
-        assert [await get(key, "") for key in "ac"] == ["kept", "kept"], "b was not asked for longest"
-        assert await get("large", "12345678901") == await get("large", "12345678901") == "computed"
+        assert await get("a", "") == "hit"
+        assert await get("c", "1234") == "miss"
+        assert [await get(key, "") for key in "ac"] == ["hit", "hit"], "b was not asked for longest"
+        assert await get("large", "12345678901") == await get("large", "12345678901") == "miss"
         assert (len(cache), cache.bytes) == (2, 8)
 
     play(scenario)
@@ -81,8 +86,8 @@ def test_one_computation_for_all_who_ask_meanwhile_and_one_who_leaves_ends_it_fo
         await settle()
         assert (work.begun, work.cancelled, first.cancelled()) == (1, 0, True)
         work.let.set()
-        assert await second == await third == ("value", "shared")
-        assert await cache.get("k", work, deadline=soon()) == ("value", "kept")
+        assert await second == await third == ("value", "coalesced")
+        assert await cache.get("k", work, deadline=soon()) == ("value", "hit")
 
     play(scenario)
 
@@ -114,7 +119,7 @@ def test_errors_are_shared_but_not_kept() -> None:
             with pytest.raises(ModelUnavailable):
                 await each
         work.value = "value"
-        assert await cache.get("k", work, deadline=soon()) == ("value", "computed")
+        assert await cache.get("k", work, deadline=soon()) == ("value", "miss")
         assert work.begun == 2
 
     play(scenario)
@@ -140,7 +145,7 @@ def test_everyone_has_a_deadline_of_his_own() -> None:
         work.let.set()
         with pytest.raises(TimeoutError):
             await first
-        assert await second == ("value", "computed")
+        assert await second == ("value", "miss")
 
     play(scenario)
 
@@ -172,15 +177,21 @@ def test_the_same_question_is_computed_once(make_app: MakeApp, engine: FakeEngin
         hugging_face = client.post("/", json={"inputs": ASKED})  # other defaults
         assert hugging_face.headers["cache-status"].endswith("stored")
         told = client.get("/metrics").text
-        assert 'bertqa_cache_lookups_total{source="kept"} 2.0' in told
+        assert 'bertqa_cache_lookups_total{source="hit"} 2.0' in told
         assert "bertqa_cache_entries 7.0" in told
         served: Served = app.state.answerer.models[None]
         assert served.cache is not None
         assert f"bertqa_cache_bytes {float(served.cache.bytes)}" in told
         # an engine that is busy has no part in what is known
-        engine.seconds_each, served.in_progress = 1.0, 9
+        served.admission.call_s, served.admission._queue.busy = 9.0, 64
         assert client.post("/v1/answer", json=ASKED).status_code == 200
-        assert client.post("/v1/answer", json={**ASKED, "question": "When?"}).status_code == 503
+        new = [{**ASKED, "question": question} for question in ("When?", "Why?")]
+        assert client.post("/v1/answer", json=new[0]).status_code == 503
+        refused = client.post("/v1/answers", json={"questions": new})
+        assert refused.status_code == 503
+        assert "may wait 2.00 s" in refused.json()["error"], "at once, not after it has waited"
+        assert client.post("/v1/answers", json={"questions": [ASKED, new[0]]}).status_code == 503
+        served.admission._queue.busy = 0
 
 
 def test_a_client_that_leaves_does_not_end_what_another_waits_for(make_app: MakeApp, engine: FakeEngine) -> None:
@@ -212,7 +223,7 @@ def test_errors_and_other_versions_are_not_answered_from_memory(make_app: MakeAp
         for _ in range(2):
             assert client.post("/v1/answer", json=ASKED).status_code == 200
         models = app.state.answerer.models
-        models.put(Served(models[None].bundle, engine, app.state.metrics))  # as `Follower` does
+        models.put(Served(models[None].bundle, engine, app.state.metrics, Settings()))  # as `Follower` does
         assert client.post("/v1/answer", json=ASKED).headers["cache-status"] == "bertqa; fwd=miss; stored"
         assert engine.windows == 2
 
@@ -242,7 +253,7 @@ def test_a_batch_computes_what_stands_in_it_twice_once_and_what_is_known_not_at_
         assert ask(ASKED, {**ASKED, "question": "When?"})[0] == "bertqa; fwd=miss; stored"
         assert engine.windows == 3
         told = client.get("/metrics").text
-        for source, count in (("computed", 3), ("shared", 1), ("kept", 5)):
+        for source, count in (("miss", 3), ("coalesced", 1), ("hit", 5)):
             assert f'bertqa_cache_lookups_total{{source="{source}"}} {count}.0' in told
 
 
@@ -276,4 +287,50 @@ def test_batches_join_what_is_being_computed_and_a_bad_question_is_named_by_its_
     app = make_app(cache_mb=1)
     with serving(app) as url:
         asyncio.run(scenario(url))
-    assert app.state.answerer._in_progress == app.state.answerer.models[None].in_progress == 0
+    assert app.state.answerer.memory.held == app.state.answerer.models[None].admission._queue.busy == 0
+
+
+_FILL = """
+import asyncio, json, resource, sys, time
+from tests.support.toy_model import FakeEngine, toy_bundle
+from service.answering import Answerer
+from service.metrics import Metrics
+from service.models import Models, Served
+from service.question import Question
+from service.settings import Settings
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+async def fill(context, top_k):
+    bundle, settings, metrics = toy_bundle(), Settings(cache_mb=24, max_wait_s=60), Metrics()
+    served = Served(bundle, FakeEngine(bundle.manifest.identity), metrics, settings)
+    answerer = Answerer(Models(bundle.model, {bundle.model: served}), settings, metrics)
+    async def ask(number):
+        question = Question(model=served, question=f"who {number}", contexts=(f"{number} {context}",), top_k=top_k)
+        await answerer.answer(question, deadline=time.monotonic() + 60)
+    for number in range(3):
+        await ask(number)
+    began, before = resident(), served.cache.bytes
+    while served.cache.bytes < 20 << 20:
+        number += 1
+        await ask(number)
+    print((resident() - began) / (served.cache.bytes - before), len(served.cache))
+    answerer.close()
+
+asyncio.run(fill(*json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("context", "top_k"),
+    [("It was made at «Uber» in 2017.", 1), ("word " * 200, 20), ((" " * 2_000).join("abcdefghijklmn"), 100)],
+    ids=["short", "windows", "answers"],
+)
+def test_a_cache_takes_no_more_memory_than_it_says(context: str, top_k: int) -> None:
+    command = [sys.executable, "-c", _FILL, json.dumps([context, top_k])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    share, entries = done.stdout.split()
+    assert int(entries) > 10
+    assert 0.3 < float(share) < 1.25, done.stdout

@@ -21,9 +21,10 @@ from bertqa.command import parse, status
 from bertqa.manifest import MODEL_NAME, Bundle, Manifest
 from bertqa.repository import Repository
 from bertqa.triton_config import Serving
-from service import doctor, embedded_triton
+from service import doctor
 from service.commands.doctor import DoctorOptions, app
 from service.doctor import Finding
+from service.runtime import triton_install
 from tests.support.paths import ROOT
 from tests.support.repositories import publish_toy_bundle
 
@@ -276,7 +277,7 @@ def test_whatever_the_generator_writes_steps_into_no_trap(bundle: Bundle) -> Non
 
 def test_no_triton_or_one_that_cannot_run(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifests = {"bert_qa 1": bundle.manifest}
-    monkeypatch.setattr(embedded_triton, "WHEEL", "no-such-wheel")
+    monkeypatch.setattr(triton_install, "WHEEL", "no-such-wheel")
     one([*doctor.installation(manifests)], "Triton", "FAIL", "neither tritonserver on PATH nor .*pip install --no-deps")
     for script, words in (
         ("echo 'error while loading shared libraries: libb64.so' >&2; exit 127", "does not run.*libb64"),
@@ -299,7 +300,7 @@ def test_no_triton_or_one_that_cannot_run(bundle: Bundle, tmp_path: Path, monkey
         ("_PYTHON", "3.7", r"runs models with Python 3\.8, .* this is Python 3\.7"),
         (
             "_libpython",
-            lambda: (_ for _ in ()).throw(embedded_triton.TritonError("libpython: apt install")),
+            lambda: (_ for _ in ()).throw(triton_install.TritonError("libpython: apt install")),
             "apt install",
         ),
     ],
@@ -308,7 +309,7 @@ def test_a_triton_without_the_python_that_it_needs(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, value: object, words: str
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr(embedded_triton, name, value)
+    monkeypatch.setattr(triton_install, name, value)
     one([*doctor.installation({"bert_qa 1": bundle.manifest})], "Triton", "FAIL", words)
 
 

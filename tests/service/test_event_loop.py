@@ -8,14 +8,16 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from bertqa.spans import Answer, Decoded
-from service.answering import Answerer, Question, Result
+from service.answering import Answerer
 from service.app import create_app
+from service.question import Question, Result
 from service.settings import Settings
 from tests.support.asking import ASKED
 from tests.support.toy_model import FakeEngine, toy_bundle
@@ -110,7 +112,7 @@ def test_a_large_reply_holds_up_nobody(path: str, monkeypatch: pytest.MonkeyPatc
         (first,) = await answer(self, questions[:1], deadline=deadline)
         answers = tuple(Answer(span + str(n), 0.005, 0, 5_000, 0) for n in range(100))
         decoded = Decoded(answers, True, first.decoded.null_score, first.decoded.null_margin)
-        return [Result(each, first.documents, first.logits, decoded, 0.0, 0.0, 0.0) for each in questions]
+        return [replace(first, decoded=decoded) for _ in questions]
 
     answer: Any = Answerer.answer_all
     monkeypatch.setattr(Answerer, "answer_all", found)

@@ -11,10 +11,11 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from bertqa.manifest import Bundle
 from bertqa.spans import Answer, Decoded
-from service.answering import Question, Result
 from service.hugging_face import Inputs, Parameters, to_answer, to_question
 from service.metrics import Metrics
 from service.models import Served
+from service.question import Question, Result, Tokenized
+from service.settings import Settings
 from tests.support.toy_model import FakeEngine
 
 QUESTION, CONTEXT = "Where was it made?", "😀 made at «Uber» by 漢字"
@@ -156,7 +157,7 @@ def test_other_ways_to_write_a_request(shared_client: httpx.Client) -> None:
         ({"inputs": INPUTS, "parameters": {"max_answer_len": 0}}, "parameters.max_answer_len"),
         ({"inputs": INPUTS, "parameters": {"doc_stride": 64}}, "parameters.doc_stride"),
         ({"inputs": INPUTS, "parameters": {"max_question_len": 100}}, "parameters.max_question_len"),
-        ({"inputs": {**INPUTS, "context": "x" * 99_999}, "parameters": {"max_seq_len": 1}}, "parameters.max_seq_len"),
+        ({"inputs": {**INPUTS, "context": "x " * 95_000}, "parameters": {"max_seq_len": 1}}, "parameters.max_seq_len"),
         ({"inputs": INPUTS, "color": 1}, "color"),
     ],
 )
@@ -173,7 +174,7 @@ def test_an_unknown_parameter_of_the_query_string_is_refused(shared_client: http
 
 
 def test_parameters_become_ours(bundle: Bundle, engine: FakeEngine) -> None:
-    served = Served(bundle, engine, Metrics())
+    served = Served(bundle, engine, Metrics(), Settings())
 
     def question(**parameters: int) -> tuple[int | None, int | None, int | None, int]:
         asked = to_question(Inputs(question="a", context="b"), Parameters(**parameters), served)  # type: ignore[arg-type]
@@ -188,13 +189,13 @@ def test_parameters_become_ours(bundle: Bundle, engine: FakeEngine) -> None:
 
 def test_equal_texts_are_merged_as_the_pipeline_does(bundle: Bundle, engine: FakeEngine) -> None:
     """transformers 5.2: `get_answer` compares in lower case, adds up the scores, and keeps the first position."""
-    question = Question(model=Served(bundle, engine, Metrics()), question="a", contexts=("b",), top_k=5)
+    question = Question(model=Served(bundle, engine, Metrics(), Settings()), question="a", contexts=("b",), top_k=5)
     found = [("Uber", 0.3, 10), ("NVIDIA", 0.25, 30), ("uber", 0.2, 50), ("nvidia", 0.15, 70), ("UBER.", 0.05, 90)]
     answers = tuple(Answer(text, score, start, start + len(text), 0) for text, score, start in found)
 
     def answer(*, null_score: float = 0.1, has_answer: bool = True, **parameters: object) -> Any:
         decoded = Decoded(answers, has_answer, null_score, 0.0)
-        result = Result(question, (), (), decoded, 0.0, 0.0, 0.0)
+        result = Result(Tokenized(question, (), 0.0), (), decoded, 0.0, 0.0, 0.0)
         return to_answer(result, Parameters(**parameters))  # type: ignore[arg-type]
 
     merged = answer()

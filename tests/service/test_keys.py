@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, get_args
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from huggingface_hub import InferenceClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.keys import PREFIX, Key, Keyring, KeysError, new_key, parse_keys, revoke_key
+from service.keys import PREFIX, Key, Keyring, KeysError, Unit, new_key, parse_keys, revoke_key
 from service.settings import Settings
 from tests.support.asking import ASKED, problem
 from tests.support.paths import ROOT
@@ -173,6 +174,57 @@ def test_a_changed_file_is_read_again_and_a_broken_one_is_not_taken(
             assert new.get("/info").status_code == 200
 
 
+def test_a_file_that_is_being_written_locks_nobody_out(
+    guarded: str, key: str, keys_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = keys_file.read_text()
+    with connect(guarded, key) as client:
+        keys_file.write_text("")  # as an editor does that truncates first
+        end = time.monotonic() + 20
+        while "holds nothing, as if it were being written; the keys from before stay valid" not in caplog.text:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert client.get("/info").status_code == 200
+        keys_file.write_text("# nobody for now\n" + whole.replace("team-a", "# team-a"))
+        while client.get("/info").status_code != 401:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        keys_file.write_text(whole)
+        while client.get("/info").status_code != 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+def test_a_rate_may_count_questions_or_windows(make_app: MakeApp, keys_file: Path) -> None:
+    keys = {unit: new_key(keys_file, unit, 0.01, 8, unit) for unit in get_args(Unit)}
+    assert [line.split()[4:] for line in keys_file.read_text().splitlines()] == [[], ["question"], ["window"]]
+    assert {name: key.unit for name, key in parse_keys(keys_file).items()} == {unit: unit for unit in keys}
+    short = {"questions": [ASKED] * 3}
+    long = {**ASKED, "context": "word " * 150}
+    with serving(make_app(api_keys_file=str(keys_file))) as url:
+
+        def ask(unit: str, path: str, body: dict[str, Any], times: int) -> list[int]:
+            with connect(url, keys[unit]) as client:
+                replies = [client.post(path, json=body) for _ in range(times)]
+            assert all(f"0.01 {unit}s a second" in reply.text for reply in replies if reply.status_code == 429)
+            return [reply.status_code for reply in replies]
+
+        assert ask("request", "/v1/answers", short, 9) == [200] * 8 + [429]
+        assert ask("question", "/v1/answers", short, 4) == [200] * 3 + [429], "9 of 8, the last one a debt"
+        with connect(url) as open_to_all:
+            windows = open_to_all.post("/v1/answer", json=long, headers={"x-api-key": keys["window"]}).json()["windows"]
+        assert windows > 8, "which leaves a debt"
+        assert ask("window", "/v1/answer", long, 1) == [429]
+
+
+@pytest.mark.parametrize("unit", ["windows", "question question", "bertqa_secret"])
+def test_a_unit_that_is_none_is_refused_and_not_quoted(keys_file: Path, unit: str) -> None:
+    keys_file.write_text(f"a {'00' * 32} 1 1 {unit}\n")
+    with pytest.raises(KeysError, match="UNIT must be one of request, question, window") as error:
+        Keyring(keys_file)
+    assert "secret" not in str(error.value)
+
+
 def test_a_key_that_stays_keeps_what_it_has_spent(keys_file: Path) -> None:
     key = new_key(keys_file, "slow", 0.01, 1)
     ring = Keyring(keys_file)
@@ -231,7 +283,7 @@ def test_the_command_makes_keys_and_lists_them(keys_file: Path) -> None:
     assert stat.S_IMODE(keys_file.stat().st_mode) == 0o600
     keys_file.write_text("# ours\n" + keys_file.read_text().rstrip("\n"))  # as an editor may leave it
     assert keys_command("new", "b", file=keys_file).returncode == 0
-    assert keys_command("list", file=keys_file).stdout == "team-a  5 a second, 10 at once\nb  no limit\n"
+    assert keys_command("list", file=keys_file).stdout == "team-a  5 requests a second, 10 at once\nb  no limit\n"
     assert parse_keys(keys_file).keys() == {"team-a", "b"}
     for arguments, code, said in (
         (("new", "b"), 1, "has a key b already"),
@@ -245,7 +297,8 @@ def test_the_command_makes_keys_and_lists_them(keys_file: Path) -> None:
         assert said in refused.stderr
     assert parse_keys(keys_file).keys() == {"team-a", "b"}
     listed = json.loads(keys_command("list", "--format", "json", file=keys_file).stdout)
-    assert listed == [{"name": "team-a", "rate": 5.0, "burst": 10.0}, {"name": "b", "rate": None, "burst": None}]
+    team = {"name": "team-a", "rate": 5.0, "burst": 10.0, "per": "request"}
+    assert listed == [team, {"name": "b", "rate": None, "burst": None, "per": "request"}]
 
 
 def test_a_revoked_key_is_refused_and_all_else_stays(make_app: MakeApp, keys_file: Path, key: str) -> None:

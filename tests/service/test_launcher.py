@@ -10,8 +10,8 @@ import pytest
 from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch, sha256_of
 from bertqa.repository import Repository
 from bertqa.triton_config import Serving
-from service import __main__ as launcher
-from service.__main__ import LaunchError, ensure_engine, settle
+from service.runtime import engine
+from service.runtime.engine import LaunchError, ensure_engine, settle
 from tests.support.repositories import publish_toy_bundle
 
 Add = Callable[..., Path]
@@ -75,7 +75,7 @@ def test_otherwise_one_is_built(
     builder.mkdir()
     (builder / "__init__.py").touch()
     (builder / "__main__.py").write_text("raise SystemExit(3)")
-    monkeypatch.setattr(launcher, "PROJECT", builder.parent)
+    monkeypatch.setattr(engine, "PROJECT", builder.parent)
     with pytest.raises(LaunchError, match=r"could not be built \(exit code 3\)"):
         ensure_engine(repository.root, checkpoint, threading.Event())
     reason = "no engine in" if present == "nothing" else "are of other checkpoints, or of an earlier release"

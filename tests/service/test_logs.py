@@ -20,7 +20,8 @@ import pytest
 
 from bertqa.manifest import MODEL_NAME, Bundle
 from bertqa.repository import Repository
-from service import logs
+from service.observability import logging as logs
+from service.runtime.ports import hold_port
 from tests.support.paths import ROOT
 from tests.support.repositories import publish_toy_bundle
 from tests.support.waiting import until
@@ -28,7 +29,7 @@ from tests.support.waiting import until
 CANARY = "Kanarienvogel"
 ASKED = {"question": f"Who is {CANARY}?", "context": f"It was made at «{CANARY}»."}
 
-# The real application with the engine of conftest.py, in which a question's first word is the fault to happen.
+# The real application with the toy engine, in which a question's first word is the fault to happen.
 FAULTY = """
 import asyncio, os, threading, warnings
 import service.answering as answering
@@ -91,18 +92,20 @@ def directory(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(
     directory: Path, identity: str, stderr: IO[bytes], **environment: str
 ) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    held = hold_port("127.0.0.1", 0, "--port")
+    port = held.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "--factory", "faulty:app", f"--port={port}", "--log-level=info"]
     own = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, directory))), "IDENTITY": identity}
     own |= {"BERTQA_REPOSITORY": str(directory / "models")}
-    with subprocess.Popen(
-        [*command, "--no-access-log"],
-        env={**os.environ, **own, **environment},
-        stdout=stderr,
-        stderr=stderr,
-    ) as process:
+    with (
+        held,
+        subprocess.Popen(
+            [*command, "--no-access-log"],
+            env={**os.environ, **own, **environment},
+            stdout=stderr,
+            stderr=stderr,
+        ) as process,
+    ):
         try:
             url, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
             while not is_ready(url):
@@ -351,7 +354,7 @@ def test_launcher_names_a_bad_setting(name: str, value: str, problem: str) -> No
 
 
 def test_triton_alone_in_its_container_needs_no_package_of_the_service() -> None:
-    program = "import sys, service.embedded_triton; print({'grpc', 'starlette', 'numpy'} & sys.modules.keys())"
+    program = "import sys, service.runtime.triton; print({'grpc', 'starlette', 'numpy'} & sys.modules.keys())"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )

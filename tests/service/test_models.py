@@ -5,7 +5,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -18,7 +18,7 @@ from bertqa.windows import Window
 from service import models as followed
 from service.app import create_app
 from service.settings import Settings
-from service.triton import ModelUnavailable
+from service.triton import Loaded, ModelUnavailable
 from tests.support.repositories import publish_toy_bundle
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
@@ -34,7 +34,7 @@ class FakeTriton(FakeEngine):
 
     def __init__(self) -> None:
         super().__init__("")
-        self.loaded: dict[tuple[str, int], str] = {}  # identities
+        self.versions: dict[tuple[str, int], str] = {}  # identities
         self.hold = False  # lets the first version wait with its answers
         self.held, self.go_on = threading.Event(), threading.Event()
 
@@ -48,7 +48,7 @@ class FakeVersion(FakeEngine):
         self.triton, self.key = triton, (model, version)
 
     async def check_ready(self, *, deadline: float) -> None:
-        self.failure = None if self.key in self.triton.loaded else ModelUnavailable(f"{self.key} is not loaded")
+        self.failure = None if self.key in self.triton.versions else ModelUnavailable(f"{self.key} is not loaded")
         await super().check_ready(deadline=deadline)
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
@@ -57,13 +57,14 @@ class FakeVersion(FakeEngine):
             await asyncio.to_thread(self.triton.go_on.wait)
         return await super().predict(windows, deadline=deadline)
 
-    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
+    async def loaded(self, *, deadline: float) -> Loaded:
         await self.check_ready(deadline=deadline)
-        return {
+        identities = {
             f"identity_{version}": identity
-            for (model, version), identity in self.triton.loaded.items()
+            for (model, version), identity in self.triton.versions.items()
             if model == self.key[0]
         }
+        return Loaded(identities, self.concurrency)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def publish(bundle: Bundle, repository: Repository, triton: FakeTriton) -> Calla
         directory = publish_toy_bundle(repository, bundle, version, model, name=f"{model}{version}")
         identity = Manifest.read(directory / "manifest.json").identity
         if loaded:
-            triton.loaded[model, version] = identity
+            triton.versions[model, version] = identity
         return identity
 
     return publish
@@ -201,10 +202,10 @@ def test_the_service_follows_under_load_and_every_reply_is_of_one_version(
     repository.activate(MODEL_NAME, 2)  # before Triton has it
     time.sleep(0.3)
     assert versions(client) == {MODEL_NAME: 1}
-    triton.loaded[MODEL_NAME, 2] = "something else"
+    triton.versions[MODEL_NAME, 2] = "something else"
     time.sleep(0.3)
     assert versions(client) == {MODEL_NAME: 1}
-    triton.loaded[MODEL_NAME, 2] = identities[2]
+    triton.versions[MODEL_NAME, 2] = identities[2]
     until(lambda: versions(client) == {MODEL_NAME: 2})
     before = len(replies)
     until(lambda: len(replies) > before + 20)

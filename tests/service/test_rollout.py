@@ -25,7 +25,7 @@ from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
 from service import rollout
 from service.commands import doctor, models
-from service.embedded_triton import EmbeddedTriton
+from service.runtime.triton_process import EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.bundles import CONTEXT, break_engine, expect_another_answer, flip, publish
 from tests.support.certificates import certificates, tls_flags

@@ -9,12 +9,15 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import Mock
@@ -34,12 +37,15 @@ from bertqa.spans import Logits
 from bertqa.squad import Example, Reference, as_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from engine_builder.publish import NO_CACHE
-from service import embedded_triton, triton
+from service import triton
 from service.circuit import FAILURES, Circuit, State
-from service.embedded_triton import EmbeddedTriton, TritonError, TritonPorts, find_triton, free_port
-from service.hedging import SHARE, Hedging, saved
+from service.runtime import triton_install
+from service.runtime.ports import TritonPorts, free_port
+from service.runtime.triton_install import TritonError, find_triton
+from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 from service.triton import (
+    Loaded,
     ModelBroken,
     ModelError,
     ModelOverloaded,
@@ -190,12 +196,12 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.mark.triton
 def test_many_windows_of_several_requests_side_by_side(server: EmbeddedTriton) -> None:
-    requests = [[window(length=length, seed=seed) for length in (64, 128, 384)] * 5 for seed in range(8)]
+    requests = [[window(length=length, seed=seed) for length in (64, 128, 384)] for seed in range(4)]
 
     async def scenario(model: TritonModel) -> list[list[Logits]]:
         return await asyncio.gather(*(model.predict(windows, deadline=soon()) for windows in requests))
 
-    for windows, logits in zip(requests, run(server.url, scenario, max_in_flight=10), strict=True):
+    for windows, logits in zip(requests, run(server.url, scenario), strict=True):
         assert_right(windows, logits)
 
 
@@ -207,12 +213,13 @@ def test_no_window_needs_no_engine() -> None:
 def test_ready_and_parameters(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         await model.check_ready(deadline=soon())
-        assert await model.model_parameters(deadline=soon()) == {"identity_1": "toy"}
+        assert (await model.loaded(deadline=soon())).parameters == {"identity_1": "toy"}
 
     run(server.url, scenario)
 
 
 @pytest.mark.triton
+@pytest.mark.alone
 def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         slow = asyncio.create_task(model.predict([window(SLEEP, 1500)], deadline=soon()))
@@ -220,7 +227,7 @@ def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(serv
         with pytest.raises(ModelTimeout, match="before the engine answered"):
             await model.predict([window()], deadline=soon(0.3))
         with pytest.raises(ModelTimeout, match="deadline"):
-            await model.predict([window()] * 30, deadline=soon(0.3))
+            await model.predict([window()] * 10, deadline=soon(0.3))
         assert not slow.done()
         await slow
         with pytest.raises(ModelTimeout):
@@ -234,38 +241,22 @@ def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(serv
 def test_one_window_failing_cancels_the_others(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
         with pytest.raises(ModelBroken, match="no such bucket"):
-            await model.predict([window(RAISE), *[window(SLEEP, 100)] * 100], deadline=soon())
+            await model.predict([window(RAISE), *[window(SLEEP, 100)] * 10], deadline=soon())
         assert_right([window()], await model.predict([window()], deadline=soon()))
 
     run(server.url, scenario)
 
 
 @pytest.mark.triton
-def test_cancelling_the_caller_gives_every_place_back(server: EmbeddedTriton) -> None:
+def test_cancelling_the_caller_ends_its_calls(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonModel) -> None:
-        requests = [asyncio.create_task(model.predict([window(SLEEP, 200)] * 20, deadline=soon())) for _ in range(3)]
+        requests = [asyncio.create_task(model.predict([window(SLEEP, 200)] * 4, deadline=soon())) for _ in range(3)]
         await asyncio.sleep(0.3)
         for request in requests:
             request.cancel()
         await asyncio.wait(requests)
         assert all(request.cancelled() for request in requests)
         assert_right([window()] * 8, await model.predict([window()] * 8, deadline=soon()))
-
-    run(server.url, scenario, max_in_flight=4)
-
-
-@pytest.mark.triton
-def test_a_question_of_one_window_does_not_wait_for_those_of_a_long_text(server: EmbeddedTriton) -> None:
-    async def scenario(model: TritonModel) -> None:
-        await model.model_parameters(deadline=soon())  # says that there is one instance
-        long = asyncio.create_task(model.predict([window(SLEEP, 50)] * 40, deadline=soon()))
-        await asyncio.sleep(0.2)
-        assert model.expected_wait(0) == model.expected_wait(1) == 0
-        assert model.expected_wait(2) > 0.02, "two calls at one time, of 50 ms and more each"
-        for _ in range(3):
-            assert_right([window()], await model.predict([window()], deadline=soon()))
-        assert not long.done()
-        assert len(await long) == 40
 
     run(server.url, scenario)
 
@@ -277,7 +268,7 @@ def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
             await model.predict([window(SLEEP, 300)] * 40, deadline=soon())
         await until_answered(model)  # Triton drops the cancelled ones when the running one has ended
 
-    run(server.url, scenario, max_in_flight=40)
+    run(server.url, scenario)
 
 
 @pytest.mark.triton
@@ -323,20 +314,17 @@ def test_a_dead_replica_is_passed_over(server: EmbeddedTriton) -> None:
 def test_bounds_are_checked() -> None:
     with pytest.raises(ValueError, match="urls"):
         TritonModel([])
-    with pytest.raises(ValueError, match="max_in_flight"):
-        TritonModel(["127.0.0.1:1"], max_in_flight=0)
 
 
 @pytest.mark.triton
 def test_two_calls_for_each_instance_at_each_address(server: EmbeddedTriton) -> None:
-    async def places(model: TritonModel) -> tuple[int, int]:
-        await model.model_parameters(deadline=soon())
-        return model._turns.places, model.at("bert_qa", 1)._turns.places
+    async def concurrency(model: TritonModel) -> tuple[int, int]:
+        other = model.at("bert_qa", 1)
+        return (await model.loaded(deadline=soon())).concurrency, (await other.loaded(deadline=soon())).concurrency
 
     port = server.url.rpartition(":")[2]
-    assert run(server.url, places) == (2, 2)
-    assert run(f"localhost:{port},dns:///127.0.0.1:{port}", places) == (4, 4)
-    assert run(server.url, places, max_in_flight=7) == (7, 7)
+    assert run(server.url, concurrency) == (2, 2)
+    assert run(f"localhost:{port},dns:///127.0.0.1:{port}", concurrency) == (4, 4)
 
 
 @pytest.mark.triton
@@ -353,17 +341,14 @@ def test_a_name_server_that_hangs_holds_up_no_question(server: EmbeddedTriton, m
 
         monkeypatch.setattr(triton, "_addresses", lookup)
         for _ in range(3):
-            assert await model.model_parameters(deadline=soon()) == {"identity_1": "toy"}
-            assert model._turns.places == 2  # as for one address
+            assert await model.loaded(deadline=soon()) == Loaded({"identity_1": "toy"}, 2)  # as for one address
         assert looked_up == [server.url], "one lookup at a time"
         answers.set()
         for _ in range(2):
-            await model.model_parameters(deadline=soon())
-            assert model._turns.places == 6
+            assert (await model.loaded(deadline=soon())).concurrency == 6
         assert looked_up == [server.url] * 2
         answers.clear()
-        await model.model_parameters(deadline=soon())
-        assert model._turns.places == 6
+        assert (await model.loaded(deadline=soon())).concurrency == 6
         await model.close()  # leaves no lookup behind
         await asyncio.sleep(0)
 
@@ -565,6 +550,7 @@ def test_lost_engine_costs_no_retries_and_is_found_again() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_request_of_many_windows_closes_the_circuit() -> None:
     async def scenario() -> None:
         fake, watched = Moody(), Watched()
@@ -582,6 +568,7 @@ def test_request_of_many_windows_closes_the_circuit() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("mood", ["shape", "nan", "garbage", "silent"])
 def test_no_request_sees_a_broken_replica_beside_one_that_is_well(mood: str) -> None:
     async def scenario() -> None:
@@ -680,7 +667,7 @@ def test_version_that_is_broken_leaves_the_one_before_alone() -> None:
     asyncio.run(scenario())
 
 
-# Hedging, against the same
+# Replicas of all moods
 
 
 class Replying(Moody):
@@ -712,68 +699,6 @@ async def no_call_is_left(*fakes: Replying) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_what_hangs_at_one_triton_is_answered_by_another() -> None:
-    async def scenario() -> None:
-        hanging, well, watched, outcomes = Replying(), Replying(), Watched(), Counter[str]()
-        hanging.mood = "silent"
-        async with served(hanging, well) as urls:
-            hedging = Hedging(0.55, lambda outcome: outcomes.update([outcome]))
-            model = TritonModel(urls, watch_circuit=watched, hedging=hedging)
-            for number in range(2 * FAILURES + 4):
-                assert_right([window(number)], await model.predict([window(number)], deadline=soon(20)))
-            assert watched.states[urls[0]][:2] == ["closed", "open"]  # long before any deadline
-            assert watched.states[urls[1]] == ["closed"]
-            assert hanging.asked.total() == outcomes["won"] >= FAILURES
-            assert outcomes.keys() == {"won"}
-            await no_call_is_left(hanging, well)
-            await model.close()
-
-    asyncio.run(scenario())
-
-
-def test_second_calls_are_few_however_slow_all_are() -> None:
-    async def scenario() -> None:
-        fakes, outcomes = (Replying(), Replying()), Counter[str]()
-        for fake in fakes:
-            fake.mood = "slow"
-        async with served(*fakes) as urls:
-            model = TritonModel(
-                urls, max_in_flight=8, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome]))
-            )
-            await model.predict([window(number) for number in range(160)], deadline=soon(60))
-            second = outcomes.total() - outcomes["withheld"]
-            assert saved(8) <= second <= saved(8) + SHARE * 160
-            asked = fakes[0].asked + fakes[1].asked
-            assert asked.total() == 160 + second
-            assert max(asked.values()) == 2
-            await no_call_is_left(*fakes)
-            await model.close()
-
-    asyncio.run(scenario())
-
-
-def test_no_second_call_is_made_after_one_that_has_too_much() -> None:
-    async def scenario() -> None:
-        full, slow, outcomes = Replying({1: "full"}), Replying(), Counter[str]()
-        full.mood = slow.mood = "slow"
-        async with served(full, slow) as urls:
-            model = TritonModel(urls, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome])))
-            with pytest.raises(ModelOverloaded):
-                await model.predict([window(1)], deadline=soon(5))
-            full.mood = "slow"
-            await model.predict([window(2)], deadline=soon(5))
-            assert outcomes == {"withheld": 1}
-            await model.close()
-        # of one address there is no other
-        async with served(slow) as urls:
-            model = TritonModel(urls, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome])))
-            await model.predict([window(3)], deadline=soon(5))
-            assert outcomes == {"withheld": 1}
-            await model.close()
-
-    asyncio.run(scenario())
-
-
 @hypothesis.settings(max_examples=15)
 @given(
     st.lists(
@@ -802,14 +727,9 @@ def test_whatever_two_tritons_do_each_window_is_answered_once_and_no_call_is_lef
     async def scenario() -> None:
         moods = [{number: moods[side] for number, (*moods, _, _) in enumerate(fates)} for side in (0, 1)]
         fakes = [Replying(each) for each in moods]
-        outcomes = Counter[str]()
         async with served(*fakes) as urls:
-            model = TritonModel(
-                urls, max_in_flight=8, hedging=Hedging(0.02, lambda outcome: outcomes.update([outcome]))
-            )
+            model = TritonModel(urls)
             await asyncio.gather(*(ask(model, number, *fate[2:]) for number, fate in enumerate(fates)))
-            assert outcomes.total() - outcomes["withheld"] <= saved(8) + SHARE * len(fates)
-            assert model._turns._free == model._turns.places
             await no_call_is_left(*fakes)
             await model.close()
             # gRPC's server, which the fakes run in, has tasks of its own that come and go; those are compiled.
@@ -948,7 +868,7 @@ def test_paths_with_spaces(tmp_path: Path) -> None:
     directory = tmp_path / "it's my project"
     spaced = write_repository(directory / "model repository")
     with EmbeddedTriton(spaced, ports=triton_ports(), log_dir=directory / "the logs", ready_timeout_s=60) as server:
-        assert run(server.url, lambda model: model.model_parameters(deadline=soon())) == {"identity_1": "toy"}
+        assert run(server.url, lambda model: model.loaded(deadline=soon())).parameters == {"identity_1": "toy"}
         assert server.log_file.stat().st_size
 
 
@@ -959,9 +879,15 @@ def test_logs_that_cannot_be_written_are_named(repository: Path, tmp_path: Path)
         EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path / "file" / "logs").start()
 
 
+def shared_memory() -> set[Path]:
+    """Files of this process in shared memory."""
+    return set(Path("/dev/shm").glob(f"bertqa_{os.getpid()}_*"))
+
+
 @pytest.mark.triton
 def test_killed_server_is_restarted_and_two_live_side_by_side(repository: Path, tmp_path: Path) -> None:
     said: list[str] = []
+    before = shared_memory()  # of the server that other tests share
     with (
         EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path) as other,
         EmbeddedTriton(repository, ports=other.ports, log_dir=tmp_path, report=said.append) as killed,
@@ -983,7 +909,7 @@ def test_killed_server_is_restarted_and_two_live_side_by_side(repository: Path, 
         assert_right([window()], run(other.url, lambda model: model.predict([window()], deadline=soon())))
         pids = [process for process in (killed.pid, other.pid) if process]
     assert not any(Path(f"/proc/{process}").exists() for process in pids)
-    assert not list(Path("/dev/shm").glob(f"bertqa_{os.getpid()}_{id(killed):x}_*"))
+    assert shared_memory() <= before
 
 
 @pytest.mark.triton
@@ -1021,10 +947,10 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(TritonError, match=r"holds no built version; run .*engine_builder"):
         EmbeddedTriton(tmp_path, log_dir=tmp_path).start()
     monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr(embedded_triton, "_PYTHON", "3.7")
+    monkeypatch.setattr(triton_install, "_PYTHON", "3.7")
     with pytest.raises(TritonError, match=r"with Python 3\.8, 3\.9, 3\.10.* this is Python 3\.7"):
         find_triton(tmp_path / "cache")
-    monkeypatch.setattr(embedded_triton, "WHEEL", "no-such-wheel")
+    monkeypatch.setattr(triton_install, "WHEEL", "no-such-wheel")
     with pytest.raises(TritonError, match="pip install --no-deps"):
         find_triton(tmp_path / "cache")
 
@@ -1041,20 +967,30 @@ def processes_with(text: str) -> list[int]:
 
 
 @pytest.mark.triton
-def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = write_repository(tmp_path / "repository")
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from service.embedded_triton import EmbeddedTriton, TritonPorts\n"
+        "from service.runtime.ports import TritonPorts\nfrom service.runtime.triton_process import EmbeddedTriton\n"
         "triton = EmbeddedTriton(Path(sys.argv[1]), ports=TritonPorts(0, 0, 0), log_dir=Path(sys.argv[2]))\n"
         "triton.start(); time.sleep(600)"
     )
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(repository), str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-c", program, str(repository), str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
     ) as launcher:
         until(lambda: len(processes_with(str(repository))) >= 3 or launcher.poll() is not None)  # + server and stub
         launcher.kill()
     until(lambda: not processes_with(str(repository)))
+    left = {*Path("/dev/shm").glob(f"bertqa_{launcher.pid}_*"), *temporary.iterdir()}
+    assert {path.parent for path in left} == {Path("/dev/shm"), temporary}, "nobody was there to remove them"
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path):  # the next start
+        assert not any(path.exists() for path in left)
 
 
 def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
@@ -1063,9 +999,9 @@ def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
     (builder / "__init__.py").touch()
     (builder / "__main__.py").write_text("import sys, time; print('building', flush=True); time.sleep(600)")
     program = (
-        "import sys; from pathlib import Path; from service import __main__ as launcher\n"
-        "launcher.PROJECT = here = Path(sys.argv[1])\n"
-        "sys.exit(launcher.launch(launcher.ServeOptions(repository=here, checkpoint=here)))"
+        "import sys; from pathlib import Path; from service.runtime import engine, launcher\n"
+        "engine.PROJECT = here = Path(sys.argv[1])\n"
+        "sys.exit(launcher.launch(launcher.ServeOptions(port=0, repository=here, checkpoint=here)))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -1186,6 +1122,61 @@ def test_apis_that_nobody_needs_are_closed(server: EmbeddedTriton) -> None:
             assert response.status >= 400, path
             assert "restricted" in said or "polling is enabled" in said, (path, said)
     assert_right([window()], run(server.url, lambda model: model.predict([window()], deadline=soon())))
+
+
+def raw_http(port: int, header: bytes) -> bytes:
+    """The reply to a request over HTTP/1.1 with a header that no library would send."""
+    request = b"GET /v2/systemsharedmemory/status HTTP/1.1\r\nhost: x\r\n%b\r\nconnection: close\r\n\r\n" % header
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request)
+        return b"".join(iter(partial(connection.recv, 65536), b""))
+
+
+def raw_grpc(port: int, name: bytes, value: bytes) -> bytes:
+    """The same over HTTP/2, frame by frame; returns what came within a second."""
+
+    def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
+        return len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + content
+
+    headers = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/inference.GRPCInferenceService/SystemSharedMemoryStatus",
+        b":authority": b"x",
+        b"content-type": b"application/grpc",
+        b"te": b"trailers",
+        name: value,
+    }
+    block = b"".join(b"\0%c%b%c%b" % (len(key), key, len(text), text) for key, text in headers.items())
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+        connection.sendall(frame(1, 4, 1, block) + frame(0, 1, 1, bytes(5)))
+        received = bytearray()
+        with contextlib.suppress(TimeoutError):
+            while chunk := connection.recv(65536):
+                received += chunk
+                if len(received) > 1_000_000:
+                    break
+        return bytes(received)
+
+
+@pytest.mark.triton
+def test_what_other_users_can_read_about_an_embedded_triton_opens_nothing(server: EmbeddedTriton) -> None:
+    regions = [path for path in shared_memory() if path.stat().st_size]
+    assert regions, "the Python backend's"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in shared_memory()} == {0o600}
+    arguments = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
+    keys = {argument.split(":", 1)[1] for argument in arguments if "restricted" in argument}
+    assert keys
+    for key in keys:
+        name, value = key.encode().split(b"=")
+        for header in (b"%b: %b", b"%b:%b", b"%b : %b", b'"%b": %b'):
+            assert raw_http(server.ports.http, header % (name, value)).startswith(b"HTTP/1.1 403"), header
+        for prefix in (b"", b"triton-grpc-protocol-"):
+            reply = raw_grpc(server.ports.grpc, prefix + name, value)
+            assert reply
+            assert b"grpc-status\x010" not in reply, "not a success"
+    assert b"restricted" in raw_grpc(server.ports.grpc, b"x-other", b"none"), "so a request as such is understood"
 
 
 @pytest.mark.triton

@@ -9,7 +9,7 @@ import random
 import socket
 from collections.abc import Iterator
 
-from service.embedded_triton import TritonPorts
+from service.runtime.ports import TritonPorts
 
 _FIRST, _PORTS, _WORKERS = 12_000, 1_200, 16
 

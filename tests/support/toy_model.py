@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from bertqa.manifest import MODEL_NAME, Bundle, Manifest
 from bertqa.spans import Logits
 from bertqa.windows import Window, WindowMaker
-from service.triton import ModelError
+from service.triton import Loaded, ModelError
 
 _PIECES = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "«", "»"),
@@ -72,9 +72,9 @@ class FakeEngine:
         self.identity = identity
         self.failure: Exception | None = None
         self.delay_s = 0.0
-        self.call_s = 0.0  # as it tells
-        self.seconds_each = 0.0  # how much longer a request waits for each that is before it
+        self.concurrency = 64  # calls that it is to have at one time
         self.windows = 0  # answered
+        self.looked_at = 0  # how often it said what is loaded
         self.cancelled = threading.Event()
         self.started = threading.Event()
         self.closed = False
@@ -110,13 +110,11 @@ class FakeEngine:
         if isinstance(self.failure, ModelError):
             raise self.failure
 
-    async def model_parameters(self, *, deadline: float) -> Mapping[str, str]:
+    async def loaded(self, *, deadline: float) -> Loaded:
         if isinstance(self.failure, ModelError):
             raise self.failure
-        return {"identity_7": self.identity}
-
-    def expected_wait(self, ahead: int) -> float:
-        return self.seconds_each * ahead
+        self.looked_at += 1
+        return Loaded({"identity_7": self.identity}, self.concurrency)
 
     async def server_version(self, *, deadline: float) -> str:
         if isinstance(self.failure, ModelError):

@@ -13,8 +13,8 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bertqa.windows import OUTPUT_NAMES
-from service import embedded_triton
-from service.embedded_triton import find_triton
+from service.runtime.processes import end_session
+from service.runtime.triton_install import find_triton
 from tests.support.ports import free_port
 from tests.support.waiting import until
 
@@ -38,7 +38,7 @@ def triton_with(tmp_path: Path, repository: Path, *flags: str) -> Iterator[str]:
         until(lambda: b"Started GRPCInferenceService" in (tmp_path / "log").read_bytes() or process.poll() is not None)
         yield f"localhost:{port}"
     finally:
-        embedded_triton.end_session(process, 10)
+        end_session(process, 10)
 
 
 class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # it has no types

@@ -131,6 +131,7 @@ def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.horovod
 def test_two_horovod_processes_fine_tune_as_one_does(data: Path, encoder: Path, tmp_path: Path) -> None:
     more = ("--optimizer", "nvlamb", "--decay", "poly", "--learning-rate", "5e-2", "--epochs", "2", "--log-every", "1")

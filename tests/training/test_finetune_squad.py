@@ -99,6 +99,7 @@ def trained(data: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.horovod
+@pytest.mark.slow
 def test_two_horovod_processes_train_a_checkpoint(trained: tuple[Path, list[float]]) -> None:
     output, losses = trained
     assert losses[-1] < losses[0] * 0.6
@@ -116,6 +117,7 @@ def test_two_horovod_processes_train_a_checkpoint(trained: tuple[Path, list[floa
 
 
 @pytest.mark.horovod
+@pytest.mark.slow
 def test_the_number_of_processes_does_not_change_the_run(
     trained: tuple[Path, list[float]], data: Path, encoder: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +145,7 @@ def test_squad_v2_is_trained_on_its_own_unanswerable_questions(data: Path, encod
 
 
 @pytest.mark.horovod
+@pytest.mark.slow
 def test_no_epoch_measures_and_completes_what_there_is(
     trained: tuple[Path, list[float]], data: Path, tmp_path: Path
 ) -> None:

@@ -401,6 +401,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.horovod
+@pytest.mark.slow
 def test_gradients_are_reduced_once_per_step_however_many_micro_batches_it_has(whole: Path) -> None:
     done = json.loads((whole / "done.json").read_text())
     assert done["finished"]
@@ -409,6 +410,7 @@ def test_gradients_are_reduced_once_per_step_however_many_micro_batches_it_has(w
 
 
 @pytest.mark.horovod
+@pytest.mark.slow
 def test_one_two_and_three_processes_have_the_same_loss_curve(whole: Path, tmp_path: Path) -> None:
     run_alone(tmp_path / "one", dropout=0.1, micro_batch_size=2)
     # A batch of 12 in pieces of 2 is dealt out without a rest; dropout, too, is that of the pieces.
@@ -421,6 +423,7 @@ def test_one_two_and_three_processes_have_the_same_loss_curve(whole: Path, tmp_p
 
 
 @pytest.mark.horovod
+@pytest.mark.slow
 def test_a_process_without_a_share_changes_nothing(tmp_path: Path) -> None:
     run_alone(tmp_path / "one", batch_size=2)
     with Job(tmp_path / "three", "--batch-size", "2", processes=3) as job:
@@ -431,6 +434,7 @@ def test_a_process_without_a_share_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.horovod
+@pytest.mark.slow
 def test_a_run_that_was_signalled_and_killed_ends_as_an_undisturbed_one(whole: Path, tmp_path: Path) -> None:
     flags = ["--micro-batch-size", "2", "--dropout", "0.1"]
     with Job(tmp_path, *flags) as job:
@@ -459,6 +463,7 @@ def test_a_run_that_was_signalled_and_killed_ends_as_an_undisturbed_one(whole: P
 
 
 @pytest.mark.horovod
+@pytest.mark.slow
 def test_an_elastic_run_survives_the_loss_of_a_process_and_takes_a_new_one(tmp_path: Path) -> None:
     run_alone(tmp_path / "one", micro_batch_size=2)
     hosts, script = tmp_path / "hosts.txt", tmp_path / "discover.sh"

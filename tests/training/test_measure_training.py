@@ -84,6 +84,7 @@ def test_results_of_another_comparison_are_refused_and_kept(
     assert len(launches.plans) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.horovod
 def test_a_real_comparison(tmp_path: Path) -> None:
     """The Trainer, our loop, one process and two of Horovod's: all of them train."""
@@ -97,6 +98,7 @@ def test_a_real_comparison(tmp_path: Path) -> None:
     assert figures == {"training_time_and_workers.png", "training_and_trainer.png"}  # there is no second precision
 
 
+@pytest.mark.slow
 def test_the_suite_for_gpus_on_what_is_there(tmp_path: Path) -> None:
     main(parse_args(["--quick", "--gpu-suite", "--no-compile", "--config", "tiny", "--output", str(tmp_path)]))
     rows = json.loads((tmp_path / GPU_RESULTS_FILE).read_text())["rows"]

@@ -115,6 +115,7 @@ def run(shards: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return output, pretrain(shards, output, "--config", config)
 
 
+@pytest.mark.slow
 @pytest.mark.horovod
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_number_of_processes_does_not_change_the_loss_curve(
@@ -153,6 +154,7 @@ def test_records_hold_both_losses_and_accuracies_and_those_of_held_out_shards(
     assert (output / "loss.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_pretraining_learns_words_and_their_order(shards: Path, config: Path, tmp_path: Path) -> None:
     more = ("--config", config, "--steps", 150, "--batch-size", 64, "--learning-rate", 0.01, "--warmup", 0.05)
     last = pretrain(shards, tmp_path / "run", *more, "--log-every", 50, "--evaluate-every", 150)[-1]

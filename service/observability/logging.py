@@ -7,7 +7,6 @@ Unless `Settings.log_texts` allows it, no line holds a question or a context: an
 place without its message, which may quote its input, and of other libraries' records only what cannot quote.
 """
 
-import json
 import logging
 import os
 import re
@@ -16,9 +15,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
+from logging.handlers import QueueHandler, QueueListener
+from queue import Empty, Full, SimpleQueue
 from typing import Any
+
+from pythonjsonlogger.json import JsonFormatter as JsonLines
 
 from service.record import current_record
 from service.settings import Settings
@@ -29,98 +33,125 @@ process writes past its log. They are shown as they are where the format is text
 DESCRIPTORS = {"stdout": 1, "stderr": 2}
 """Of the places where a log may go."""
 
-_GATHER_S = 0.02  # a line may wait so long for others: under load, the writer wakes fifty times a second, not thousands
+_GATHER_S = 0.02  # that a line may wait for others
 _FLUSH_S = 2.0
 _PENDING_BYTES = 16 * 1024 * 1024
 _OURS = ("bertqa", "triton", "uvicorn", "opentelemetry")
 _WARNING_PLACE = re.compile(r".*?:\d+: \w+")  # of "file:line: Category: message"
 
 
-class LineWriter(logging.Handler):
-    """Writes formatted records to a file descriptor from a background thread; never blocks, never raises."""
+class LineWriter(QueueHandler):
+    """Formats records where they are logged, and writes the lines from a thread; never blocks, never raises."""
 
     def __init__(self, descriptor: int = 2, *, count_lost: Callable[[int], object] = lambda count: None) -> None:
-        """Name the descriptor, and what is told the number of records whenever some are lost."""
-        super().__init__()
+        """Name the file descriptor, and what is told the number of records whenever some are lost."""
+        waiting: SimpleQueue[bytes | None] = SimpleQueue()
+        super().__init__(waiting)
         self._descriptor = descriptor
         self._count_lost = count_lost
         self._guard = threading.Lock()
-        self._wake = threading.Event()
-        self._pending: list[bytes] = []
         self._pending_bytes = 0
-        self._writing = False
-        self._lost = 0  # and not yet told in the log
-        self._thread: threading.Thread | None = None
+        self._unwritten = 0
+        self._lost = 0  # and not yet reported in the log
+        self._lines = _BatchListener(waiting, self._write)
+        self._lines.start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Format a record and leave it to the thread."""
-        try:
-            line = self.format(record).encode(errors="backslashreplace") + b"\n"
-        except Exception:
-            line = b""
+    def prepare(self, record: logging.LogRecord) -> bytes:
+        """The record's line, formatted here because the request is known only here."""
+        return self.format(record).encode(errors="backslashreplace") + b"\n"
+
+    def enqueue(self, line: bytes) -> None:  # type: ignore[override]  # `prepare` makes it
+        """Leave a line to the thread.
+
+        Raises:
+            queue.Full: too many bytes wait already.
+        """
         with self._guard:
-            if not line or self._pending_bytes + len(line) > _PENDING_BYTES:
-                self._lose(1)
-                return
-            self._pending.append(line)
+            if self._pending_bytes + len(line) > _PENDING_BYTES:
+                raise Full
             self._pending_bytes += len(line)
-            if not self._thread:
-                self._thread = threading.Thread(target=self._write_on, name="log", daemon=True)
-                self._thread.start()
-        if not self._wake.is_set():
-            self._wake.set()
+            self._unwritten += 1
+        self.queue.put_nowait(line)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Count a record that could not be formatted, or that there was no room for."""
+        with self._guard:
+            self._lose(1)
 
     def flush(self) -> None:
         """Wait until all is written, for two seconds at most."""
         end = time.monotonic() + _FLUSH_S
-        while (self._pending or self._writing) and time.monotonic() < end:
+        while self._unwritten and time.monotonic() < end:
             time.sleep(0.005)
+
+    def close(self) -> None:
+        """End the thread when it has written what is left; does not wait for it."""
+        self._lines.enqueue_sentinel()
+        super().close()
 
     def _lose(self, count: int) -> None:
         self._lost += count
         self._count_lost(count)
 
-    def _write_on(self) -> None:
-        while True:
-            self._wake.wait()
-            time.sleep(_GATHER_S)
-            with self._guard:
-                self._wake.clear()
-                lines, self._pending, self._pending_bytes, self._writing = self._pending, [], 0, True
-                lost, self._lost = self._lost, 0
-            if lost:
-                lines.append(self._confession(lost))
-            if not self._write(b"".join(lines)):
-                with self._guard:
-                    self._lose(len(lines) - bool(lost))
-                    self._lost += lost  # still to be told
-            self._writing = False
-
-    def _write(self, data: bytes) -> bool:
-        view = memoryview(data)
-        try:
-            while view:
-                try:
-                    view = view[os.write(self._descriptor, view) :]
-                except BlockingIOError:  # somebody made the descriptor non-blocking
-                    select.select((), (self._descriptor,), ())
-        except OSError:
-            return False
-        return True
+    def _write(self, lines: Sequence[bytes]) -> None:
+        with self._guard:
+            self._pending_bytes -= sum(map(len, lines))
+            lost, self._lost = self._lost, 0
+        written = _write_all(self._descriptor, b"".join([*lines, self._confession(lost)] if lost else lines))
+        with self._guard:
+            if not written:
+                self._lose(len(lines))
+                self._lost += lost  # still to be reported
+            self._unwritten -= len(lines)
 
     def _confession(self, lost: int) -> bytes:
         message = f"{lost} log records were lost"
-        record = logging.LogRecord("bertqa.service", logging.WARNING, __file__, 0, message, None, None)
-        return self.format(record).encode() + b"\n"
+        return self.prepare(logging.LogRecord("bertqa.service", logging.WARNING, __file__, 0, message, None, None))
 
 
-class LineFormatter(logging.Formatter):
-    """What `JsonFormatter` and `TextFormatter` share: what of a record may be told."""
+class _BatchListener(QueueListener):
+    """Takes all lines that are there at once: under load, it wakes fifty times a second, not thousands."""
 
-    def __init__(self, *, texts: bool) -> None:
-        """Say whether lines may hold questions and contexts."""
-        super().__init__()
-        self.texts = texts
+    def __init__(self, queue: "SimpleQueue[bytes | None]", write: Callable[[Sequence[bytes]], None]) -> None:
+        super().__init__(queue)
+        self._waiting = queue
+        self._write = write
+
+    def dequeue(self, block: bool) -> list[bytes] | None:  # type: ignore[override]  # `handle` takes it
+        """The next lines; None, the sentinel, when there are no more."""
+        if (first := self._waiting.get(block)) is None:
+            return None
+        time.sleep(_GATHER_S)
+        lines = [first]
+        with suppress(Empty):
+            while (line := self._waiting.get_nowait()) is not None:
+                lines.append(line)
+            self.enqueue_sentinel()
+        return lines
+
+    def handle(self, lines: Sequence[bytes]) -> None:  # type: ignore[override]  # `dequeue` makes them
+        """Write some lines."""
+        self._write(lines)
+
+
+def _write_all(descriptor: int, data: bytes) -> bool:
+    """Whether all of it could be written."""
+    view = memoryview(data)
+    try:
+        while view:
+            try:
+                view = view[os.write(descriptor, view) :]
+            except BlockingIOError:  # somebody made the descriptor non-blocking
+                select.select((), (descriptor,), ())
+    except OSError:
+        return False
+    return True
+
+
+class _Discreet(logging.Formatter):
+    """What `JsonFormatter` and `TextFormatter` share: what of a record may be shown."""
+
+    texts: bool
 
     def message(self, record: logging.LogRecord) -> str:
         """The message, or as much of it as cannot quote a text."""
@@ -149,8 +180,13 @@ class LineFormatter(logging.Formatter):
         return "\nwhich led to\n".join(parts)
 
 
-class JsonFormatter(LineFormatter):
+class JsonFormatter(_Discreet, JsonLines):
     """One JSON object a line, in ASCII."""
+
+    def __init__(self, *, texts: bool) -> None:
+        """Say whether lines may hold questions and contexts."""
+        super().__init__()
+        self.texts = texts
 
     def format(self, record: logging.LogRecord) -> str:
         """Time, level, logger, message, then what there is of request_id, trace_id, exception and own fields."""
@@ -167,11 +203,16 @@ class JsonFormatter(LineFormatter):
         line.update(getattr(record, "fields", ()))
         if exception := self.exception(record):
             line["exception"] = exception
-        return json.dumps(line, default=str)
+        return self.serialize_log_record(line)
 
 
-class TextFormatter(LineFormatter):
-    """For eyes: what the launcher and Triton say as it is, everything else with time, level, logger and request."""
+class TextFormatter(_Discreet):
+    """For people: lines of the launcher and of Triton as they are, others with time, level, logger and request."""
+
+    def __init__(self, *, texts: bool) -> None:
+        """Say whether lines may hold questions and contexts."""
+        super().__init__()
+        self.texts = texts
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, and an exception's own lines below it."""

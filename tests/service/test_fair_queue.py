@@ -3,39 +3,40 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.turns import Turns
+from service.fair_queue import FairQueue
 
 
 class Clockwork:
-    """An engine with so many places, whose calls end when they are told to."""
+    """An engine with so many slots, whose calls end when they are told to."""
 
-    def __init__(self, places: int) -> None:
-        self.turns = Turns(places)
+    def __init__(self, slots: int) -> None:
+        self.queue = FairQueue(slots)
         self.begun: list[str] = []
         self.tasks: list[asyncio.Task[None]] = []
         self._ends: list[asyncio.Future[None]] = []
 
     def ask(self, name: str, windows: int, deadline_s: float = 60) -> None:
-        """A request: as many workers as there are places, as `TritonModel.predict` has them."""
+        """A request: as many workers as there are slots, as `Answerer` has them."""
         todo, request = iter(range(windows)), object()
 
         async def work() -> None:
             for _ in todo:
-                await self.turns.take(request, time.monotonic() + deadline_s)
+                await self.queue.take(request, time.monotonic() + deadline_s)
                 try:
                     end = asyncio.get_running_loop().create_future()
                     self.begun.append(name)
                     self._ends.append(end)
                     await end
                 finally:
-                    self.turns.give_back(0.01)
+                    self.queue.give_back()
 
-        self.tasks += [asyncio.ensure_future(work()) for _ in range(min(windows, self.turns.places))]
+        self.tasks += [asyncio.ensure_future(work()) for _ in range(min(windows, self.queue.slots))]
 
     async def end_one(self) -> None:
         """End the call that began first, and let everyone act on it."""
@@ -77,7 +78,7 @@ def test_turns_go_round_the_requests() -> None:
 
 def test_a_deadline_ends_the_wait_and_leaves_nothing() -> None:
     async def scenario() -> None:
-        turns = Turns(1)
+        turns = FairQueue(1)
         await turns.take("first", time.monotonic())
         for passed in (0.01, -1):
             with pytest.raises(TimeoutError):
@@ -89,9 +90,25 @@ def test_a_deadline_ends_the_wait_and_leaves_nothing() -> None:
     play(scenario)
 
 
+def test_a_turn_that_came_leaves_no_timer_behind() -> None:
+    async def scenario() -> None:
+        turns = FairQueue(1)
+        await turns.take("first", time.monotonic() + 3600)
+        waiting = asyncio.ensure_future(turns.take("next", time.monotonic() + 3600))
+        await settle()
+        kept: Any = asyncio.get_running_loop()
+        timers = [timer for timer in kept._scheduled if timer.when() > kept.time() + 600]
+        assert len(timers) == 1
+        turns.give_back()
+        await waiting
+        assert timers[0].cancelled()
+
+    play(scenario)
+
+
 def test_a_turn_that_comes_with_the_cancellation_is_passed_on() -> None:
     async def scenario() -> None:
-        turns = Turns(1)
+        turns = FairQueue(1)
         await turns.take("first", time.monotonic())
         gone, heir = (asyncio.ensure_future(turns.take(name, time.monotonic() + 60)) for name in ("gone", "heir"))
         await settle()
@@ -103,27 +120,16 @@ def test_a_turn_that_comes_with_the_cancellation_is_passed_on() -> None:
     play(scenario)
 
 
-def test_a_newcomer_waits_for_the_places_that_must_become_free() -> None:
-    turns = Turns(4)
-    assert turns.expected_wait(1000) == 0, "nothing is known before the first call"
-    turns.give_back(0.2)
-    assert turns.call_s == 0.2
-    assert [turns.expected_wait(ahead) for ahead in (0, 3, 4, 7, 11)] == pytest.approx([0, 0, 0.05, 0.2, 0.4])
-    for _ in range(100):
-        turns.give_back(0.4)
-    assert turns.call_s == pytest.approx(0.4, rel=0.01)
-
-
-def test_more_and_fewer_places() -> None:
+def test_more_and_fewer_slots() -> None:
     async def scenario() -> None:
         engine = Clockwork(1)
         for name in "abcdef":
             engine.ask(name, 1)
         await settle()
-        engine.turns.resize(3)
+        engine.queue.resize(3)
         await settle()
         assert engine.busy == 3
-        engine.turns.resize(1)
+        engine.queue.resize(1)
         await engine.end_one()
         await engine.end_one()
         assert engine.busy == 1
@@ -132,7 +138,7 @@ def test_more_and_fewer_places() -> None:
         while engine.busy:
             await engine.end_one()
         assert engine.begun == list("abcdef")
-        assert engine.turns._free == 1
+        assert engine.queue.busy == 0
 
     play(scenario)
 
@@ -141,11 +147,11 @@ def test_more_and_fewer_places() -> None:
     st.integers(1, 4),
     st.lists(st.one_of(st.integers(1, 9), st.sampled_from(["end", "cancel"]), st.integers(-4, -1)), max_size=40),
 )
-def test_no_place_is_lost_and_none_idles_while_someone_waits(places: int, story: list[object]) -> None:
-    """Numbers above 0 are requests of so many windows, below 0 other numbers of places."""
+def test_no_slot_is_lost_and_none_idles_while_someone_waits(slots: int, story: list[object]) -> None:
+    """Numbers above 0 are requests of so many windows, below 0 other numbers of slots."""
 
     async def scenario() -> None:
-        engine = Clockwork(places)
+        engine = Clockwork(slots)
         for event in story:
             if event == "end":
                 if engine.busy:
@@ -156,16 +162,16 @@ def test_no_place_is_lost_and_none_idles_while_someone_waits(places: int, story:
             elif isinstance(event, int) and event > 0:
                 engine.ask(f"{len(engine.tasks)}", event)
             elif isinstance(event, int):
-                engine.turns.resize(-event)
+                engine.queue.resize(-event)
             await settle()
-            turns = engine.turns
-            assert engine.busy == turns.places - turns._free
-            assert turns._free <= 0 or not turns._waiting
+            turns = engine.queue
+            assert engine.busy == turns.busy
+            assert turns.busy >= turns.slots or not turns._waiting
             assert all(turns._waiting.values())
         for task in engine.tasks:
             task.cancel()
         await settle()
-        assert engine.turns._free == engine.turns.places
-        assert not engine.turns._waiting
+        assert engine.queue.busy == 0
+        assert not engine.queue._waiting
 
     play(scenario)

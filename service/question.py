@@ -1,0 +1,107 @@
+"""What is asked, and what becomes of it: a `Question` becomes `Tokenized`, and that a `Result`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from sys import getsizeof
+
+from bertqa.spans import MAX_ANSWER_TOKENS, Answer, Decoded, Logits
+from bertqa.windows import Window, Windows
+from service.cache import Source
+from service.models import Served
+
+_ARRAY_BYTES, _WINDOW_BYTES, _ANSWER_BYTES = 160, 1_200, 320  # of the objects themselves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked, and of whom; None stands for the model's own value. Field names are those that errors give."""
+
+    model: Served
+    question: str
+    contexts: tuple[str, ...]
+    top_k: int = 1
+    max_answer_tokens: int = MAX_ANSWER_TOKENS
+    overlap: int | None = None  # tokens
+    max_seq_len: int | None = None  # tokens
+    max_question_tokens: int | None = None
+    align_to_words: bool = True
+
+    @property
+    def chars(self) -> int:
+        """Characters of all contexts."""
+        return sum(map(len, self.contexts))
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A question ready for the engine."""
+
+    question: Question
+    documents: tuple[Windows, ...]  # one for each context
+    seconds: float
+
+    @property
+    def windows(self) -> int:
+        """Engine calls that the question needs."""
+        return sum(len(document.windows) for document in self.documents)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all contexts."""
+        return sum(len(document.starts) for document in self.documents)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its texts, its windows, and the logits that will come of them."""
+        windows = [window for document in self.documents for window in document.windows]
+        arrays = [array for each in self.documents for array in (each.starts, each.ends, each.words)]
+        size = sum(map(getsizeof, (self.question.question, *self.question.contexts)))
+        size += sum(array.nbytes + _ARRAY_BYTES for array in arrays)
+        return size + sum(_bytes_with_logits(window) for window in windows) + 2_048
+
+
+def _bytes_with_logits(window: Window) -> int:
+    return window.length * (3 + 2) * 4 + _WINDOW_BYTES  # three int32 of each token go in, two float32 come out
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A question answered."""
+
+    tokenized: Tokenized
+    logits: Sequence[Sequence[Logits]]  # for each document, of each of its windows
+    decoded: Decoded
+    tokenize_s: float
+    infer_s: float
+    decode_s: float
+    omitted: int = 0  # answers left out, for the bytes of all would be more than `MAX_ANSWER_BYTES`
+    source: Source | None = None  # None without a cache
+
+    @property
+    def question(self) -> Question:
+        """What was asked."""
+        return self.tokenized.question
+
+    @property
+    def documents(self) -> tuple[Windows, ...]:
+        """Its windows over each of its contexts."""
+        return self.tokenized.documents
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes up, its key in a cache included."""
+        answers = sum(getsizeof(each.text) + _ANSWER_BYTES for each in self.decoded.answers)
+        return self.tokenized.bytes + answers
+
+    def within(self, max_bytes: int) -> "Result":
+        """The same with no more answers than have so many UTF-8 bytes together, but at least one."""
+        kept: list[Answer] = []
+        for answer in self.decoded.answers:
+            max_bytes -= len(answer.text.encode())
+            if kept and max_bytes < 0:
+                break
+            kept.append(answer)
+        if len(kept) == len(self.decoded.answers):
+            return self
+        omitted = self.omitted + len(self.decoded.answers) - len(kept)
+        return replace(self, decoded=replace(self.decoded, answers=tuple(kept)), omitted=omitted)

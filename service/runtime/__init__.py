@@ -1,0 +1,1 @@
+"""Processes of the service: the launcher, the Triton server that it embeds, and how both end."""

@@ -1,0 +1,108 @@
+"""What a running Triton says about its models, over HTTP, and whether the processes of its engines live."""
+
+import http.client
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from service.runtime.processes import is_living, living_children
+from service.runtime.triton_install import TritonError
+from service.runtime.triton_log import load_failure, plain
+
+_LOOK_S = 5.0  # between two looks for new processes
+
+
+class TritonState:
+    """Asks one server over its HTTP port."""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Name the address."""
+        self._host = host
+        self._port = port
+
+    def index(self) -> list[dict[str, str]] | None:
+        """Every version that the server knows, with its state; None while it starts: it answers when that is done.
+
+        Each has ``name``, ``version``, ``state`` (READY, LOADING, UNLOADING, UNAVAILABLE) and ``reason``.
+        """
+        found = self._ask("POST", "/v2/repository/index")
+        return found if isinstance(found, list) else None
+
+    def engines(self) -> int:
+        """How many processes run engines, by the server's own account; 0 if it does not answer."""
+        count = 0
+        for entry in self.index() or ():
+            if entry.get("state") == "READY":
+                config = self._ask("GET", f"/v2/models/{entry['name']}/versions/{entry['version']}/config")
+                if isinstance(config, dict) and config.get("backend") == "python":
+                    count += sum(group["count"] for group in config["instance_group"])
+        return count
+
+    def _ask(self, method: str, path: str) -> Any:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=2)
+        try:
+            connection.request(method, path)
+            response = connection.getresponse()
+            return json.loads(response.read()) if response.status == 200 else None
+        except (OSError, ValueError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+
+
+class EngineProcesses:
+    """The processes of the Python backend, one for each engine.
+
+    Children of the server that come and go with versions, but must never be fewer than the engines that it calls ready.
+    """
+
+    def __init__(self, server: int) -> None:
+        """Name the server's process."""
+        self._server = server
+        self._known: frozenset[int] = frozenset()
+        self._looked = -math.inf
+        self._short = False
+
+    def one_is_missing(self, engines: Callable[[], int]) -> bool:
+        """Whether there were too few at two looks in a row; looks when a known one has died, or after some seconds."""
+        now = time.monotonic()
+        if not self._short and now - self._looked < _LOOK_S and all(map(is_living, self._known)):
+            return False
+        self._looked, self._known = now, living_children(self._server)
+        short_before, self._short = self._short, len(self._known) < engines()
+        return short_before and self._short
+
+
+def models_of(repository: Path) -> list[str]:
+    """Names of the models that Triton loads.
+
+    Raises:
+        TritonError: there is none with a built version; the message names the builder's command.
+    """
+    found = (path.parent for path in sorted(repository.glob("*/config.pbtxt")))
+    models = [directory.name for directory in found if any(directory.glob("[1-9]*/"))]
+    if not models:
+        build = f"run `{Path(sys.executable).name} -m engine_builder --checkpoint DIR --target cpu` to build one"
+        raise TritonError(f"{repository}: holds no built version; {build}")
+    return models
+
+
+def failures(models: Sequence[str], index: Sequence[dict[str, str]], log: Sequence[str]) -> list[str]:
+    """A sentence for each model that has no version ready, by the server's index and the last lines of its log."""
+    sentences = []
+    for model in models:
+        versions = [entry for entry in index if entry["name"] == model]
+        if not any(entry.get("state") == "READY" for entry in versions):
+            told = [entry["reason"] for entry in versions if entry.get("reason", "unloaded") != "unloaded"]
+            reason = plain(told[0]) if told else load_failure(log) or "no reason given"
+            sentences.append(f"model {model} could not be loaded: {reason}")
+    return sentences
+
+
+def listed(models: Sequence[str]) -> str:
+    """Subject and verb of a sentence about models."""
+    return f"model {models[0]} is" if len(models) == 1 else f"models {', '.join(models)} are"
