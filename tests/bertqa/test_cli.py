@@ -11,14 +11,14 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import pytest
 import typer
-from fastapi import FastAPI
 
 from bertqa.cli import COMMANDS
 from bertqa.command import Exit, command, group, parse, status
@@ -28,7 +28,6 @@ from bertqa.squad import Example, Reference, as_squad
 from service.batch_worker import IN_FLIGHT
 from service.triton import ModelOverloaded
 from tests.support.paths import ROOT
-from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
 
 TEXT = "It was made by «Uber»."
@@ -125,16 +124,23 @@ def test_exit_codes_tell_network_server_and_request_apart(url: str, engine: Fake
 
 
 def test_a_score_comes_from_a_busy_service_with_an_account_of_the_waits(
-    make_app: Callable[..., FastAPI], engine: FakeEngine, squad: Path
+    url: str, engine: FakeEngine, squad: Path
 ) -> None:
-    engine.delay_s = 0.1
-    with serving(make_app(max_in_progress=1)) as url:  # so that three of four at a time are refused
-        done = bertqa("evaluate", "--data", str(squad), "--url", url, "--format", "json")
+    def recover() -> None:
+        assert engine.started.wait(60)
+        time.sleep(0.5)
+        engine.failure = None
+
+    engine.failure = ModelOverloaded("too many questions")
+    thread = threading.Thread(target=recover)
+    thread.start()
+    done = bertqa("evaluate", "--data", str(squad), "--url", url, "--format", "json")
+    thread.join()
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["questions"], found["exact_match"], found["f1"]) == (8, 100.0, 100.0)
-    assert found["retries"] >= 3
-    assert found["seconds_waited"] >= 3.0, "each as long as retry-after says"
+    assert found["retries"] >= 1
+    assert found["seconds_waited"] >= found["retries"], "each as long as retry-after says"
     said = done.stderr.decode().splitlines()
     assert len(said) == 1, "no progress bar, and the wait is said once"
     assert re.search(r"status 503\)\. Trying again for up to 60 s\.", said[0])
@@ -320,7 +326,9 @@ def test_a_port_that_is_taken_is_refused(repository_of_toy: Path) -> None:
             free = [] if flag == "--port" else ["--port", "0"]
             done = bertqa("serve", flag, port, *free, "--repository", str(repository_of_toy))
             assert done.returncode
-            assert f"{flag} {port}: ".encode() in done.stderr
+            assert re.search(rf"port {port} of 127\.0\.0\.1 is taken by .* with {flag},".encode(), done.stderr), (
+                done.stderr
+            )
             assert b"Traceback" not in done.stderr
 
 
