@@ -76,7 +76,7 @@ audit: $(VENV)/test.stamp  ## Look for secrets in tracked files and for known vu
 	$(BIN)/python .ci/audit.py
 
 bench: $(VENV)/test.stamp  ## Compare CPU runtimes and measure the service's own cost; prints tables
-	$(BIN)/python -m engine_builder.compare_runtimes --checkpoint $(CHECKPOINT) --data $(CHECKPOINT)/gate.json
+	$(BIN)/python -m engine_builder.benchmarks.compare_runtimes --checkpoint $(CHECKPOINT) --data $(CHECKPOINT)/gate.json
 	$(BIN)/python -m loadtest.measure_service --long
 
 loadtest: $(VENV)/loadtest.stamp  ## Throughput against clients, replicas and engines: tables, figures, a page (ARGS=--quick)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from bertqa.targets import SERVED_TARGETS, ServedTarget, TargetName
 from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, WindowMaker
 
 MODEL_NAME = "bert_qa"
@@ -29,19 +30,18 @@ QUESTIONS_FILE = "questions.json"
 FORMAT = 2
 """Version of the manifest's own layout."""
 
-Target = Literal["cpu", "tensorrt"]
 _Any = TypeVar("_Any")
 _File = TypeVar("_File", bound="_JsonFile")
 
 
 def rebuild(target: object) -> str:
-    """What mends a bundle, of one of the targets, that does not hold together."""
-    known = target if target in get_args(Target) else "cpu"
+    """How to fix a model version, of one of the targets, whose parts do not belong together."""
+    known = target if isinstance(target, str) and target in SERVED_TARGETS else "cpu"
     return f"build it again with `python -m engine_builder --checkpoint DIR --target {known}`"
 
 
 class BundleMismatch(ValueError):
-    """Parts of a bundle are missing or do not belong together; the message says how to mend it."""
+    """Parts of a bundle are missing or do not belong together; the message says how to fix it."""
 
 
 class OtherFormat(BundleMismatch):
@@ -139,7 +139,7 @@ class Manifest(_JsonFile):
     """What an engine is, what it was built from, and what it was measured at before it was published."""
 
     name: str  # of the checkpoint
-    target: Target
+    target: TargetName
     precision: str  # e.g. "bf16", "int8"
     engine_file: str  # beside the manifest
     engine_sha256: str  # of all its files; an OpenVINO engine's are the .xml and then the .bin
@@ -177,9 +177,14 @@ class Manifest(_JsonFile):
         values = read_object(path)
         found = values.get("format", FORMAT)
         if found != FORMAT:  # first of all, for its fields may be others too
-            mend = rebuild(values.get("target"))
-            raise OtherFormat(f"{path}: manifest format {reprlib.repr(found)}, this release reads {FORMAT}; {mend}")
+            fix = rebuild(values.get("target"))
+            raise OtherFormat(f"{path}: manifest format {reprlib.repr(found)}, this release reads {FORMAT}; {fix}")
         return from_json(cls, values, str(path))
+
+    @property
+    def served(self) -> ServedTarget:
+        """How Triton runs the engine."""
+        return SERVED_TARGETS[self.target]
 
     @property
     def identity(self) -> str:
@@ -207,9 +212,9 @@ class Bundle:
             BundleMismatch: a part is missing, or they do not belong together.
         """
         manifest = Manifest.read(directory / MANIFEST_FILE)
-        tokenizer, mend = directory / TOKENIZER_FILE, rebuild(manifest.target)
+        tokenizer, fix = directory / TOKENIZER_FILE, rebuild(manifest.target)
         if not tokenizer.is_file() or sha256_of(tokenizer) != manifest.tokenizer_sha256:
-            raise BundleMismatch(f"{tokenizer}: not the tokenizer that the engine was built with; {mend}")
+            raise BundleMismatch(f"{tokenizer}: not the tokenizer that the engine was built with; {fix}")
         try:
             maker = WindowMaker.from_directory(
                 directory,
@@ -219,11 +224,10 @@ class Bundle:
                 buckets=manifest.buckets,
             )
         except ValueError as error:
-            raise BundleMismatch(f"{directory}: {error}; {mend}") from error
+            raise BundleMismatch(f"{directory}: {error}; {fix}") from error
         if maker.vocabulary_size > manifest.vocabulary_size:
             raise BundleMismatch(
-                f"{tokenizer}: {maker.vocabulary_size} tokens, but the engine embeds {manifest.vocabulary_size}; "
-                + mend
+                f"{tokenizer}: {maker.vocabulary_size} tokens, but the engine embeds {manifest.vocabulary_size}; " + fix
             )
         return cls(directory.parent.name, int(directory.name), manifest, maker)
 

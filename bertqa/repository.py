@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, Bundle, BundleMismatch, Manifest, from_json, read_object
-from bertqa.triton_config import Serving, triton_config
+from bertqa.triton_config import MalformedConfig, ModelConfig, Serving, model_config, parse, to_text
 
 SERVING_FILE = "serving.json"
 CONFIG_FILE = "config.pbtxt"
@@ -98,8 +98,8 @@ class Repository:
             version = serving.active
         return Bundle.open(self.directory(model, version))
 
-    def config(self, model: str, serving: Serving) -> str:
-        """The ``config.pbtxt`` of a model that is served like that.
+    def expected_config(self, model: str, serving: Serving) -> ModelConfig:
+        """The configuration of a model that is served like that.
 
         Raises:
             ValueError: one model cannot be.
@@ -112,16 +112,28 @@ class Repository:
             except BundleMismatch:
                 if version in serving.loaded:
                     raise
-        return triton_config(model, manifests, serving)
+        return model_config(model, manifests, serving)
 
-    def is_configured(self, model: str) -> bool:
-        """Whether the ``config.pbtxt`` on disk is the one that belongs to how the model is served.
+    def written_config(self, model: str) -> ModelConfig:
+        """The configuration that Triton finds.
 
         Raises:
-            ChangeRefused, BundleMismatch: as in `served` and `config`.
+            OSError: there is none to be read.
+            MalformedConfig: it is not one.
         """
-        path = self.root / model / CONFIG_FILE
-        return path.is_file() and path.read_text() == self.config(model, self.served(model))
+        return parse((self.root / model / CONFIG_FILE).read_text())
+
+    def is_configured(self, model: str) -> bool:
+        """Whether the ``config.pbtxt`` on disk says what belongs to how the model is served.
+
+        Raises:
+            ChangeRefused, BundleMismatch: as in `served` and `expected_config`.
+        """
+        try:
+            written = self.written_config(model)
+        except (OSError, MalformedConfig, UnicodeDecodeError):
+            return False
+        return bool(written == self.expected_config(model, self.served(model)))
 
     def load(self, model: str, version: int) -> None:
         """Have Triton load a version beside those that are loaded.
@@ -211,7 +223,7 @@ class Repository:
             if serving.previous not in there:
                 serving = replace(serving, previous=None)
             try:
-                config = self.config(model, serving)
+                config = to_text(self.expected_config(model, serving))
             except ValueError as error:
                 raise ChangeRefused(f"{model}: {error}; publish the new one under another name (--model)") from error
             stated = {name: asdict(each) for name, each in {**self._stated(), model: serving}.items()}

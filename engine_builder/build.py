@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import cast
 
 import onnx
 from tqdm import tqdm
@@ -24,24 +23,22 @@ from bertqa.manifest import (
     WEIGHTS_FILE,
     Manifest,
     Settings,
-    Target,
     sha256_of,
 )
 from bertqa.squad import Example, read_squad
+from bertqa.targets import TargetName
 from bertqa.windows import BUCKETS, Window, WindowMaker
-from engine_builder import openvino_build, tensorrt_build
-from engine_builder.bert_onnx import build_graph
+from engine_builder.architectures import Architecture, build_graph, read_architecture
 from engine_builder.checkpoint import (
     CALIBRATION_FILE,
     CONFIG_FILE,
     GATE_FILE,
-    BertConfig,
     InvalidCheckpoint,
     find_checkpoint,
     read_weights,
 )
-from engine_builder.engine import Engine, Source, full_windows
-from engine_builder.gate import Measured, check_f1, check_logits, check_tokenizer, load_onnx, measure
+from engine_builder.engine import Engine, EngineOptions, Source, full_windows
+from engine_builder.gate import AccuracyGate, Measured, check_tokenizer, load_onnx, measure
 from engine_builder.publish import (
     BuildRefused,
     Publication,
@@ -50,9 +47,8 @@ from engine_builder.publish import (
     publish,
     write_questions,
 )
-from engine_builder.tensorrt_build import TensorRTOptions
+from engine_builder.targets import TARGETS, Target
 
-PRECISIONS: dict[Target, tuple[str, ...]] = {"cpu": openvino_build.PRECISIONS, "tensorrt": tensorrt_build.PRECISIONS}
 MAX_LOGIT_ERRORS = {"fp32": 0.001, "fp16": 0.01, "bf16": 0.1, "int8": 0.25, "fp8": 0.25}
 """Of an engine that computes the right thing, as a share of the logits' standard deviation; a few times what was
 measured (docs/benchmarks.md)."""
@@ -63,12 +59,12 @@ MIN_TRITON = "2.49.0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BuildOptions:
-    """What a build needs to know; the fields are the flags of the command line."""
+class BuildOptions(EngineOptions):
+    """What a build needs to know; the fields, with those of the engine, are the flags of the command line."""
 
     checkpoint: str  # directory or hub id
-    target: Target
-    precision: str | None = None  # `default_precision`
+    target: TargetName
+    precision: str | None = None  # the target's default on this machine
     repository: Path = Path("model_repository")
     model: str = MODEL_NAME
     version: int | None = None  # one above the latest
@@ -77,24 +73,26 @@ class BuildOptions:
     calibration_data: Path | None = None  # calibration.json of the checkpoint
     max_f1_loss: float = 0.5  # percentage points below the float32 checkpoint
     max_logit_error: float | None = None  # of `MAX_LOGIT_ERRORS`
-    instances: int | None = None  # None: as the model has it, or the defaults of `Serving`
-    threads: int | None = None  # of each instance; 0 is all cores
-    gpus: tuple[int, ...] | None = None
-    max_batch_size: int = 1  # windows in one call
-    optimization_level: int | None = None  # this and the rest: for TensorRT alone
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
+    instances: int | None = None  # None: as the model has it, or the default of `Serving`; so are threads and gpus
 
     @property
     def publication(self) -> Publication:
         """Those of the flags that say where it goes and how it is served."""
         return Publication(**{each.name: getattr(self, each.name) for each in fields(Publication)})
 
-    @property
-    def tensorrt(self) -> TensorRTOptions:
-        """Those that only TensorRT's builder knows."""
-        return TensorRTOptions(**{each.name: getattr(self, each.name) for each in fields(TensorRTOptions)})
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """A checkpoint and its questions, read and checked."""
+
+    checkpoint: Path
+    settings: Settings
+    architecture: Architecture
+    maker: WindowMaker
+    gate_file: Path
+    gate: Sequence[Example]
+    calibration: Sequence[Window]  # none where the precision needs none
+    precision: str
 
 
 def build(options: BuildOptions) -> Manifest:
@@ -104,104 +102,160 @@ def build(options: BuildOptions) -> Manifest:
         BuildRefused, InvalidCheckpoint, BundleMismatch, MalformedSquad, GateFailed: nothing was published.
     """
     started = time.monotonic()
-    precision = _precision(options)
+    target = TARGETS[options.target]
+    precision = _precision(target, options)
     options.publication.next_version()
+    inputs = _read_inputs(options, target, precision)
+    with building() as directory, ExitStack() as stack:
+        reference = directory.parent / "float32.onnx"
+        engine = _build_engine(inputs, target, reference, directory, options, stack)
+        measured = measure(
+            inputs.gate, inputs.maker, engine.predict, load_onnx(reference, threads=options.threads or 0)
+        )
+        limit = options.max_logit_error
+        gate = AccuracyGate(
+            max_f1_loss=options.max_f1_loss,
+            max_logit_error=MAX_LOGIT_ERRORS[inputs.precision] if limit is None else limit,
+        )
+        gate.check(measured, _floating(target, inputs.precision))
+        write_questions(directory / QUESTIONS_FILE, inputs.gate[:64], inputs.maker, engine.predict)
+        shutil.copy(inputs.checkpoint / TOKENIZER_FILE, directory)
+        published = publish(directory, _manifest(inputs, options.target, engine, measured), options.publication)
+    _summary(published, options.publication, measured, time.monotonic() - started)
+    return published.manifest
+
+
+def _precision(target: Target, options: BuildOptions) -> str:
+    """The precision to build at, once it is clear that this machine can.
+
+    Raises:
+        BuildRefused: a flag does not go with the target, or the machine lacks what the target needs.
+    """
+    precision = options.precision or target.default_precision()
+    if precision not in target.precisions:
+        raise BuildRefused(f"--precision {precision}: --target {options.target} has {', '.join(target.precisions)}")
+    defaults = {each.name: each.default for each in fields(EngineOptions)}
+    for name, other in TARGETS.items():
+        for option in sorted(other.own_options - target.own_options):
+            if getattr(options, option) != defaults[option]:
+                raise BuildRefused(f"--{option.replace('_', '-')}: only for --target {name}")
+    return target.check_machine(precision, options)
+
+
+def _read_inputs(options: BuildOptions, target: Target, precision: str) -> _Inputs:
+    """Read and check everything before anything is computed.
+
+    Raises:
+        BuildRefused, InvalidCheckpoint, MalformedSquad, GateFailed: something is missing or broken.
+    """
     checkpoint = find_checkpoint(options.checkpoint)
     settings = Settings.of_checkpoint(checkpoint)
     if not (checkpoint / SETTINGS_FILE).exists():  # the directory of a hub snapshot is named after its commit
         settings = replace(settings, name=Path(options.checkpoint).resolve().name)
-    config = BertConfig.read(checkpoint / CONFIG_FILE)
-    maker = window_maker(checkpoint, settings, config)
+    architecture = read_architecture(checkpoint)
+    maker = window_maker(checkpoint, settings, architecture)
     gate_file = _data_file(options.gate_data, checkpoint / GATE_FILE, "--gate-data")
     gate = read_squad(gate_file)
     if not any(example.context.strip() for example in gate):
         raise BuildRefused(f"--gate-data: {gate_file} holds no question over a text")
     check_tokenizer(maker, gate)
+    has_calibration = options.calibration_data or (checkpoint / CALIBRATION_FILE).is_file()
+    if options.precision is None and precision in target.calibrated and not has_calibration:
+        _say(
+            f"the checkpoint has no {CALIBRATION_FILE}; building {target.uncalibrated} ({precision} with "
+            "--calibration-data is faster)"
+        )
+        precision = target.uncalibrated
     calibration: list[Window] = []
-    calibrated = options.calibration_data or (checkpoint / CALIBRATION_FILE).is_file()
-    if options.precision is None and precision == "int8" and not calibrated:
-        _say(f"the checkpoint has no {CALIBRATION_FILE}; building fp32 (int8 with --calibration-data is faster)")
-        precision = "fp32"
-    if precision in tensorrt_build.CALIBRATED:
+    if precision in target.calibrated:
         file = _data_file(options.calibration_data, checkpoint / CALIBRATION_FILE, "--calibration-data")
         calibration = calibration_windows(read_squad(file), maker)
         if not calibration:
             raise BuildRefused(f"--calibration-data: {file} holds no question over a text")
+    return _Inputs(
+        checkpoint=checkpoint,
+        settings=settings,
+        architecture=architecture,
+        maker=maker,
+        gate_file=gate_file,
+        gate=gate,
+        calibration=calibration,
+        precision=precision,
+    )
 
-    with building() as directory, ExitStack() as stack:
-        reference = directory.parent / "float32.onnx"
-        with tqdm(total=2, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]") as steps:
-            steps.set_description("exporting the graph")
-            weights = read_weights(checkpoint, config)
-            onnx.save(build_graph(config, weights), reference)
-            steps.update()
-            steps.set_description(f"building the {precision} engine")
-            source = Source(
-                config=config, weights=weights, reference=reference, buckets=maker.buckets, calibration=calibration
-            )
-            engine = _build_engine(source, directory, precision, options, stack)
-            steps.update()
-        measured = measure(gate, maker, engine.predict, load_onnx(reference, threads=options.threads or 0))
-        check_f1(measured, options.max_f1_loss, _floating(options.target, precision))
-        limit = options.max_logit_error
-        check_logits(measured, MAX_LOGIT_ERRORS[precision] if limit is None else limit)
-        write_questions(directory / QUESTIONS_FILE, gate[:64], maker, engine.predict)
-        latency_ms = {
-            str(length): engine.latency(full_windows(gate, maker, length))
-            for length in tqdm(maker.buckets, "latency", unit=" lengths")
-        }
-        shutil.copy(checkpoint / TOKENIZER_FILE, directory)
-        manifest = Manifest(
-            name=settings.name,
-            target=options.target,
-            precision=precision,
-            engine_file=engine.file,
-            engine_sha256=engine.sha256,
-            tokenizer_sha256=sha256_of(directory / TOKENIZER_FILE),
-            checkpoint_sha256=sha256_of(checkpoint / WEIGHTS_FILE),
-            onnx_sha256=engine.onnx_sha256,
-            vocabulary_size=config.vocab_size,
-            max_seq_len=settings.max_seq_len,
-            overlap=settings.overlap,
-            max_question_tokens=settings.max_question_tokens,
-            null_threshold=settings.null_threshold,
-            exact_match=round(measured.engine.exact_match, 3),
-            f1=round(measured.engine.f1, 3),
-            reference_f1=round(measured.reference.f1, 3),
-            gate_questions=len(gate),
-            gate_data=f"{gate_file.name} {sha256_of(gate_file)}",
-            runtime=engine.runtime,
-            built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            triton=(MIN_TRITON, ""),
-            latency_ms=latency_ms,
-            cpu_features=engine.cpu_features,
-            buckets=maker.buckets,
-            max_batch_size=engine.max_batch_size,
+
+def _build_engine(
+    inputs: _Inputs, target: Target, reference: Path, directory: Path, options: BuildOptions, stack: ExitStack
+) -> Engine:
+    """Write the float32 graph to ``reference``, and build from it."""
+    with tqdm(total=2, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]") as steps:
+        steps.set_description("exporting the graph")
+        weights = read_weights(inputs.checkpoint, inputs.architecture)
+        onnx.save(build_graph(inputs.architecture, weights), reference)
+        steps.update()
+        steps.set_description(f"building the {inputs.precision} engine")
+        source = Source(
+            architecture=inputs.architecture,
+            weights=weights,
+            reference=reference,
+            buckets=inputs.maker.buckets,
+            calibration=inputs.calibration,
         )
-        published = publish(directory, manifest, options.publication)
-    _summary(published, options.publication, measured, time.monotonic() - started)
-    return published.manifest
+        engine = target.build(source, directory, inputs.precision, options, stack)
+        steps.update()
+    return engine
+
+
+def _manifest(inputs: _Inputs, target: TargetName, engine: Engine, measured: Measured) -> Manifest:
+    """Describe the engine, and time it."""
+    maker, settings = inputs.maker, inputs.settings
+    latency_ms = {
+        str(length): engine.latency(full_windows(inputs.gate, maker, length))
+        for length in tqdm(maker.buckets, "latency", unit=" lengths")
+    }
+    return Manifest(
+        name=settings.name,
+        target=target,
+        precision=inputs.precision,
+        engine_file=engine.file,
+        engine_sha256=engine.sha256,
+        tokenizer_sha256=sha256_of(inputs.checkpoint / TOKENIZER_FILE),
+        checkpoint_sha256=sha256_of(inputs.checkpoint / WEIGHTS_FILE),
+        onnx_sha256=engine.onnx_sha256,
+        vocabulary_size=inputs.architecture.vocab_size,
+        max_seq_len=settings.max_seq_len,
+        overlap=settings.overlap,
+        max_question_tokens=settings.max_question_tokens,
+        null_threshold=settings.null_threshold,
+        exact_match=round(measured.engine.exact_match, 3),
+        f1=round(measured.engine.f1, 3),
+        reference_f1=round(measured.reference.f1, 3),
+        gate_questions=len(inputs.gate),
+        gate_data=f"{inputs.gate_file.name} {sha256_of(inputs.gate_file)}",
+        runtime=engine.runtime,
+        built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        triton=(MIN_TRITON, ""),
+        latency_ms=latency_ms,
+        cpu_features=engine.cpu_features,
+        buckets=maker.buckets,
+        max_batch_size=engine.max_batch_size,
+    )
 
 
 def _floating(target: Target, precision: str) -> list[str]:
     """Other precisions of a target, in floating point, that may lose less than this one."""
     if precision == "fp32":
         return []  # loses nothing
-    return [name for name in PRECISIONS[target] if name not in (precision, *tensorrt_build.CALIBRATED)]
+    return [name for name in target.precisions if name != precision and name not in target.calibrated]
 
 
-def default_precision(target: Target) -> str:
-    """What is built on this machine where no precision is asked for."""
-    return openvino_build.default_precision() if target == "cpu" else tensorrt_build.DEFAULT_PRECISION
-
-
-def window_maker(checkpoint: Path, settings: Settings, config: BertConfig) -> WindowMaker:
+def window_maker(checkpoint: Path, settings: Settings, architecture: Architecture) -> WindowMaker:
     """The checkpoint's tokenizer with its limits, checked against the weights.
 
     Raises:
         InvalidCheckpoint: the tokenizer is missing or has more tokens than the model, or a window is too long for it.
     """
-    longest = config.max_position_embeddings
+    longest = architecture.max_tokens
     if settings.max_seq_len > longest:
         raise InvalidCheckpoint(
             f"{checkpoint}: max_seq_len of bertqa.json is {settings.max_seq_len}, but max_position_embeddings of "
@@ -219,10 +273,10 @@ def window_maker(checkpoint: Path, settings: Settings, config: BertConfig) -> Wi
         )
     except ValueError as error:
         raise InvalidCheckpoint(str(error)) from error
-    if maker.vocabulary_size > config.vocab_size:
+    if maker.vocabulary_size > architecture.vocab_size:
         raise InvalidCheckpoint(
             f"{checkpoint / TOKENIZER_FILE}: has {maker.vocabulary_size} tokens, but vocab_size of {CONFIG_FILE} is "
-            f"{config.vocab_size}; it belongs to another checkpoint"
+            f"{architecture.vocab_size}; it belongs to another checkpoint"
         )
     return maker
 
@@ -232,45 +286,6 @@ def calibration_windows(examples: Sequence[Example], maker: WindowMaker) -> list
     chosen = examples[:: max(1, len(examples) // CALIBRATION_WINDOWS)]
     windows = [window for example in chosen for window in maker(example.question, example.context).windows[:1]]
     return windows[:CALIBRATION_WINDOWS]
-
-
-def _precision(options: BuildOptions) -> str:
-    """The precision to build at, once it is clear that this machine can.
-
-    Raises:
-        BuildRefused: a flag does not go with the target, or the machine lacks what the target needs.
-    """
-    target, precision = options.target, options.precision or default_precision(options.target)
-    if precision not in PRECISIONS[target]:
-        raise BuildRefused(f"--precision {precision}: --target {target} has {', '.join(PRECISIONS[target])}")
-    if target == "tensorrt":
-        cache = options.timing_cache
-        if cache and not cache.absolute().parent.is_dir():
-            raise BuildRefused(f"--timing-cache {cache}: there is no such directory to write it in")
-        tensorrt_build.check_machine(cast(tensorrt_build.Precision, precision), options.tensorrt)
-        return precision
-    unused = ["gpus"] if options.gpus is not None else []
-    own = (each for each in fields(TensorRTOptions) if each.name != "max_batch_size")
-    unused += [each.name for each in own if getattr(options, each.name) != each.default]
-    if unused:
-        raise BuildRefused(f"--{unused[0].replace('_', '-')}: only for --target tensorrt")
-    supported = openvino_build.supported_precision(cast(openvino_build.Precision, precision))
-    if supported != precision:
-        faster = " (--precision int8 is faster)" if openvino_build.adds_int8_fast() else ""
-        _say(f"this CPU has no {precision}; building {supported} instead{faster}")
-    elif precision == "int8" and not openvino_build.adds_int8_fast():
-        _say("this CPU has no int8 instructions; --precision fp32 is faster")
-    elif precision == "bf16" and not openvino_build.multiplies_bf16_fast():
-        _say(f"this CPU multiplies bf16 without AMX; --precision {openvino_build.default_precision()} is faster")
-    return supported
-
-
-def _build_engine(source: Source, directory: Path, precision: str, options: BuildOptions, stack: ExitStack) -> Engine:
-    if options.target == "tensorrt":
-        kind = cast(tensorrt_build.Precision, precision)
-        return tensorrt_build.build(source, directory, kind, options.tensorrt, stack)
-    cpu_precision = cast(openvino_build.Precision, precision)
-    return openvino_build.build(source, directory, cpu_precision, options.threads or 0, options.max_batch_size)
 
 
 def _data_file(given: Path | None, default: Path, flag: str) -> Path:

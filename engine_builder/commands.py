@@ -10,6 +10,7 @@ import typer
 
 from bertqa.command import CommandError, Exit, at_least_one, command, group, not_negative, positive
 from bertqa.manifest import MODEL_NAME
+from bertqa.targets import TargetName
 
 MAX_BATCH_SIZE = 256
 
@@ -31,7 +32,7 @@ class BuildArguments:
     checkpoint: Annotated[
         str, typer.Option(metavar="DIR_OR_HUB_ID", help="Model for question answering: a directory or a hub id.")
     ]
-    target: Annotated[Literal["cpu", "tensorrt"], typer.Option(help="What the engine runs on.")]
+    target: Annotated[TargetName, typer.Option(help="What the engine runs on.")]
     precision: Annotated[
         Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None,
         typer.Option(

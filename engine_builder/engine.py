@@ -10,7 +10,8 @@ import numpy as np
 
 from bertqa.squad import Example, Predict
 from bertqa.windows import Window, WindowMaker
-from engine_builder.checkpoint import BertConfig, FloatArray
+from engine_builder.architectures import Architecture
+from engine_builder.checkpoint import FloatArray
 
 _MIN_CALLS, _MAX_CALLS = 10, 200
 _SECONDS = 2.0  # of measuring at one length, unless the calls are slower than the fewest allow
@@ -21,11 +22,24 @@ _WARM_UP_CALLS = 3
 class Source:
     """What an engine is built from."""
 
-    config: BertConfig
+    architecture: Architecture
     weights: Mapping[str, FloatArray]
     reference: Path  # the float32 graph, in ONNX
     buckets: Sequence[int]  # lengths that it will be asked for, in tokens
     calibration: Sequence[Window]  # real windows; none where the precision needs none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What the target that builds an engine may be told; the fields are flags of the command line."""
+
+    threads: int | None = None  # cores that an engine may use on a CPU; None and 0 are all
+    gpus: tuple[int, ...] | None = None  # devices that Triton shall use
+    max_batch_size: int = 1  # windows in one call
+    optimization_level: int | None = None  # None: TensorRT's own default
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
 
 def wall_clock(predict: Predict, windows: Sequence[Window]) -> dict[str, float]:

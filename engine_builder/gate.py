@@ -127,37 +127,31 @@ def _recording(predict: Predict, record: list[Logits]) -> Predict:
     return recorded
 
 
-def check_logits(measured: Measured, max_logit_error: float) -> None:
-    """Refuse an engine that computes something else, even if F1 on the gate's questions did not notice.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyGate:
+    """What an engine may lose against its float32 checkpoint."""
 
-    Args:
-        measured: by `measure`.
-        max_logit_error: as a share of the standard deviation of the reference's logits.
+    max_f1_loss: float  # in percentage points
+    max_logit_error: float  # as a share of the standard deviation of the reference's logits
 
-    Raises:
-        GateFailed: the error is larger.
-    """
-    if measured.logit_error > max_logit_error:
-        raise GateFailed(
-            f"logits of the engine differ from those of the float32 checkpoint by {measured.logit_error:.1%} of their "
-            f"standard deviation; at most {max_logit_error:.1%} is allowed (--max-logit-error)"
-        )
+    def check(self, measured: Measured, instead: Sequence[str] = ()) -> None:
+        """Refuse an engine that lost too much F1, or computes something else though no question noticed.
 
+        Args:
+            measured: by `measure`.
+            instead: precisions that may lose less, to be named in the message.
 
-def check_f1(measured: Measured, max_f1_loss: float, instead: Sequence[str] = ()) -> None:
-    """Refuse an engine that lost too much.
-
-    Args:
-        measured: by `measure`.
-        max_f1_loss: in percentage points.
-        instead: precisions that may lose less, to be named in the message.
-
-    Raises:
-        GateFailed: F1 is more than that below the reference's.
-    """
-    if (loss := measured.reference.f1 - measured.engine.f1) > max_f1_loss:
-        raise GateFailed(
-            f"F1 {measured.engine.f1:.2f} of the engine is {loss:.2f} below the {measured.reference.f1:.2f} of the "
-            f"float32 checkpoint on the same {measured.reference.total} questions; at most {max_f1_loss} is allowed "
-            "(--max-f1-loss)" + (f"; try --precision {' or '.join(instead)}" if instead else "")
-        )
+        Raises:
+            GateFailed: it is over a limit.
+        """
+        if (loss := measured.reference.f1 - measured.engine.f1) > self.max_f1_loss:
+            raise GateFailed(
+                f"F1 {measured.engine.f1:.2f} of the engine is {loss:.2f} below the {measured.reference.f1:.2f} of the "
+                f"float32 checkpoint on the same {measured.reference.total} questions; at most {self.max_f1_loss} is "
+                "allowed (--max-f1-loss)" + (f"; try --precision {' or '.join(instead)}" if instead else "")
+            )
+        if measured.logit_error > self.max_logit_error:
+            raise GateFailed(
+                f"logits of the engine differ from those of the float32 checkpoint by {measured.logit_error:.1%} of "
+                f"their standard deviation; at most {self.max_logit_error:.1%} is allowed (--max-logit-error)"
+            )

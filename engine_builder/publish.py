@@ -101,7 +101,7 @@ def publish(directory: Path, manifest: Manifest, where: Publication) -> Publishe
         ChangeRefused: the repository cannot be written to.
     """
     repository = Repository(where.repository)
-    if manifest.target == "cpu":
+    if manifest.served.backend == "python":
         (directory / NO_CACHE).write_text("See NO_CACHE of engine_builder/publish.py.\n")
     hashes = {path.name: sha256_of(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST_FILE}
     manifest = replace(manifest, files=hashes)

@@ -52,7 +52,7 @@ def calibrate(
     """Measure scales.
 
     Args:
-        reference: float32 graph of `engine_builder.bert_onnx`.
+        reference: float32 graph of `engine_builder.architectures`.
         weights: that it was written from.
         windows: real ones; their padding is not looked at.
         kind: type to quantize to.

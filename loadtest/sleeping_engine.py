@@ -51,7 +51,7 @@ class TritonPythonModel:
         return self._triton.InferenceResponse(outputs)
 
     def _tensor(self, name: str, array: NDArray[np.float32]) -> Any:
-        capsule = array.__dlpack__()  # this and the name of the capsule: see engine_builder/openvino_model.py
+        capsule = array.__dlpack__()  # this and the name of the capsule: see engine_builder/targets/openvino_model.py
         tensor = self._triton.Tensor.from_dlpack(name, capsule)
         ctypes.pythonapi.PyCapsule_SetName(ctypes.py_object(capsule), ctypes.c_char_p(b"used_dltensor"))
         return tensor

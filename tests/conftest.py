@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _missing_gpu() -> str:
-    from engine_builder.tensorrt_build import missing_parts
+    from engine_builder.targets.tensorrt import missing_parts
 
     return ", ".join(missing_parts())
 

@@ -107,7 +107,7 @@ def prepare(python: Path, checkpoint: Path, directory: Path) -> None:
             "--repository",
             str(directory / "bertqa"),
         ],
-        [sys.executable, "-m", "engine_builder.bert_onnx", str(checkpoint), graph],
+        [sys.executable, "-m", "engine_builder.architectures", str(checkpoint), graph],
         [str(python), "-m", "loadtest.peers.quantize", str(checkpoint), graph, str(directory / "model.int8.onnx")],
         [str(python), "-m", "loadtest.peers.triton_model", str(directory / "repository"), graph],
     ):

@@ -13,7 +13,7 @@ from bertqa.command import CommandError, Exit, OutputFormat, command, group, pos
 from service.commands.options import TritonOptions, settings
 
 if TYPE_CHECKING:
-    from service.rollout import Rollout
+    from service.commands.rollout import Rollout
 
 app = group("Put versions of a model into service and take them back.")
 
@@ -111,7 +111,8 @@ def unload(options: UnloadOptions) -> None:
 def _take(options: StepOptions, step: "Callable[[Rollout], object]") -> None:
     from bertqa.manifest import BundleMismatch  # noqa: PLC0415
     from bertqa.repository import ChangeRefused, Repository  # noqa: PLC0415
-    from service.rollout import Rollout, RolloutFailed, Servers, tls_of  # noqa: PLC0415
+    from service.commands.rollout import Rollout  # noqa: PLC0415
+    from service.commands.triton_admin import RolloutFailed, Servers, tls_of  # noqa: PLC0415
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a load that is stopped is taken back
     try:

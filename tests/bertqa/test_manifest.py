@@ -13,10 +13,10 @@ from bertqa.manifest import (
     Manifest,
     OtherFormat,
     Settings,
-    Target,
     changed_files,
     sha256_of,
 )
+from bertqa.targets import TargetName
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_bundle_is_opened_as_it_was_measured(directory: Path, bundle: Bundle) 
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
-def test_a_changed_tokenizer_is_refused(directory: Path, target: Target) -> None:
+def test_a_changed_tokenizer_is_refused(directory: Path, target: TargetName) -> None:
     manifest = Manifest.read(directory / MANIFEST_FILE)
     dataclasses.replace(manifest, target=target).write(directory / MANIFEST_FILE)
     path = directory / "tokenizer.json"

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,18 @@ def test_an_empty_repository_names_the_builder(repository: Repository) -> None:
         with pytest.raises(BundleMismatch, match=f"{model}: holds no built version; run .python -m engine_builder"):
             repository.open(model)
     assert repository.serving() == {}
+
+
+def test_who_only_reads_needs_no_triton_client(repository: Repository, add: Add) -> None:
+    add(1)
+    code = (
+        "import sys; sys.modules.update(tritonclient=None, google=None, grpc=None); from pathlib import Path; "
+        "from bertqa.repository import Repository; print(Repository(Path(sys.argv[1])).open().version)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(repository.root)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 def test_without_serving_json_the_highest_version_answers(repository: Repository, add: Add) -> None:

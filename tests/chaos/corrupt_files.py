@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from bertqa.manifest import Bundle, BundleMismatch, Settings
 from bertqa.repository import Repository
 from bertqa.squad import MalformedSquad, read_squad
-from engine_builder.checkpoint import BertConfig, InvalidCheckpoint, read_weights
+from engine_builder.architectures import read_architecture
+from engine_builder.architectures.bert import Bert
+from engine_builder.checkpoint import InvalidCheckpoint, read_weights
 from tests.chaos.bad_input import INTEGERS, explore
 from tests.chaos.report import Row, Size
 from tests.support.checkpoints import write_checkpoint
@@ -86,7 +88,7 @@ def _shards(directory: Path, tokenizer: str) -> None:
 def readers(root: Path) -> Mapping[str, Reader]:
     """Write a valid file of each kind, and say how it is read."""
     checkpoint = write_checkpoint(root / "checkpoint", hidden_size=8, intermediate_size=8, num_hidden_layers=1)
-    config = BertConfig.read(checkpoint / "config.json")
+    architecture = read_architecture(checkpoint)
     _squad(root / "squad.json")
     _shards(root / "shards", (checkpoint / "tokenizer.json").read_text())
     save_state(root, State(3, {"model/weight": torch.arange(6.0).reshape(2, 3)}, {"scale": 2.0}), RUN)
@@ -103,11 +105,21 @@ def readers(root: Path) -> Mapping[str, Reader]:
 
     def weights_are_whole(found: Mapping[str, Any]) -> bool:
         shapes = {name: array.shape for name, array in found.items()}
-        return shapes == config.shapes() and all(np.isfinite(array).all() for array in found.values())
+        return shapes == architecture.shapes() and all(np.isfinite(array).all() for array in found.values())
 
-    def is_what_json_says(found: BertConfig) -> bool:
+    def is_what_json_says(found: Bert) -> bool:
         said = json.loads((checkpoint / "config.json").read_bytes())
-        return all(said.get(name, 1e-12) == getattr(found, name) for name in BertConfig.__dataclass_fields__)
+        encoder = found.encoder
+        numbers = {
+            "vocab_size": found.vocab_size,
+            "max_position_embeddings": found.max_tokens,
+            "type_vocab_size": found.token_types,
+            "num_hidden_layers": encoder.layers,
+            "hidden_size": encoder.hidden_size,
+            "num_attention_heads": encoder.heads,
+            "intermediate_size": encoder.intermediate_size,
+        }
+        return bool(said.get("layer_norm_eps", 1e-12) == encoder.layer_norm_eps and numbers.items() <= said.items())
 
     def answers_are_in_place(found: Any) -> bool:
         ids = [example.id for example in found]
@@ -128,13 +140,13 @@ def readers(root: Path) -> Mapping[str, Reader]:
     return {
         "config.json": Reader(
             checkpoint / "config.json",
-            lambda: BertConfig.read(checkpoint / "config.json"),
+            lambda: read_architecture(checkpoint),
             InvalidCheckpoint,
             is_what_json_says,
         ),
         "model.safetensors": Reader(
             checkpoint / "model.safetensors",
-            lambda: read_weights(checkpoint, config),
+            lambda: read_weights(checkpoint, architecture),
             InvalidCheckpoint,
             weights_are_whole,
         ),

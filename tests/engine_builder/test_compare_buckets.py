@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_builder import compare_buckets
+from engine_builder.benchmarks import compare_buckets
 from engine_builder.build import BuildOptions, build
 from engine_builder.publish import BuildRefused
 from tests.support.checkpoints import write_checkpoint

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine_builder import compare_runtimes, tensorrt_build
+from engine_builder.benchmarks import compare_runtimes
 from engine_builder.checkpoint import InvalidCheckpoint
+from engine_builder.targets.tensorrt import TensorRT, missing_parts
 from tests.support.checkpoints import write_checkpoint
 from tests.support.squad_files import write_squad
 
@@ -24,7 +25,7 @@ def test_every_runtime_has_its_line_and_its_bars(tmp_path: Path, capsys: pytest.
     for name in ("PyTorch fp32, CPU", "ONNX Runtime fp32, fused", "OpenVINO fp32", "OpenVINO int8"):
         assert rows[name][0].endswith("×)"), name
         assert float(rows[name][1]) >= 0
-    missing = tensorrt_build.missing_parts()
+    missing = missing_parts()
     for name in ("TensorRT",) if missing else ("TensorRT fp16", "TensorRT int8"):
         assert rows[name][0].startswith("not measured: needs ") == bool(missing)
     assert chart.read_bytes().startswith(b"\x89PNG")
@@ -43,10 +44,10 @@ def test_without_calibration_data_the_others_are_compared(
 ) -> None:
     checkpoint = write_checkpoint(tmp_path / "tiny")
     data = write_squad(tmp_path / "squad.json")
-    monkeypatch.setattr(tensorrt_build, "missing_parts", dict)
-    monkeypatch.setattr(tensorrt_build, "check_machine", lambda *_: None)
+    monkeypatch.setattr(TensorRT, "diagnose", lambda _: {})
+    monkeypatch.setattr(TensorRT, "check_machine", lambda *_: None)
     engine = SimpleNamespace(predict=None, latency=lambda _: {"p50": 2.0, "graph_p50": 0.5})
-    monkeypatch.setattr(tensorrt_build, "build", lambda *_: engine)
+    monkeypatch.setattr(TensorRT, "build", lambda *_: engine)
     args = ["--checkpoint", str(checkpoint), "--data", str(data), "--questions", "0", "--rounds", "1"]
     compare_runtimes.main(compare_runtimes.parse_args([*args, "--lengths", "64"]))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]

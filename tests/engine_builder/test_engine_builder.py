@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc.aio
 import numpy as np
+import onnx
 import openvino as ov
 import pytest
 from google.protobuf import text_format
@@ -22,15 +23,16 @@ from bertqa.manifest import Bundle, Manifest, sha256_of
 from bertqa.repository import Repository
 from bertqa.spans import Logits
 from bertqa.squad import Score, read_squad
-from bertqa.triton_config import Serving, triton_config
+from bertqa.triton_config import Serving, model_config, parse, to_text
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from engine_builder import checkpoint as checkpoints
-from engine_builder import openvino_build
+from engine_builder.architectures import build_graph, read_architecture
 from engine_builder.build import BuildOptions, build
-from engine_builder.checkpoint import InvalidCheckpoint
-from engine_builder.gate import GateFailed, Measured, check_f1, check_logits, measure
-from engine_builder.openvino_model import Engine, engine_sha256
+from engine_builder.checkpoint import InvalidCheckpoint, read_weights
+from engine_builder.gate import AccuracyGate, GateFailed, Measured, measure
 from engine_builder.publish import BuildRefused, Publication, publish
+from engine_builder.targets import openvino
+from engine_builder.targets.openvino_model import Engine, engine_sha256
 from service.runtime.triton_process import FLAGS, EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.checkpoints import write_checkpoint
@@ -38,6 +40,8 @@ from tests.support.paths import ROOT
 from tests.support.ports import triton_ports
 from tests.support.squad_files import CONTEXT, QUESTIONS, write_squad
 from tests.support.triton_servers import triton_with
+
+ANY_LOSS = ["--max-f1-loss", "100", "--max-logit-error", "10"]  # where it is not the engine that is tested
 
 
 @pytest.fixture
@@ -82,10 +86,10 @@ def test_a_build_is_a_bundle_that_the_service_opens(options: BuildOptions) -> No
     assert files(options.repository / "bert_qa")[-1] == "config.pbtxt"
 
 
-@pytest.mark.parametrize("precision", openvino_build.PRECISIONS)
-def test_every_precision_answers(options: BuildOptions, precision: openvino_build.Precision) -> None:
+@pytest.mark.parametrize("precision", openvino.PRECISIONS)
+def test_every_precision_answers(options: BuildOptions, precision: openvino.Precision) -> None:
     manifest = build(replace(options, precision=precision, max_f1_loss=100))
-    assert manifest.precision == openvino_build.supported_precision(precision)
+    assert manifest.precision == openvino.supported_precision(precision)
     bundle = Repository(options.repository).open()
     engine = Engine(
         options.repository / "bert_qa" / "1" / manifest.engine_file,
@@ -130,13 +134,13 @@ def test_what_is_faster_depends_on_the_int8_instructions(
     options: BuildOptions,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    precision: openvino_build.Precision,
+    precision: openvino.Precision,
     fast: str,
     slow: str,
 ) -> None:
-    monkeypatch.setattr(openvino_build, "supported_precision", {"int8": "int8", "bf16": "fp32"}.get)
+    monkeypatch.setattr(openvino, "supported_precision", {"int8": "int8", "bf16": "fp32"}.get)
     for features, said in ((("avx2", "avx_vnni"), fast), (("avx2",), slow)):
-        monkeypatch.setattr(openvino_build, "cpu_features", lambda features=features: features)
+        monkeypatch.setattr(openvino, "cpu_features", lambda features=features: features)
         with pytest.raises(BuildRefused, match="--gate-data"):  # comes after what is said
             build(replace(options, precision=precision, gate_data=Path("nowhere")))
         told = capsys.readouterr().err
@@ -149,21 +153,51 @@ def test_what_is_faster_depends_on_the_int8_instructions(
     [
         (("avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "amx_int8"), "bf16"),
         (("avx512f", "avx512_bf16", "avx512_vnni"), "int8"),
+        (("avx2", "avx_vnni"), "int8"),
         (("avx2",), "fp32"),
+        ((), "fp32"),
     ],
 )
 def test_default_precision_follows_the_instructions(
-    options: BuildOptions, monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], precision: str
+    monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], precision: str
 ) -> None:
-    monkeypatch.setattr(openvino_build, "cpu_features", lambda: features)
-    monkeypatch.setattr(openvino_build, "supported_precision", lambda wanted: wanted)
-    assert build(replace(options, precision=None, max_f1_loss=100)).precision == precision
+    # The choice alone: an engine built for instructions that this CPU lacks would answer something else.
+    monkeypatch.setattr(openvino, "cpu_features", lambda: features)
+    assert openvino.OpenVINO().default_precision() == precision
+
+
+def test_without_a_precision_the_default_of_this_cpu_is_built(options: BuildOptions) -> None:
+    manifest = build(replace(options, precision=None, max_f1_loss=100))
+    assert manifest.precision == openvino.OpenVINO().default_precision()
+
+
+@pytest.mark.parametrize(
+    ("features", "weights_have_7_bits"), [(("avx2",), True), (("avx2", "avx_vnni"), False), (("avx512_vnni",), False)]
+)
+def test_int8_weights_leave_a_bit_free_exactly_where_products_would_saturate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], weights_have_7_bits: bool
+) -> None:
+    import nncf
+
+    checkpoint = write_checkpoint(tmp_path)
+    architecture = read_architecture(checkpoint)
+    onnx.save(build_graph(architecture, read_weights(checkpoint, architecture)), tmp_path / "model.onnx")
+    told: list[Any] = []
+
+    def quantize(model: ov.Model, *_: object, **options: Any) -> ov.Model:
+        told.append(options["advanced_parameters"].overflow_fix)
+        return model
+
+    monkeypatch.setattr(openvino, "cpu_features", lambda: features)
+    monkeypatch.setattr(nncf, "quantize", quantize)
+    openvino.convert(tmp_path / "model.onnx", tmp_path / "engine.xml", "int8", [])
+    assert told == [nncf.OverflowFix.ENABLE if weights_have_7_bits else nncf.OverflowFix.DISABLE]
 
 
 def test_default_without_calibration_data_is_fp32(
     options: BuildOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(openvino_build, "cpu_features", lambda: ("avx512_vnni",))
+    monkeypatch.setattr(openvino, "cpu_features", lambda: ("avx512_vnni",))
     (Path(options.checkpoint) / "calibration.json").unlink()
     assert build(replace(options, precision=None)).precision == "fp32"
     assert "no calibration.json; building fp32 (int8 with --calibration-data is faster)" in capsys.readouterr().err
@@ -172,9 +206,9 @@ def test_default_without_calibration_data_is_fp32(
 def test_bf16_without_amx_is_built_and_told(
     options: BuildOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(openvino_build, "supported_precision", lambda wanted: wanted)
+    monkeypatch.setattr(openvino, "supported_precision", lambda wanted: wanted)
     for features, told in ((("avx512_bf16", "avx512_vnni"), True), (("avx512_bf16", "amx_bf16"), False)):
-        monkeypatch.setattr(openvino_build, "cpu_features", lambda features=features: features)
+        monkeypatch.setattr(openvino, "cpu_features", lambda features=features: features)
         with pytest.raises(BuildRefused, match="--gate-data"):  # comes after what is said
             build(replace(options, precision="bf16", gate_data=Path("nowhere")))
         assert ("without AMX; --precision int8 is faster" in capsys.readouterr().err) == told
@@ -232,14 +266,14 @@ def test_the_gate_names_both_numbers() -> None:
     measured = Measured(
         Score(70, 80.25, 500), Score(71, 81.0, 500), same_spans=0.9, max_logit_error=1.0, logit_error=0.05
     )
-    check_f1(measured, 0.75)
+    AccuracyGate(max_f1_loss=0.75, max_logit_error=0.05).check(measured)
+    strict = AccuracyGate(max_f1_loss=0.5, max_logit_error=1)
     with pytest.raises(GateFailed, match=r"F1 80\.25 .* 0\.75 below the 81\.00 .* at most 0\.5 .*--max-f1-loss\)$"):
-        check_f1(measured, 0.5)
+        strict.check(measured)
     with pytest.raises(GateFailed, match=r"; try --precision fp32 or bf16$"):
-        check_f1(measured, 0.5, ["fp32", "bf16"])
-    check_logits(measured, 0.05)
+        strict.check(measured, ["fp32", "bf16"])
     with pytest.raises(GateFailed, match=r"differ .* by 5\.0% .* at most 4\.0% .*--max-logit-error"):
-        check_logits(measured, 0.04)
+        AccuracyGate(max_f1_loss=1, max_logit_error=0.04).check(measured)
 
 
 def test_logits_that_are_not_finite_are_refused(options: BuildOptions) -> None:
@@ -334,7 +368,7 @@ def test_windows_of_one_length_are_computed_together(options: BuildOptions, tmp_
     texts = [" ".join([CONTEXT] * repeats) for repeats in range(1, 9)]
     windows = [bundle.maker("Who wrote it?", text, max_seq_len=n).windows[0] for text in texts for n in (64, 128)] * 6
     assert {window.length for window in windows} == {64, 128}
-    alone = openvino_build.load(options.repository / "bert_qa" / "1" / "engine.xml", "fp32", (64, 128), 1)
+    alone = openvino.load(options.repository / "bert_qa" / "1" / "engine.xml", "fp32", (64, 128), 1)
 
     async def ask(url: str) -> tuple[list[Logits], Any]:
         engine = TritonModel([url])
@@ -360,8 +394,7 @@ def test_windows_of_one_length_are_computed_together(options: BuildOptions, tmp_
 
 
 def test_a_single_instance_has_no_queue_policy(options: BuildOptions) -> None:
-    text = triton_config("bert_qa", {1: build(options)}, Serving(active=1, loaded=(1,), instances=1))
-    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    config = model_config("bert_qa", {1: build(options)}, Serving(active=1, loaded=(1,), instances=1))
     assert config.instance_group[0].count == 1
     assert config.HasField("dynamic_batching")
     assert not config.dynamic_batching.HasField("default_queue_policy")
@@ -369,9 +402,7 @@ def test_a_single_instance_has_no_queue_policy(options: BuildOptions) -> None:
 
 def test_config_of_a_name_with_quotes(options: BuildOptions) -> None:
     manifest = replace(build(options), name='ünïcode "quoted" \\')
-    config = text_format.Parse(
-        triton_config("bert_qa", {1: manifest}, Serving(active=1, loaded=(1,))), model_config_pb2.ModelConfig()
-    )
+    config = parse(to_text(model_config("bert_qa", {1: manifest}, Serving(active=1, loaded=(1,)))))
     assert config.parameters["identity_1"].string_value == manifest.identity
 
 
@@ -407,7 +438,7 @@ def test_the_builder_needs_neither_torch_nor_transformers(options: BuildOptions)
         "runpy.run_module('engine_builder', run_name='__main__', alter_sys=True)"
     )
     arguments = ["--checkpoint", options.checkpoint, "--repository", str(options.repository)]
-    arguments += ["--target", "cpu", "--precision", "int8", "--max-f1-loss", "100"]
+    arguments += ["--target", "cpu", "--precision", "int8", *ANY_LOSS]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
@@ -426,7 +457,7 @@ def test_nobody_is_told_of_a_build_or_of_an_engine_that_starts(
     for name in ("CI", "TF_BUILD", "JENKINS_URL", "NNCF_CI", "NNCF_DEV"):
         monkeypatch.delenv(name, raising=False)
     arguments = ["--checkpoint", options.checkpoint, "--repository", str(options.repository), "--target", "cpu"]
-    done = command(*arguments, "--precision", "int8", "--max-f1-loss", "100")
+    done = command(*arguments, "--precision", "int8", *ANY_LOSS)
     assert done.returncode == 0, done.stderr
     assert not (home / "intel").exists()
     engine = options.repository / "bert_qa" / "1" / "model.py"  # which Triton runs without this project
@@ -439,8 +470,14 @@ def test_instances_and_gpus_reach_the_configuration(bundle: Bundle, tmp_path: Pa
     built.mkdir()
     where = Publication(repository=tmp_path / "repository", instances=3, gpus=(0, 2))
     publish(built, replace(bundle.manifest, target="tensorrt"), where)
-    config = (where.repository / "bert_qa" / "config.pbtxt").read_text()
-    assert "count: 3 kind: KIND_GPU gpus: [ 0, 2 ]" in config
+    config = parse((where.repository / "bert_qa" / "config.pbtxt").read_text())
+    (group,) = config.instance_group
+    assert (group.count, list(group.gpus)) == (3, [0, 2])
+    assert group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
+    assert list(group.profile) == ["0", "1"]  # one for each bucket; unnamed, Triton would use the first alone
+    assert config.backend == "tensorrt"
+    assert config.optimization.cuda.graphs
+    assert not config.optimization.cuda.graph_spec
 
 
 @pytest.mark.triton

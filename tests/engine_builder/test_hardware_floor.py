@@ -3,18 +3,19 @@
 import onnx
 import pytest
 
-from engine_builder.bert_onnx import build_graph
-from engine_builder.checkpoint import CONFIG_FILE, BertConfig, read_weights
-from engine_builder.hardware_floor import copy_rate, encoder_weights, floor, operations, peak_rate
-from engine_builder.openvino_build import Precision
+from engine_builder.architectures import build_graph, read_architecture
+from engine_builder.benchmarks.hardware_floor import copy_rate, encoder_weights, floor, operations, peak_rate
+from engine_builder.checkpoint import read_weights
+from engine_builder.targets.openvino import Precision
 from tests.support.checkpoints import write_checkpoint
 
 
 @pytest.mark.parametrize("length", [32, 64])
 def test_operations_are_those_of_the_graph(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-    config = BertConfig.read(directory / CONFIG_FILE)
-    model = build_graph(config, read_weights(directory, config))
+    architecture = read_architecture(directory)
+    encoder = architecture.encoder
+    model = build_graph(architecture, read_weights(directory, architecture))
     for tensor in model.graph.input:
         for dimension, value in zip(tensor.type.tensor_type.shape.dim, (1, length), strict=True):
             dimension.dim_value = value
@@ -32,12 +33,12 @@ def test_operations_are_those_of_the_graph(length: int, tmp_path_factory: pytest
                 product *= size
             counted += product
             weights += right[0] * right[1] if len(right) == 2 and right[-1] != 2 else 0
-    assert counted == sum(operations(config, length))
+    assert counted == sum(operations(encoder, length))
     rates: dict[Precision, float] = {"fp32": 10.0, "bf16": 20.0, "int8": 40.0}
-    dense, attention = operations(config, length)
-    assert floor(config, length, "fp32", rates) == pytest.approx(counted / 10)
-    assert floor(config, length, "int8", rates) == pytest.approx(dense / 40 + attention / 20)
-    assert weights == encoder_weights(config)
+    dense, attention = operations(encoder, length)
+    assert floor(encoder, length, "fp32", rates) == pytest.approx(counted / 10)
+    assert floor(encoder, length, "int8", rates) == pytest.approx(dense / 40 + attention / 20)
+    assert weights == encoder_weights(encoder)
 
 
 def test_rates_are_measured() -> None:

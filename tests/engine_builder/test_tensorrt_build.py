@@ -20,14 +20,14 @@ from bertqa.manifest import Settings, changed_files
 from bertqa.repository import Repository
 from bertqa.squad import read_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
-from engine_builder import tensorrt_build
-from engine_builder.bert_onnx import build_graph
+from engine_builder.architectures import build_graph, read_architecture
 from engine_builder.build import BuildOptions, build, calibration_windows, window_maker
-from engine_builder.checkpoint import BertConfig, read_weights
-from engine_builder.engine import Source, full_windows
+from engine_builder.checkpoint import read_weights
+from engine_builder.engine import EngineOptions, Source, full_windows
 from engine_builder.publish import BuildRefused
-from engine_builder.quantization import LARGEST, SMOOTHING, QuantizedType, calibrate
-from engine_builder.tensorrt_build import TensorRTOptions
+from engine_builder.quantization import LARGEST, QuantizedType, calibrate
+from engine_builder.targets import tensorrt
+from engine_builder.targets.tensorrt import TensorRT
 from tests.support.checkpoints import write_checkpoint
 from tests.support.onnx_graphs import run
 from tests.support.paths import ROOT
@@ -40,23 +40,29 @@ TYPES = Path(sys.prefix) / "tensorrt-types"
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     directory = tmp_path_factory.mktemp("source")
     checkpoint = write_checkpoint(directory / "tiny")
-    config = BertConfig.read(checkpoint / "config.json")
-    weights = read_weights(checkpoint, config)
-    maker = window_maker(checkpoint, Settings.of_checkpoint(checkpoint), config)
+    architecture = read_architecture(checkpoint)
+    weights = read_weights(checkpoint, architecture)
+    maker = window_maker(checkpoint, Settings.of_checkpoint(checkpoint), architecture)
     reference = directory / "float32.onnx"
-    onnx.save(build_graph(config, weights), reference)
+    onnx.save(build_graph(architecture, weights), reference)
     examples = read_squad(write_squad(directory / "squad.json"))
     calibration = calibration_windows(examples, maker)
     for length in maker.buckets:
         calibration += full_windows(examples, maker, length)
-    return Source(config=config, weights=weights, reference=reference, buckets=maker.buckets, calibration=calibration)
+    return Source(
+        architecture=architecture,
+        weights=weights,
+        reference=reference,
+        buckets=maker.buckets,
+        calibration=calibration,
+    )
 
 
-@pytest.mark.parametrize("precision", tensorrt_build.PRECISIONS)
+@pytest.mark.parametrize("precision", tensorrt.PRECISIONS)
 def test_graph_is_one_that_both_versions_read_and_answers_like_float32(
-    source: Source, precision: tensorrt_build.Precision
+    source: Source, precision: tensorrt.Precision
 ) -> None:
-    model = tensorrt_build.typed_graph(source, precision)
+    model = tensorrt.typed_graph(source, precision)
     assert all(node.domain == "" for node in model.graph.node), "no plugins"
     assert [entry.version for entry in model.opset_import] in ([17], [19])  # TensorRT 10.0 reads up to 20
     types = {
@@ -81,7 +87,7 @@ def test_graph_is_one_that_both_versions_read_and_answers_like_float32(
 @pytest.mark.parametrize("kind", LARGEST)
 def test_every_linear_layer_of_the_encoder_is_quantized_within_its_range(source: Source, kind: QuantizedType) -> None:
     quantization = calibrate(source.reference, source.weights, source.calibration, kind)
-    layers = source.config.num_hidden_layers
+    layers = source.architecture.encoder.layers
     assert len(quantization.layers) == 6 * layers
     for name, scales in quantization.layers.items():
         weight = source.weights[f"{name}.weight"]
@@ -92,8 +98,7 @@ def test_every_linear_layer_of_the_encoder_is_quantized_within_its_range(source:
         assert scales.input > 0
     shared = [quantization.layers[f"encoder.layer.0.attention.self.{part}"] for part in ("query", "key", "value")]
     assert len({each.input for each in shared}) == 1  # they read the same tensor
-    assert SMOOTHING < 1
-    operators = [node.op_type for node in tensorrt_build.typed_graph(source, kind).graph.node]
+    operators = [node.op_type for node in tensorrt.typed_graph(source, kind).graph.node]
     # an input for queries, keys and values together and for each of the others; a weight for every layer
     assert operators.count("QuantizeLinear") == operators.count("DequantizeLinear") == (4 + 6) * layers
 
@@ -186,7 +191,7 @@ def test_a_cuda_runtime_that_is_missing_or_too_new_is_told_before_anything_is_bu
     ):
         monkeypatch.setattr(polygraphy.cuda, "wrapper", wrapper)
         with ExitStack() as stack, pytest.raises(BuildRefused, match=words):
-            tensorrt_build.build(source, tmp_path, "fp16", TensorRTOptions(), stack)
+            TensorRT().build(source, tmp_path, "fp16", EngineOptions(), stack)
 
 
 def test_names_of_cuda_are_there() -> None:
@@ -235,7 +240,7 @@ def test_a_machine_without_gpu_is_told_what_is_missing_and_what_works(tmp_path: 
     ],
 )
 def test_a_precision_that_the_gpu_has_not_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capability: Sequence[int], precision: tensorrt_build.Precision, words: str
+    monkeypatch: pytest.MonkeyPatch, capability: Sequence[int], precision: tensorrt.Precision, words: str
 ) -> None:
     import cuda.core
 
@@ -245,24 +250,24 @@ def test_a_precision_that_the_gpu_has_not_is_refused(
         class compute_capability:
             major, minor = capability
 
-    monkeypatch.setattr(tensorrt_build, "missing_parts", dict)
+    monkeypatch.setattr(tensorrt, "missing_parts", dict)
     monkeypatch.setattr(cuda.core, "Device", Device)
     if words:
         with pytest.raises(BuildRefused, match=f"--precision {precision}: Some GPU .*{words}"):
-            tensorrt_build.check_machine(precision, TensorRTOptions())
+            TensorRT().check_machine(precision, EngineOptions())
     else:
-        tensorrt_build.check_machine(precision, TensorRTOptions())
+        TensorRT().check_machine(precision, EngineOptions())
     if capability == (7, 5):
         with pytest.raises(BuildRefused, match=r"--hardware-compatible: Some GPU has .* 7\.5, .* from 8\.0 on"):
-            tensorrt_build.check_machine("fp16", TensorRTOptions(hardware_compatible=True))
+            TensorRT().check_machine("fp16", EngineOptions(hardware_compatible=True))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", tensorrt_build.PRECISIONS)
-def test_engine_on_a_gpu_passes_its_gates(tmp_path: Path, precision: tensorrt_build.Precision) -> None:
+@pytest.mark.parametrize("precision", tensorrt.PRECISIONS)
+def test_engine_on_a_gpu_passes_its_gates(tmp_path: Path, precision: tensorrt.Precision) -> None:
     refusal = ""
     try:
-        tensorrt_build.check_machine(precision, TensorRTOptions())
+        TensorRT().check_machine(precision, EngineOptions())
     except BuildRefused as error:
         refusal = str(error)
     if refusal:
@@ -291,7 +296,7 @@ def test_engine_on_a_gpu_answers_every_bucket_by_its_own_profile(source: Source,
     with ExitStack() as stack:
         bundle = tmp_path / "bundle"
         bundle.mkdir()
-        engine = tensorrt_build.build(source, bundle, "fp16", TensorRTOptions(), stack)
+        engine = TensorRT().build(source, bundle, "fp16", EngineOptions(), stack)
         assert {window.length for window in source.calibration} == {*source.buckets}
         for window in source.calibration:
             exact = run(onnx.load(source.reference), window.tensors())

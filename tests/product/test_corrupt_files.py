@@ -13,7 +13,8 @@ from transformers import BertForQuestionAnswering
 
 from bertqa.manifest import BundleMismatch, Settings
 from bertqa.squad import MalformedSquad, read_squad
-from engine_builder.checkpoint import BertConfig, InvalidCheckpoint, read_weights
+from engine_builder.architectures import read_architecture
+from engine_builder.checkpoint import InvalidCheckpoint, read_weights
 from tests.chaos.corrupt_files import NAMES, damage
 from tests.chaos.report import table
 from tests.support.checkpoints import write_checkpoint
@@ -108,7 +109,7 @@ def test_a_job_refuses_a_tokenizer_that_is_corrupt(tmp_path: Path) -> None:
 def test_weights_of_whole_numbers_are_refused(tmp_path: Path) -> None:
     with_array("qa_outputs.bias", np.zeros(2, np.int64))(write_checkpoint(tmp_path))
     with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors: tensor qa_outputs\.bias is of type I64"):
-        read_weights(tmp_path, BertConfig.read(tmp_path / "config.json"))
+        read_weights(tmp_path, read_architecture(tmp_path))
 
 
 @pytest.mark.parametrize(

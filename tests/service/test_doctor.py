@@ -9,26 +9,41 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from bertqa.command import parse, status
 from bertqa.manifest import MODEL_NAME, Bundle, Manifest
 from bertqa.repository import Repository
-from bertqa.triton_config import Serving
-from service import doctor
-from service.commands.doctor import DoctorOptions, app
-from service.doctor import Finding
+from bertqa.triton_config import ModelConfig, Serving, to_text
+from service.commands.doctor import DoctorOptions, app, triton_installation
+from service.commands.doctor.configuration import HARMLESS, check_configuration, differences
+from service.commands.doctor.cpu import check_cpu
+from service.commands.doctor.diagnose import diagnose
+from service.commands.doctor.files import check_files
+from service.commands.doctor.finding import Finding
+from service.commands.doctor.gpu import check_gpus, check_tensorrt
+from service.commands.doctor.ports import check_ports
+from service.commands.doctor.shared_memory import check_shared_memory
+from service.commands.doctor.triton_installation import check_triton_installation, check_triton_version
+from service.commands.doctor.versions import check_version
 from service.runtime import triton_install
 from tests.support.paths import ROOT
 from tests.support.repositories import publish_toy_bundle
 
 Publish = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def usual_umask() -> Iterator[None]:
+    """Others may read what is written, whatever the shell of whoever runs the tests says."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture
@@ -56,14 +71,18 @@ def examine(repository: Repository) -> Callable[..., list[Finding]]:
 
     def examine(*words: str) -> list[Finding]:
         flags = ["--repository", str(repository.root), "--port", "0", "--triton-grpc-port", "1", *words]
-        return list(doctor.examine(parse(DoctorOptions, flags)))
+        return list(diagnose(parse(DoctorOptions, flags)))
 
     return examine
 
 
 def about(findings: list[Finding], subject: str) -> list[str]:
     """The findings about something, without their subject."""
-    return [f"{each.level} {each.text}" for each in findings if each.subject.startswith(subject)]
+    return [
+        f"{each.level} {each.text}; {each.fix}".removesuffix("; ")
+        for each in findings
+        if each.subject.startswith(subject)
+    ]
 
 
 def one(findings: list[Finding], subject: str, level: str, words: str) -> None:
@@ -129,21 +148,22 @@ def test_files_that_others_cannot_read(
 ) -> None:
     engine = publish() / "engine.bin"
     engine.chmod(0o600)
-    one([*doctor.files_of(repository)], "files", "WARN", r"engine\.bin can be read by its owner alone.*chmod -R go\+rX")
+    one([*check_files(repository)], "files", "WARN", r"engine\.bin can be read by its owner alone.*chmod -R go\+rX")
     engine.chmod(0o644)
-    one([*doctor.files_of(repository)], "files", "ok", "")
+    one([*check_files(repository)], "files", "ok", "")
     # as somebody who is not root, which the tests may be
     monkeypatch.setattr(os, "access", lambda path, mode: not (path == engine and mode & os.R_OK))
-    one([*doctor.files_of(repository)], "files", "FAIL", r"engine\.bin cannot be read; chmod -R u\+rX,go\+rX ")
+    one([*check_files(repository)], "files", "FAIL", r"engine\.bin cannot be read; chmod -R u\+rX,go\+rX ")
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-    one([*doctor.files_of(repository)], "files", "WARN", "can be read but not written")
+    one([*check_files(repository)], "files", "WARN", "can be read but not written")
 
 
 # ---- bundles ----
 
 
 def look(repository: Repository, version: int) -> list[Finding]:
-    return [*doctor.bundle_of(repository, MODEL_NAME, version, repository.serving()[MODEL_NAME], [])]
+    finding, _ = check_version(repository, MODEL_NAME, version, repository.serving()[MODEL_NAME])
+    return [finding]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -188,88 +208,177 @@ def test_a_tokenizer_with_more_tokens_than_the_engine(publish: Publish, reposito
 # ---- config.pbtxt ----
 
 
+FIX = "; never edit it: `bertqa serve` writes it again, and once Triton runs `bertqa models load bert_qa 1`"
+
+
+def edited(repository: Repository, edit: Callable[[ModelConfig], object], model: str = MODEL_NAME) -> list[str]:
+    """What is found after a change of the file."""
+    serving = repository.serving()[model]
+    config = repository.expected_config(model, serving)
+    before = to_text(config)
+    edit(config)
+    text = to_text(config)
+    assert text != before
+    (repository.root / model / "config.pbtxt").write_text(text)
+    return about([*check_configuration(repository, model, serving)], "config.pbtxt")
+
+
+def no_queue_policy(config: ModelConfig) -> None:
+    config.dynamic_batching.ClearField("default_queue_policy")
+
+
+def policy(**fields: object) -> Callable[[ModelConfig], None]:
+    def edit(config: ModelConfig) -> None:
+        for name, value in fields.items():
+            setattr(config.dynamic_batching.default_queue_policy, name, value)
+
+    return edit
+
+
+def int64(config: ModelConfig) -> None:
+    for tensor in config.input:
+        tensor.data_type = model_config_pb2.TYPE_INT64
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("edit", "words"),
     [
-        ('name: "bert_qa"', 'name: "bert"', "name is 'bert', not that of its directory"),
-        ('backend: "python"', 'backend: "tensorrt"', "backend 'tensorrt' cannot run an engine for cpu"),
         (
-            "max_batch_size: 1",
-            "max_batch_size: 0",
-            r"max_batch_size is 0, so there is no dynamic batcher.*#6920, #7150",
+            lambda c: setattr(c, "name", "bert"),
+            'name is "bert", bertqa writes "bert_qa": .*name of the model\'s directory',
         ),
-        ("TYPE_INT32", "TYPE_INT64", "tensors must be input_ids, .* of TYPE_INT32"),
-        (r"dims: \[ -1 \] }", "dims: [ -1, -1 ] }", r"dims must be \[ -1 \].*#5721"),
-        (r"dynamic_batching \{.*?\n\}", "", r"dynamic_batching is not set: limits and timeouts"),
-        (r"  default_queue_policy \{.*?\n  \}", "", "default_queue_policy is not set: the queue grows without end"),
-        ("allow_timeout_override: true", "", "must reject, and allow_timeout_override.*#7512"),
-        ("timeout_action: REJECT", "timeout_action: DELAY", "must reject, and allow_timeout_override"),
-        (r"max_queue_size: \d+", "", "max_queue_size is not set: the queue grows without end"),
-        (r"default_timeout_microseconds: \d+", "", "default_timeout_microseconds is not set: .* without end"),
-        ("count: 2", "count: 1", "with a single instance stalls one request in a hundred"),
-        ("kind: KIND_CPU", "kind: KIND_AUTO", r"instance_group must be KIND_CPU.*#7628, #5863"),
-        (r"instance_group \[.*?\]\n", "", "instance_group must be KIND_CPU"),
-        (r"model_warmup \{.*\n\}", "", "model_warmup has no request of 32 tokens"),
-        (r"version_policy.*?\n", "", "version_policy must name version 1, as serving.json does"),
-        (r"versions: \[ 1 \]", "versions: [ 2 ]", "version_policy must name version 1"),
-        (r"toy-cpu-fp32-0+", "other", "parameters must have identity_1 toy-cpu-fp32-000000000000"),
-        (r'name: "bert_qa"', 'nmae: "bert_qa"', "cannot be used, .*nmae"),
+        (lambda c: setattr(c, "backend", "tensorrt"), 'backend is "tensorrt", bertqa writes "python": another backend'),
+        (lambda c: setattr(c, "max_batch_size", 0), "max_batch_size is not set, .* no dynamic batcher, .*#6920, #7150"),
+        (lambda c: setattr(c, "max_batch_size", 2), "max_batch_size is 2, bertqa writes 1: .* larger batches fail"),
+        (
+            int64,
+            r'input\[0\]\.data_type is "TYPE_INT64", bertqa writes "TYPE_INT32" \(and 2 more like it\): the service',
+        ),
+        (lambda c: c.input.pop(), "input is .*: the service sends and reads just these tensors"),
+        (lambda c: c.output[1].dims.append(-1), r"output\[1\]\.dims is .*the batch is not one of the dims.*#5721"),
+        (lambda c: c.ClearField("dynamic_batching"), "dynamic_batching is not set, .*: limits and timeouts .*#6920"),
+        (no_queue_policy, r"default_queue_policy is not set, .*: the queue grows without end \(#6920\)"),
+        (policy(allow_timeout_override=False), "allow_timeout_override is not set, .*computed all the same .#7512"),
+        (policy(timeout_action=1), 'timeout_action is "DELAY", .*late requests are computed all the same .#7512'),
+        (policy(max_queue_size=0), "max_queue_size is not set, bertqa writes 256: the queue grows without end"),
+        (policy(default_timeout_microseconds=0), "default_timeout_microseconds is not set, .*waits without end"),
+        (lambda c: setattr(c.instance_group[0], "count", 1), "with a single instance stalls one request in a hundred"),
+        (
+            lambda c: setattr(c.instance_group[0], "kind", 0),
+            "kind is not set, .*Triton chooses the device.*#7628, #5863",
+        ),
+        (lambda c: c.ClearField("instance_group"), "instance_group is not set, .*Triton chooses the device"),
+        (lambda c: c.ClearField("model_warmup"), "model_warmup is not set, .*the first request of a length .*#3473"),
+        (lambda c: c.model_warmup.pop(0), "model_warmup is .*the first request of a length takes seconds"),
+        (
+            lambda c: c.ClearField("version_policy"),
+            "version_policy is not set, .*other versions than serving.json names",
+        ),
+        (lambda c: c.version_policy.specific.versions.append(2), r"versions is \[.1., .2.\].*Triton would load other"),
+        (
+            lambda c: setattr(c.parameters["identity_1"], "string_value", "other"),
+            "identity_1.* is .other., bertqa writes .toy-cpu-fp32-000000000000.: the service refuses an engine",
+        ),
     ],
 )
-def test_every_trap_of_a_configuration_is_told_with_the_fix(
-    publish: Publish, repository: Repository, old: str, new: str, words: str
+def test_every_harmful_difference_of_a_configuration_says_what_it_means(
+    publish: Publish, repository: Repository, edit: Callable[[ModelConfig], object], words: str
 ) -> None:
     publish()
-    path = repository.root / MODEL_NAME / "config.pbtxt"
-    spoiled = re.sub(old, new, path.read_text(), flags=re.DOTALL)
-    assert spoiled != path.read_text()
-    path.write_text(spoiled)
-    found = about([*doctor.config_of(repository, MODEL_NAME, repository.serving()[MODEL_NAME])], "config.pbtxt")
-    assert any(re.search(words, line) for line in found), found
-    fix = "; never edit it: `bertqa serve` writes it again, and once Triton runs `bertqa models load bert_qa 1`"
-    assert all(line.startswith("FAIL ") and line.endswith(fix) for line in found)
+    found = edited(repository, edit)
+    assert len(found) == 1, found
+    assert re.search(words, found[0]), found
+    assert found[0].startswith("FAIL ")
+    assert found[0].endswith(FIX)
 
 
-def test_a_configuration_that_was_edited_without_harm_or_is_missing(publish: Publish, repository: Repository) -> None:
+def test_a_queue_policy_where_there_is_a_single_instance(publish: Publish, repository: Repository) -> None:
+    publish()
+    repository.configure(MODEL_NAME, instances=1)
+    (found,) = edited(repository, policy(max_queue_size=256))
+    assert re.search("^FAIL .*bertqa writes not set: .*with a single instance stalls one request in a hundred", found)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: setattr(c.instance_group[0], "count", 3),
+        policy(max_queue_size=16),
+        lambda c: setattr(c.parameters["threads"], "string_value", "4"),
+        lambda c: setattr(c.parameters["mine"], "string_value", "4"),
+    ],
+)
+def test_a_configuration_that_was_edited_without_harm(
+    publish: Publish, repository: Repository, edit: Callable[[ModelConfig], object]
+) -> None:
+    publish()
+    (found,) = edited(repository, edit)
+    assert found.startswith("WARN ")
+    assert found.endswith(HARMLESS + FIX)
+
+
+def test_a_configuration_that_is_missing_or_cannot_be_read(publish: Publish, repository: Repository) -> None:
     publish()
     path = repository.root / MODEL_NAME / "config.pbtxt"
-    path.write_text(path.read_text().replace("count: 2", "count: 3"))
     serving = repository.serving()[MODEL_NAME]
+    path.write_text(path.read_text() + "\n# a remark changes nothing\n")
     one(
-        [*doctor.config_of(repository, MODEL_NAME, serving)], "config", "WARN", "not as it was generated; never edit it"
+        [*check_configuration(repository, MODEL_NAME, serving)], "config", "ok", "as it was generated, version 1 loaded"
     )
+    path.write_text(path.read_text().replace('name: "bert_qa"', 'nmae: "bert_qa"'))
+    one([*check_configuration(repository, MODEL_NAME, serving)], "config", "FAIL", "cannot be used, .*nmae.*never edit")
+    path.write_bytes(b"\xff")
+    one([*check_configuration(repository, MODEL_NAME, serving)], "config", "FAIL", "cannot be used, .*decode")
     path.unlink()
-    one([*doctor.config_of(repository, MODEL_NAME, serving)], "config", "FAIL", "No such file")
+    one([*check_configuration(repository, MODEL_NAME, serving)], "config", "FAIL", "No such file")
 
 
-def test_the_traps_of_a_gpu(publish: Publish, repository: Repository) -> None:
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (
+            lambda c: setattr(c.instance_group[0], "kind", model_config_pb2.ModelInstanceGroup.KIND_CPU),
+            'kind is "KIND_CPU", bertqa writes "KIND_GPU": Triton chooses.*#5863',
+        ),
+        (lambda c: c.instance_group[0].ClearField("profile"), "profile is not set, .*uses the first profile alone"),
+        (lambda c: setattr(c, "max_batch_size", 2), "max_batch_size is 2, bertqa writes 1: .*larger batches fail"),
+        (lambda c: setattr(c.optimization.cuda, "graphs", False), "graphs is not set, .*every kernel of every call"),
+        (
+            lambda c: c.optimization.cuda.graph_spec.add(batch_size=1),
+            "graph_spec is .*, bertqa writes not set: Triton tries it with the profile of every length",
+        ),
+    ],
+)
+def test_harmful_differences_for_a_gpu(
+    publish: Publish, repository: Repository, edit: Callable[[ModelConfig], object], words: str
+) -> None:
     publish(target="tensorrt", model="gpu")
     serving = repository.serving()["gpu"]
-    path = repository.root / "gpu" / "config.pbtxt"
-    generated = path.read_text()
-    one([*doctor.config_of(repository, "gpu", serving)], "config", "ok", "as it was generated")
-    for old, new, words in (
-        ("kind: KIND_GPU", "kind: KIND_CPU", "instance_group must be KIND_GPU.*#5863"),
-        ('profile: [ "0", "1" ]', "", "must name the profile of every bucket, or Triton uses the first alone"),
-        ("max_batch_size: 1", "max_batch_size: 2", "max_batch_size is 2, and the engine takes 1: larger batches fail"),
-        ("graphs: true", "", r"optimization\.cuda\.graphs is not set: every kernel of every call is launched"),
-        ("graphs: true", "graphs: true graph_spec { batch_size: 1 }", "graph_spec is tried with the profile of every"),
-    ):
-        assert old in generated
-        path.write_text(generated.replace(old, new))
-        one([*doctor.config_of(repository, "gpu", serving)], "config", "FAIL", words)
+    one([*check_configuration(repository, "gpu", serving)], "config", "ok", "as it was generated")
+    (found,) = edited(repository, edit, "gpu")
+    assert found.startswith("FAIL ")
+    assert re.search(words, found), found
 
 
-def test_whatever_the_generator_writes_steps_into_no_trap(bundle: Bundle) -> None:
-    from bertqa.triton_config import triton_config
+def test_the_identity_of_a_version_that_is_not_loaded_harms_nobody(publish: Publish, repository: Repository) -> None:
+    publish()
+    publish(2)
+    (found,) = edited(repository, lambda c: c.parameters.pop("identity_2"))
+    assert found.startswith("WARN parameters.identity_2 is not set")
 
-    for target in ("cpu", "tensorrt"):
-        for instances in (1, 2, 5):
-            manifest = dataclasses.replace(bundle.manifest, target=target)
-            manifests = {1: manifest, 2: manifest, 3: manifest}
-            serving = Serving(active=2, loaded=(2, 3), instances=instances)
-            config = text_format.Parse(triton_config("x", manifests, serving), model_config_pb2.ModelConfig())
-            assert [*doctor.traps(config, "x", serving, {2: manifest, 3: manifest})] == []
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+@pytest.mark.parametrize("instances", [1, 2, 5])
+def test_a_written_configuration_is_read_back_without_a_difference(
+    publish: Publish, repository: Repository, target: str, instances: int
+) -> None:
+    for version in (1, 2, 3):
+        publish(version, model="x", target=target)
+    repository.configure("x", instances=instances)
+    repository.load("x", 3)
+    serving = repository.serving()["x"]
+    assert differences(repository.written_config("x"), repository.expected_config("x", serving)) == []
+    assert repository.is_configured("x")
 
 
 # ---- Triton ----
@@ -278,7 +387,12 @@ def test_whatever_the_generator_writes_steps_into_no_trap(bundle: Bundle) -> Non
 def test_no_triton_or_one_that_cannot_run(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifests = {"bert_qa 1": bundle.manifest}
     monkeypatch.setattr(triton_install, "WHEEL", "no-such-wheel")
-    one([*doctor.installation(manifests)], "Triton", "FAIL", "neither tritonserver on PATH nor .*pip install --no-deps")
+    one(
+        [*check_triton_installation(manifests)],
+        "Triton",
+        "FAIL",
+        "neither tritonserver on PATH nor .*pip install --no-deps",
+    )
     for script, words in (
         ("echo 'error while loading shared libraries: libb64.so' >&2; exit 127", "does not run.*libb64"),
         ("exit 1", "does not run on this machine: it says nothing"),
@@ -291,7 +405,7 @@ def test_no_triton_or_one_that_cannot_run(bundle: Bundle, tmp_path: Path, monkey
         server.write_text(f"#!/bin/sh\n{script}\n")
         server.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-        one([*doctor.installation(manifests)], "Triton", "FAIL", words)
+        one([*check_triton_installation(manifests)], "Triton", "FAIL", words)
 
 
 @pytest.mark.parametrize(
@@ -310,28 +424,30 @@ def test_a_triton_without_the_python_that_it_needs(
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(triton_install, name, value)
-    one([*doctor.installation({"bert_qa 1": bundle.manifest})], "Triton", "FAIL", words)
+    one([*check_triton_installation({"bert_qa 1": bundle.manifest})], "Triton", "FAIL", words)
 
 
 def test_a_triton_without_a_backend_for_tensorrt(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifests = {"x 1": dataclasses.replace(bundle.manifest, target="tensorrt")}
-    one([*doctor.installation(manifests)], "Triton", "FAIL", "has no backend for TensorRT, which x 1 needs; use the")
+    one(
+        [*check_triton_installation(manifests)], "Triton", "FAIL", "has no backend 'tensorrt', which x 1 needs; use the"
+    )
     server = tmp_path / "tritonserver"  # in NVIDIA's image
     server.write_text("#!/bin/sh\necho '| server_version | 2.70.0 |'; exec sleep 60\n")
     server.chmod(0o755)
     (tmp_path / "backends" / "tensorrt").mkdir(parents=True)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    one([*doctor.installation(manifests)], "Triton", "FAIL", "tritonserver has no backend for TensorRT")
-    monkeypatch.setattr(doctor, "BACKENDS", tmp_path / "backends")
-    one([*doctor.installation(manifests)], "Triton", "ok", r"tritonserver, 2\.70\.0")
+    one([*check_triton_installation(manifests)], "Triton", "FAIL", "tritonserver has no backend 'tensorrt'")
+    monkeypatch.setattr(triton_installation, "BACKENDS", tmp_path / "backends")
+    one([*check_triton_installation(manifests)], "Triton", "ok", r"tritonserver, 2\.70\.0")
 
 
 def test_versions_compare_as_numbers(bundle: Bundle) -> None:
     narrow = dataclasses.replace(bundle.manifest, triton=("2.9.0", "2.51.0"))
     for version, level in (("2.51.0", "ok"), ("2.9.0", "ok"), ("2.8.9", "FAIL"), ("2.100.0", "FAIL"), ("3.0", "FAIL")):
-        one([*doctor._in_range("Triton", version, "here", {"x 1": narrow})], "Triton", level, version)
+        one([check_triton_version("Triton", version, "here", {"x 1": narrow})], "Triton", level, version)
 
 
 def test_a_triton_that_does_not_answer_is_named(publish: Publish, examine: Callable[..., list[Finding]]) -> None:
@@ -366,7 +482,7 @@ def test_a_cpu_that_lacks_what_the_engine_was_built_with(
     bundle: Bundle, precision: str, built: tuple[str, ...], has: tuple[str, ...], level: str, words: str
 ) -> None:
     manifest = dataclasses.replace(bundle.manifest, precision=precision, cpu_features=built)
-    one([*doctor.processor({"x 1": manifest}, has, here=True)], "CPU", level, words)
+    one([*check_cpu({"x 1": manifest}, has, is_here=True)], "CPU", level, words)
 
 
 # ---- graphics ----
@@ -392,7 +508,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 
 
 def graphics(manifest: Manifest, *gpus: int) -> list[Finding]:
-    return [*doctor.graphics({"x 1": manifest}, {"x": Serving(active=1, loaded=(1,), gpus=gpus)}, here=True)]
+    return [*check_gpus({"x 1": manifest}, {"x": Serving(active=1, loaded=(1,), gpus=gpus)}, is_here=True)]
 
 
 def test_a_gpu_that_is_not_there_or_not_the_one(gpu_manifest: Manifest, nvidia_smi: Callable[[str], None]) -> None:
@@ -415,7 +531,7 @@ def test_a_gpu_that_is_not_there_or_not_the_one(gpu_manifest: Manifest, nvidia_s
 @pytest.mark.parametrize(
     ("number", "level", "words"),
     [
-        (None, "WARN", "no libnvinfer here to tell its version; x 1 needs 10.9.0: run the doctor in Triton's image"),
+        (None, "WARN", "no libnvinfer here to tell its version; x 1 needs 10.9.0; run the doctor in Triton's image"),
         (100900, "ok", "10.9.0, as x 1 needs"),
         (
             101303,
@@ -434,7 +550,7 @@ def test_the_version_of_tensorrt(
         return SimpleNamespace(getInferLibVersion=lambda: number)
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    one([doctor._tensorrt("x 1", gpu_manifest.runtime)], "TensorRT", level, words)
+    one([check_tensorrt("x 1", gpu_manifest.runtime)], "TensorRT", level, words)
 
 
 @pytest.mark.parametrize(("number", "level"), [(100900, "ok"), (101303, "ok"), (100801, "FAIL"), (110400, "FAIL")])
@@ -444,7 +560,7 @@ def test_an_engine_for_later_versions_too(
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(getInferLibVersion=lambda: number))
     runtime = {**gpu_manifest.runtime, "version_compatible": "true"}
     words = "x 1 needs, and --backend-config=tensorrt,version-compatible=true$" if level == "ok" else "x 1 was built"
-    one([doctor._tensorrt("x 1", runtime)], "TensorRT", level, words)
+    one([check_tensorrt("x 1", runtime)], "TensorRT", level, words)
 
 
 def test_an_engine_for_other_gpus_too(gpu_manifest: Manifest, nvidia_smi: Callable[[str], None]) -> None:
@@ -460,26 +576,26 @@ def test_an_engine_for_other_gpus_too(gpu_manifest: Manifest, nvidia_smi: Callab
 
 def test_ports_that_are_taken_and_by_whom(url: str) -> None:
     ours = int(url.rpartition(":")[2])
-    one([*doctor.ports("127.0.0.1", ours, None)], f"port {ours}", "ok", "the service is running")
+    one([*check_ports("127.0.0.1", ours, None)], f"port {ours}", "ok", "the service is running")
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         taken = listener.getsockname()[1]
         one(
-            [*doctor.ports("127.0.0.1", ours, taken)][:2],
+            [*check_ports("127.0.0.1", ours, taken)][:2],
             f"port {taken}",
             "WARN",
             r"taken by something else; .*would use \d+",
         )
-    one([*doctor.ports("192.0.2.1", 8000, None)], "port 8000", "FAIL", "192.0.2.1: cannot listen there")
+    one([*check_ports("192.0.2.1", 8000, None)], "port 8000", "FAIL", "192.0.2.1: cannot listen there")
 
 
 def test_too_little_shared_memory(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     serving = {MODEL_NAME: Serving(active=7, loaded=(7,), instances=3)}
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=2, f_frsize=2**20))
     one(
-        [doctor.shared_memory(serving, [bundle])],
+        [check_shared_memory(serving, [bundle])],
         "shared",
         "FAIL",
         "2 MiB free in /dev/shm, 3 engines need 12; .*--shm-size",
     )
     gpu = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, target="tensorrt"))
-    one([doctor.shared_memory(serving, [gpu])], "shared", "ok", "not needed")
+    one([check_shared_memory(serving, [gpu])], "shared", "ok", "not needed")

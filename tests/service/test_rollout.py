@@ -23,8 +23,7 @@ import pytest
 from bertqa.command import status
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from service import rollout
-from service.commands import doctor, models
+from service.commands import doctor, models, triton_admin
 from service.runtime.triton_process import EmbeddedTriton
 from service.triton import TritonModel
 from tests.support.bundles import CONTEXT, break_engine, expect_another_answer, flip, publish
@@ -323,7 +322,9 @@ def test_models_and_doctor_speak_tls(
             checked, looked, said = told(**settings)
             assert (checked, looked) == (1, 1), said
             assert len(re.findall(reason, said)) == 2, said
-        monkeypatch.setattr(rollout, "_host", lambda url: "localhost.test")  # a name that is not in the certificate
+        monkeypatch.setattr(
+            triton_admin, "_host", lambda url: "localhost.test"
+        )  # a name that is not in the certificate
         assert told(ca="ca.pem", **own)[:2] == (1, 1)
 
 

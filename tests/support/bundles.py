@@ -13,7 +13,7 @@ from bertqa.manifest import MODEL_NAME, Manifest, sha256_of
 from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad
 from engine_builder.build import BuildOptions, build
-from engine_builder.openvino_model import engine_sha256
+from engine_builder.targets.openvino_model import engine_sha256
 from tests.support.checkpoints import write_checkpoint
 
 CONTEXT = "Ada Lovelace wrote the first program in London."

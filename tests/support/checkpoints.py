@@ -10,7 +10,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from engine_builder.checkpoint import BertConfig
+from engine_builder.architectures import read_architecture
 
 _TEXT = "Ada Lovelace wrote the first program in London. Who wrote it? Where was it written? Horovod was made at Uber."
 
@@ -44,7 +44,7 @@ def write_checkpoint(directory: Path, *, prefix: str = "bert.", text: str = _TEX
         json.dumps({"name": "tiny", "max_seq_len": 128, "overlap": 16, "max_question_tokens": 16})
     )
     random = np.random.default_rng(0)
-    shapes = BertConfig.read(directory / "config.json").shapes()
+    shapes = read_architecture(directory).shapes()
     weights = {
         name if name.startswith("qa_outputs") else prefix + name: random.normal(
             "LayerNorm.weight" in name, 0.2, shape

@@ -26,8 +26,8 @@ import tensorrt as trt
 from cuda.core.graph import Graph, GraphBuilder
 
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
-from engine_builder import tensorrt_build
 from engine_builder.build import BuildOptions, build
+from engine_builder.targets import tensorrt as target
 
 STREAM = 7
 Builder, OnnxParser, Runtime = trt.Builder, trt.OnnxParser, trt.Runtime  # before others stand in their places
@@ -294,9 +294,9 @@ def main(options: BuildOptions) -> dict[str, Any]:
     with ExitStack() as stack:
         capture, graph = _cuda(stack)
         for owner, name, replacement in (
-            (tensorrt_build, "missing_parts", dict),
-            (tensorrt_build, "_WARM_UP_CALLS", 1),
-            (tensorrt_build, "_CALLS", 9),
+            (target, "missing_parts", dict),
+            (target, "_WARM_UP_CALLS", 1),
+            (target, "_CALLS", 9),
             (polygraphy.cuda.cuda, "G_CUDA", HostMemory()),
             (trt, "Builder", made.builder),
             (trt, "OnnxParser", made.parser),

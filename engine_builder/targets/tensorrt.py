@@ -1,7 +1,7 @@
 """Weights -> TensorRT engine, through Polygraphy: one optimization profile for each length bucket.
 
-For TensorRT 10 and 11. The graph states the type of every tensor (`engine_builder.bert_onnx`) and the network is built
-strongly typed, so no precision flag is set: version 11 has none left, and takes int8 and fp8 from the graph alone.
+For TensorRT 10 and 11. The graph states the type of every tensor (`engine_builder.architectures`) and the network is
+built strongly typed, so no precision flag is set: version 11 has none left, and takes int8 and fp8 from the graph.
 Every profile has one length, for which TensorRT chooses its kernels; windows are padded to just these lengths. NVIDIA's
 packages are imported when they are needed, so that a machine without them can build for the CPU.
 """
@@ -12,11 +12,10 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import onnx
@@ -25,8 +24,9 @@ from bertqa.hardware import AMPERE
 from bertqa.manifest import sha256_of
 from bertqa.spans import Logits
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
-from engine_builder.bert_onnx import FloatType, build_graph
-from engine_builder.engine import Engine, Source, percentiles
+from engine_builder.architectures import build_graph
+from engine_builder.architectures.graph import FloatType
+from engine_builder.engine import Engine, EngineOptions, Source, percentiles
 from engine_builder.publish import BuildRefused
 from engine_builder.quantization import QuantizedType, calibrate
 
@@ -46,46 +46,86 @@ _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorRTOptions:
-    """What this target alone can be told; the fields are flags of the command line."""
+class TensorRT:
+    """TensorRT on an NVIDIA GPU, under Triton's own backend for it; see `engine_builder.targets.Target`."""
 
-    max_batch_size: int = 1
-    optimization_level: int | None = None  # TensorRT's own default
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
+    precisions: Sequence[str] = PRECISIONS
+    calibrated = frozenset[str](CALIBRATED)
+    uncalibrated: str = DEFAULT_PRECISION
+    own_options = frozenset({"gpus", "optimization_level", "timing_cache", "version_compatible", "hardware_compatible"})
 
+    def default_precision(self) -> str:
+        """The fastest that needs no calibration."""
+        return DEFAULT_PRECISION
 
-def check_machine(precision: Precision, options: TensorRTOptions) -> None:
-    """Refuse to begin what cannot end.
+    def diagnose(self) -> Mapping[str, str]:
+        """See `missing_parts`."""
+        return missing_parts()
 
-    Raises:
-        BuildRefused: TensorRT, the driver or a GPU is missing, or the GPU cannot compute in this precision, or not
-            build for other GPUs.
-    """
-    if missing := missing_parts():
-        parts = "".join(f"\n  - {part}: {mend}" for part, mend in missing.items())
-        raise BuildRefused(f"--target tensorrt needs what this machine has not:{parts}\n--target cpu works here")
-    from cuda.core import Device  # noqa: PLC0415
+    def check_machine(self, precision: str, options: EngineOptions) -> str:
+        """Refuse what TensorRT, the driver or the GPU cannot do; see `Target`."""
+        cache, wanted = options.timing_cache, cast(Precision, precision)
+        if cache and not cache.absolute().parent.is_dir():
+            raise BuildRefused(f"--timing-cache {cache}: there is no such directory to write it in")
+        if missing := missing_parts():
+            parts = "".join(f"\n  - {part}: {fix}" for part, fix in missing.items())
+            raise BuildRefused(f"--target tensorrt needs what this machine has not:{parts}\n--target cpu works here")
+        from cuda.core import Device  # noqa: PLC0415
 
-    device = Device()
-    found = (device.compute_capability.major, device.compute_capability.minor)
-    if found < (needed := _CAPABILITY[precision]):
-        able = [name for name, least in _CAPABILITY.items() if least <= found]
-        raise BuildRefused(
-            f"--precision {precision}: {device.name} has compute capability {_dotted(found)}, and {_dotted(needed)} is "
-            f"needed; {' and '.join(able) or 'nothing'} would work"
-        )
-    if options.hardware_compatible and found < AMPERE:
-        raise BuildRefused(
-            f"--hardware-compatible: {device.name} has compute capability {_dotted(found)}, and TensorRT builds for "
-            f"other GPUs from {_dotted(AMPERE)} on"
+        device = Device()
+        found = (device.compute_capability.major, device.compute_capability.minor)
+        if found < (needed := _CAPABILITY[wanted]):
+            able = [name for name, least in _CAPABILITY.items() if least <= found]
+            raise BuildRefused(
+                f"--precision {precision}: {device.name} has compute capability {_dotted(found)}, and "
+                f"{_dotted(needed)} is needed; {' and '.join(able) or 'nothing'} would work"
+            )
+        if options.hardware_compatible and found < AMPERE:
+            raise BuildRefused(
+                f"--hardware-compatible: {device.name} has compute capability {_dotted(found)}, and TensorRT builds "
+                f"for other GPUs from {_dotted(AMPERE)} on"
+            )
+        return precision
+
+    def build(
+        self, source: Source, directory: Path, precision: str, options: EngineOptions, stack: ExitStack
+    ) -> Engine:
+        """Build and load the engine; the graph is written beside the directory; see `Target`."""
+        from polygraphy.backend.trt import EngineBytesFromNetwork, EngineFromBytes, NetworkFromOnnxPath  # noqa: PLC0415
+        from polygraphy.exception import PolygraphyException  # noqa: PLC0415
+        from polygraphy.logger import G_LOGGER  # noqa: PLC0415
+
+        G_LOGGER.module_severity = G_LOGGER.WARNING
+        _load_cuda_runtime()
+        runtime = _runtime(options)  # what cannot be told is known before minutes of building
+        graph = directory.parent / "typed.onnx"
+        onnx.save(typed_graph(source, cast(Precision, precision)), graph)
+        plan = directory / ENGINE_FILE
+        cache = str(options.timing_cache) if options.timing_cache else None
+        try:
+            engine_bytes = EngineBytesFromNetwork(
+                NetworkFromOnnxPath(str(graph), strongly_typed=True),
+                config=builder_config(source.buckets, options),
+                save_timing_cache=cache,
+            )()
+            plan.write_bytes(engine_bytes)
+            engine = EngineFromBytes(plan.read_bytes())()
+            runners = _runners(engine, source.buckets, stack)
+        except PolygraphyException as error:
+            raise BuildRefused(f"--target tensorrt: TensorRT built no engine: {error}") from error
+        return Engine(
+            file=ENGINE_FILE,
+            sha256=sha256_of(plan),
+            onnx_sha256=sha256_of(graph),
+            runtime=runtime,
+            predict=partial(_predict, runners),
+            latency=partial(_latency, runners),
+            max_batch_size=options.max_batch_size,
         )
 
 
 def missing_parts() -> dict[str, str]:
-    """What an engine cannot be built without, and what mends it; empty where all is there."""
+    """What an engine cannot be built without and this machine lacks, and how to get it; empty where all is there."""
     missing = {}
     for module, package in (("polygraphy", "polygraphy"), ("cuda.core", "cuda-core")):
         try:
@@ -93,13 +133,13 @@ def missing_parts() -> dict[str, str]:
         except ImportError:
             install = "pip install --constraint constraints.txt --editable '.[tensorrt]'"
             missing[f"the Python package {package}"] = install
-    mend = "build in NVIDIA's container of Triton's own release, or pip install tensorrt"
+    fix = "build in NVIDIA's container of Triton's own release, or pip install tensorrt"
     try:
         tensorrt = importlib.import_module("tensorrt")
         if int(tensorrt.__version__.split(".")[0]) < 10:
-            missing["TensorRT 10 or 11"] = f"this is {tensorrt.__version__}; {mend}"
+            missing["TensorRT 10 or 11"] = f"this is {tensorrt.__version__}; {fix}"
     except (ImportError, OSError) as error:
-        missing["TensorRT (libnvinfer)"] = f"{error}; {mend}"
+        missing["TensorRT (libnvinfer)"] = f"{error}; {fix}"
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -116,62 +156,16 @@ def missing_parts() -> dict[str, str]:
     return missing
 
 
-def build(source: Source, directory: Path, precision: Precision, options: TensorRTOptions, stack: ExitStack) -> Engine:
-    """Build the engine of a bundle, and load it.
-
-    Args:
-        source: what to build; int8 and fp8 need its calibration windows.
-        directory: of the bundle; gets the engine's file. The graph is written beside it.
-        precision: one that this GPU has.
-        options: of the builder.
-        stack: ends the engine's use of the GPU.
-
-    Raises:
-        BuildRefused: the CUDA runtime is missing, or TensorRT did not build it; the message has its reason.
-    """
-    from polygraphy.backend.trt import EngineBytesFromNetwork, EngineFromBytes, NetworkFromOnnxPath  # noqa: PLC0415
-    from polygraphy.exception import PolygraphyException  # noqa: PLC0415
-    from polygraphy.logger import G_LOGGER  # noqa: PLC0415
-
-    G_LOGGER.module_severity = G_LOGGER.WARNING
-    _load_cuda_runtime()
-    runtime = _runtime(options)  # what cannot be told is known before minutes of building
-    graph = directory.parent / "typed.onnx"
-    onnx.save(typed_graph(source, precision), graph)
-    plan = directory / ENGINE_FILE
-    cache = str(options.timing_cache) if options.timing_cache else None
-    try:
-        engine_bytes = EngineBytesFromNetwork(
-            NetworkFromOnnxPath(str(graph), strongly_typed=True),
-            config=builder_config(source.buckets, options),
-            save_timing_cache=cache,
-        )()
-        plan.write_bytes(engine_bytes)
-        engine = EngineFromBytes(plan.read_bytes())()
-        runners = _runners(engine, source.buckets, stack)
-    except PolygraphyException as error:
-        raise BuildRefused(f"--target tensorrt: TensorRT built no engine: {error}") from error
-    return Engine(
-        file=ENGINE_FILE,
-        sha256=sha256_of(plan),
-        onnx_sha256=sha256_of(graph),
-        runtime=runtime,
-        predict=partial(_predict, runners),
-        latency=partial(_latency, runners),
-        max_batch_size=options.max_batch_size,
-    )
-
-
 def typed_graph(source: Source, precision: Precision) -> onnx.ModelProto:
     """The graph to build from; what int8 and fp8 leave in floating point is float16."""
     float_type: FloatType = "bfloat16" if precision == "bf16" else "float16"
     quantization = None
     if precision in CALIBRATED:
         quantization = calibrate(source.reference, source.weights, source.calibration, precision)
-    return build_graph(source.config, source.weights, float_type, quantization)
+    return build_graph(source.architecture, source.weights, float_type, quantization)
 
 
-def builder_config(buckets: Sequence[int], options: TensorRTOptions) -> Callable[..., Any]:
+def builder_config(buckets: Sequence[int], options: EngineOptions) -> Callable[..., Any]:
     """Polygraphy's recipe of a builder configuration: profile n is for bucket n."""
     import tensorrt  # noqa: PLC0415
     from polygraphy.backend.trt import CreateConfig, Profile  # noqa: PLC0415
@@ -241,7 +235,7 @@ def _latency(runners: Mapping[int, Any], windows: Sequence[Window]) -> dict[str,
     return plain | percentiles(milliseconds(lambda: graph.launch(stream)), "graph_")
 
 
-def _runtime(options: TensorRTOptions) -> dict[str, str]:
+def _runtime(options: EngineOptions) -> dict[str, str]:
     import tensorrt  # noqa: PLC0415
     from cuda.core import Device, system  # noqa: PLC0415
 

@@ -22,9 +22,9 @@ from bertqa.manifest import BundleMismatch, Manifest
 from bertqa.repository import Repository
 from bertqa.squad import MalformedSquad, read_squad
 from bertqa.windows import Window, WindowMaker
-from engine_builder import openvino_build
-from engine_builder.openvino_build import Precision
 from engine_builder.publish import BuildRefused
+from engine_builder.targets import openvino
+from engine_builder.targets.openvino import Precision
 
 LISTS = ("64,128,256,384,512", "64,128,256,384", "64,128,192,256,384", "64,128,160,192,256,384")
 BLOCK = 10
@@ -34,7 +34,7 @@ BLOCK = 10
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m engine_builder.compare_buckets",
+        prog="python -m engine_builder.benchmarks.compare_buckets",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -134,7 +134,7 @@ def _serve(
         buckets=buckets,
     )
     precision: Precision = manifest.precision  # type: ignore[assignment]  # of a CPU engine
-    predict = openvino_build.load(directory / manifest.engine_file, precision, buckets, args.threads)
+    predict = openvino.load(directory / manifest.engine_file, precision, buckets, args.threads)
     examples = read_squad(args.data)
     chosen = examples[:: max(1, len(examples) // args.questions)][: args.questions]
     windows = [window for each in chosen for window in maker(each.question, each.context).windows]

@@ -1,4 +1,8 @@
-"""``bertqa doctor``: look for what would go wrong before it does."""
+"""``bertqa doctor``: look for what would go wrong, before it does, and say how to fix it.
+
+Each module here looks at one thing and yields `Finding`s; `diagnose` runs them in the order in which one needs another.
+Nothing is changed, and the doctor may run beside a service that answers.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -48,10 +52,10 @@ def doctor(options: DoctorOptions) -> int:
     Prints a line for each thing it looked at: ok, WARN for what works worse than it could, FAIL for what does not
     work. Ends with exit code 1 if something fails. It changes nothing and may run beside a service that answers.
     """
-    from service.doctor import examine  # noqa: PLC0415
+    from service.commands.doctor.diagnose import diagnose  # noqa: PLC0415
 
     found = []
-    for finding in examine(options):
+    for finding in diagnose(options):
         found.append(finding)
         if options.format == "text":
             print(finding, flush=True)

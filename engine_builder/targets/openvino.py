@@ -6,11 +6,13 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import openvino as ov
 
@@ -19,39 +21,76 @@ from bertqa.manifest import sha256_of
 from bertqa.spans import Logits
 from bertqa.squad import Predict
 from bertqa.windows import INPUT_NAMES, Window
-from engine_builder import openvino_model
-from engine_builder.engine import Engine, Source, wall_clock
+from engine_builder.engine import Engine, EngineOptions, Source, wall_clock
+from engine_builder.targets import openvino_model
 
 Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 ENGINE_FILE = "engine.xml"
 
 
-def build(source: Source, directory: Path, precision: Precision, threads: int, max_batch_size: int = 1) -> Engine:
-    """Build the engine of a bundle, and load it.
+class OpenVINO:
+    """OpenVINO on this machine's CPU, under Triton's Python backend; see `engine_builder.targets.Target`."""
 
-    Args:
-        source: what to build.
-        directory: of the bundle; gets the engine's files and the code that Triton's Python backend runs.
-        precision: one that this CPU supports.
-        threads: cores that the engine may use; 0 is all.
-        max_batch_size: windows that Triton may put into one call.
-    """
-    path = directory / ENGINE_FILE
-    convert(source.reference, path, precision, source.calibration)
-    predict = load(path, precision, source.buckets, threads)
-    shutil.copy(openvino_model.__file__, directory / "model.py")
-    return Engine(
-        file=ENGINE_FILE,
-        sha256=openvino_model.engine_sha256(path),
-        onnx_sha256=sha256_of(source.reference),
-        runtime={"python": platform.python_version()}
-        | {name: version_of(name) for name in ("openvino", "onnxruntime", "onnx", "nncf")},
-        predict=predict,
-        latency=partial(wall_clock, predict),
-        max_batch_size=max_batch_size,
-        cpu_features=cpu_features(),
-    )
+    precisions: Sequence[str] = PRECISIONS
+    calibrated = frozenset({"int8"})
+    uncalibrated = "fp32"
+    own_options = frozenset[str]()
+
+    def default_precision(self) -> str:
+        """The fastest on this CPU among those that keep F1; docs/benchmarks.md has the comparison.
+
+        With AMX bf16 is as fast as int8, closer to float32, and built without calibration. With AVX-512 alone it is
+        slower than fp32, and int8 is fastest wherever its products are added up in 32 bits.
+        """
+        if multiplies_bf16_fast():
+            return "bf16"
+        return "int8" if adds_int8_fast() else "fp32"
+
+    def diagnose(self) -> Mapping[str, str]:
+        """Nothing is missing: every machine has a CPU."""
+        return {}
+
+    def check_machine(self, precision: str, options: EngineOptions) -> str:
+        """Take fp32 where this CPU would only emulate bf16, and say which precision is faster."""
+        wanted = cast(Precision, precision)
+        supported = supported_precision(wanted)
+        if supported != wanted:
+            faster = " (--precision int8 is faster)" if adds_int8_fast() else ""
+            print(f"this CPU has no {wanted}; building {supported} instead{faster}", file=sys.stderr)
+        elif wanted == "int8" and not adds_int8_fast():
+            print("this CPU has no int8 instructions; --precision fp32 is faster", file=sys.stderr)
+        elif wanted == "bf16" and not multiplies_bf16_fast():
+            print(
+                f"this CPU multiplies bf16 without AMX; --precision {self.default_precision()} is faster",
+                file=sys.stderr,
+            )
+        return supported
+
+    def build(
+        self,
+        source: Source,
+        directory: Path,
+        precision: str,
+        options: EngineOptions,
+        stack: ExitStack,  # holds nothing that outlives the process
+    ) -> Engine:
+        """Build the engine, and copy the code that Triton's Python backend runs beside it."""
+        path, kind = directory / ENGINE_FILE, cast(Precision, precision)
+        convert(source.reference, path, kind, source.calibration)
+        predict = load(path, kind, source.buckets, options.threads or 0)
+        shutil.copy(openvino_model.__file__, directory / "model.py")
+        return Engine(
+            file=ENGINE_FILE,
+            sha256=openvino_model.engine_sha256(path),
+            onnx_sha256=sha256_of(source.reference),
+            runtime={"python": platform.python_version()}
+            | {name: version_of(name) for name in ("openvino", "onnxruntime", "onnx", "nncf")},
+            predict=predict,
+            latency=partial(wall_clock, predict),
+            max_batch_size=options.max_batch_size,
+            cpu_features=cpu_features(),
+        )
 
 
 def load(path: Path, precision: Precision, buckets: Sequence[int], threads: int) -> Predict:
@@ -65,17 +104,6 @@ def load(path: Path, precision: Precision, buckets: Sequence[int], threads: int)
         return start, end
 
     return predict
-
-
-def default_precision() -> Precision:
-    """The fastest on this CPU among those that keep F1; docs/benchmarks.md has the comparison.
-
-    With AMX bf16 is as fast as int8, closer to float32, and built without calibration. With AVX-512 alone it is slower
-    than fp32, and int8 is fastest wherever its products are added up in 32 bits.
-    """
-    if multiplies_bf16_fast():
-        return "bf16"
-    return "int8" if adds_int8_fast() else "fp32"
 
 
 def supported_precision(wanted: Precision) -> Precision:
@@ -99,7 +127,7 @@ def convert(onnx_file: Path, destination: Path, precision: Precision, calibratio
     """Convert a graph and write it as ``destination`` (``.xml``) with its ``.bin``.
 
     Args:
-        onnx_file: of `engine_builder.bert_onnx`, float32.
+        onnx_file: of `engine_builder.architectures`, float32.
         destination: the ``.xml`` file to write.
         precision: weights are stored as float32, float16 (for bf16) or int8 with float32 embeddings, which all
             buckets and processes then share as they lie in the file.

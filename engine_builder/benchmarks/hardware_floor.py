@@ -21,8 +21,10 @@ from bertqa.hardware import cpu_features
 from bertqa.manifest import BundleMismatch
 from bertqa.repository import Repository
 from bertqa.squad import MalformedSquad, read_squad
-from engine_builder.checkpoint import CONFIG_FILE, GATE_FILE, BertConfig, InvalidCheckpoint
-from engine_builder.openvino_build import PRECISIONS, Precision, supported_precision
+from engine_builder.architectures import read_architecture
+from engine_builder.architectures.encoder import Encoder
+from engine_builder.checkpoint import GATE_FILE, InvalidCheckpoint
+from engine_builder.targets.openvino import PRECISIONS, Precision, supported_precision
 
 SIDE = 2048
 """Rows and columns of the matrices."""
@@ -32,7 +34,7 @@ _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m engine_builder.hardware_floor",
+        prog="python -m engine_builder.benchmarks.hardware_floor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -46,13 +48,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Measure and print the tables."""
-    config = BertConfig.read(args.checkpoint / CONFIG_FILE)
+    encoder = read_architecture(args.checkpoint).encoder
     bundle = Repository(args.repository).open()
     latency, own = bundle.manifest.latency_ms, bundle.manifest.precision
     precisions = [each for each in PRECISIONS if supported_precision(each) == each]
     peaks = {each: peak_rate(each, args.seconds) for each in precisions}
     bandwidth = copy_rate(args.seconds)
-    weights = encoder_weights(config)
+    weights = encoder_weights(encoder)
     print(f"{', '.join(cpu_features())}\n")
     print("| precision | matrix product, 10⁹ operations/s | encoder's weights, MB | read once, ms |")
     print("|---|---:|---:|---:|")
@@ -64,11 +66,11 @@ def main(args: argparse.Namespace) -> None:
     print(f"| tokens | 10⁹ operations | {floors_of} | engine, {own}, ms | floor / engine |")
     print("|---:|---:|" + "---:|" * (len(peaks) + 2))
     for bucket in bundle.manifest.buckets:
-        floors = {each: 1e3 * floor(config, bucket, each, peaks) for each in peaks}
+        floors = {each: 1e3 * floor(encoder, bucket, each, peaks) for each in peaks}
         engine = latency.get(str(bucket), {}).get("p50", float("nan"))
         share = floors.get(own, float("nan")) / engine  # type: ignore[call-overload]
         cells = " | ".join(f"{each:.2f}" for each in floors.values())
-        print(f"| {bucket} | {sum(operations(config, bucket)) / 1e9:.2f} | {cells} | {engine:.2f} | {share:.0%} |")
+        print(f"| {bucket} | {sum(operations(encoder, bucket)) / 1e9:.2f} | {cells} | {engine:.2f} | {share:.0%} |")
     found = Counter(
         window.length
         for example in read_squad(args.checkpoint / GATE_FILE)
@@ -77,18 +79,18 @@ def main(args: argparse.Namespace) -> None:
     told = ", ".join(f"{length}: {count / found.total():.0%}" for length, count in sorted(found.items()))
     print(f"\nThe windows of {GATE_FILE} (tokens {told}): at most")
     for each in peaks:
-        mean = sum(floor(config, length, each, peaks) * count for length, count in found.items()) / found.total()
+        mean = sum(floor(encoder, length, each, peaks) * count for length, count in found.items()) / found.total()
         print(f"{1 / mean:.0f}/s in {each}")
 
 
-def floor(config: BertConfig, length: int, precision: Precision, peaks: Mapping[Precision, float]) -> float:
+def floor(encoder: Encoder, length: int, precision: Precision, peaks: Mapping[Precision, float]) -> float:
     """Seconds that a window takes at least; attention's own products stay in floating point where weights are int8."""
-    dense, attention = operations(config, length)
+    dense, attention = operations(encoder, length)
     floats = max(rate for each, rate in peaks.items() if each != "int8")
     return dense / peaks[precision] + attention / (floats if precision == "int8" else peaks[precision])
 
 
-def operations(config: BertConfig, length: int) -> tuple[int, int]:
+def operations(encoder: Encoder, length: int) -> tuple[int, int]:
     """Multiplications and additions in the matrix products of a window, of so many tokens with its padding.
 
     Returns:
@@ -96,14 +98,14 @@ def operations(config: BertConfig, length: int) -> tuple[int, int]:
         and of the feed-forward part, 2 h f, and at the end of two columns for the logits, 2 h; and those of attention,
         of each layer and pair of tokens twice h for their score and twice h for its use.
     """
-    h, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    h, f, layers = encoder.hidden_size, encoder.intermediate_size, encoder.layers
     return 2 * length * (layers * (4 * h * h + 2 * h * f) + 2 * h), layers * 4 * length * length * h
 
 
-def encoder_weights(config: BertConfig) -> int:
+def encoder_weights(encoder: Encoder) -> int:
     """Weights that every window reads, which those of the embeddings are not."""
-    h, f = config.hidden_size, config.intermediate_size
-    return config.num_hidden_layers * (4 * h * h + 2 * h * f)
+    h, f = encoder.hidden_size, encoder.intermediate_size
+    return encoder.layers * (4 * h * h + 2 * h * f)
 
 
 def peak_rate(precision: Precision, seconds: float) -> float:

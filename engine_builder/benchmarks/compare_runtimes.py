@@ -1,6 +1,6 @@
 r"""Which runtime answers fastest with a checkpoint, and what it costs in F1: a Markdown table, and a bar chart.
 
-    python -m engine_builder.compare_runtimes --checkpoint checkpoints/minilm-l6-squad --data dev-v1.1.json \
+    python -m engine_builder.benchmarks.compare_runtimes --checkpoint checkpoints/minilm-l6-squad --data dev-v1.1.json \
         --lengths 128 384 --chart chart.png
 
 The framework that trained the checkpoint and every engine that runs on this machine see the same real windows, one at
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,20 @@ import onnx
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from bertqa.hardware import cpu_name
 from bertqa.manifest import BundleMismatch, Settings
 from bertqa.spans import Logits
 from bertqa.squad import Example, MalformedSquad, Predict, answer_all, read_squad, score
 from bertqa.windows import OUTPUT_NAMES, Window, WindowMaker
-from engine_builder import openvino_build, tensorrt_build
-from engine_builder.bert_onnx import build_graph
+from engine_builder.architectures import build_graph, read_architecture
+from engine_builder.architectures.encoder import Encoder
 from engine_builder.build import calibration_windows, window_maker
-from engine_builder.checkpoint import (
-    CALIBRATION_FILE,
-    CONFIG_FILE,
-    BertConfig,
-    InvalidCheckpoint,
-    find_checkpoint,
-    read_weights,
-)
-from engine_builder.engine import Source, full_windows
+from engine_builder.checkpoint import CALIBRATION_FILE, InvalidCheckpoint, find_checkpoint, read_weights
+from engine_builder.engine import EngineOptions, Source, full_windows
 from engine_builder.gate import load_onnx
 from engine_builder.publish import BuildRefused
-from engine_builder.tensorrt_build import TensorRTOptions
+from engine_builder.targets import TARGETS, openvino
+from engine_builder.targets.openvino import Precision
 
 BASELINE = "ONNX Runtime fp32"
 CALLS = 5  # measured calls in a row, after one that is not
@@ -75,11 +71,11 @@ class Unavailable(Exception):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m engine_builder.compare_runtimes",
+        prog="python -m engine_builder.benchmarks.compare_runtimes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="BERT for question answering")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="a question-answering checkpoint")
     parser.add_argument("--data", required=True, type=Path, metavar="SQUAD_JSON", help="windows and questions")
     parser.add_argument(
         "--calibration-data",
@@ -105,8 +101,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Build every variant, time them side by side, score them, print the table."""
     checkpoint = find_checkpoint(args.checkpoint)
-    config = BertConfig.read(checkpoint / CONFIG_FILE)
-    maker = window_maker(checkpoint, Settings.of_checkpoint(checkpoint), config)
+    architecture = read_architecture(checkpoint)
+    maker = window_maker(checkpoint, Settings.of_checkpoint(checkpoint), architecture)
     lengths = args.lengths or list(maker.buckets)
     if unknown := [length for length in lengths if length not in maker.buckets]:
         raise InvalidCheckpoint(f"--lengths {unknown[0]}: the model's buckets are {', '.join(map(str, maker.buckets))}")
@@ -117,9 +113,15 @@ def main(args: argparse.Namespace) -> None:
         calibration = calibration_windows(read_squad(calibration_file), maker)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         plain = Path(directory) / "plain.onnx"
-        weights = read_weights(checkpoint, config)
-        onnx.save(build_graph(config, weights), plain)
-        source = Source(config=config, weights=weights, reference=plain, buckets=maker.buckets, calibration=calibration)
+        weights = read_weights(checkpoint, architecture)
+        onnx.save(build_graph(architecture, weights), plain)
+        source = Source(
+            architecture=architecture,
+            weights=weights,
+            reference=plain,
+            buckets=maker.buckets,
+            calibration=calibration,
+        )
         rows: dict[str, Row] = {}
         runtimes: dict[str, Runtime] = {}
         for name, build in tqdm(_variants(source, checkpoint, args.threads, stack).items(), "building"):
@@ -138,78 +140,84 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _variants(source: Source, checkpoint: Path, threads: int, stack: ExitStack) -> Mapping[str, Callable[[], Runtime]]:
-    plain = source.reference
-    fused = plain.with_name("fused.onnx")
-    dynamic = plain.with_name("dynamic.onnx")
-    static = plain.with_name("static.onnx")
-
-    def build_fused() -> Runtime:
-        _fuse(plain, fused, source.config)
-        return Runtime(load_onnx(fused, threads=threads, spinning=True))
-
-    def build_dynamic() -> Runtime:
-        _quantize_dynamic(fused, dynamic)
-        return Runtime(load_onnx(dynamic, threads=threads, spinning=True))
-
-    def check_calibration() -> None:
-        if not source.calibration:
-            raise Unavailable("needs --calibration-data")
-
-    def build_static() -> Runtime:
-        check_calibration()
-        _quantize_static(plain, static, source.calibration)
-        return Runtime(load_onnx(static, threads=threads, spinning=True))
-
-    def openvino(precision: openvino_build.Precision) -> Callable[[], Runtime]:
-        def build() -> Runtime:
-            if (found := openvino_build.supported_precision(precision)) != precision:
-                raise Unavailable(f"this CPU has no {precision}, and would compute in {found}")
-            if precision == "int8":
-                check_calibration()
-            path = plain.with_name(f"{precision}.xml")
-            openvino_build.convert(plain, path, precision, source.calibration)
-            return Runtime(openvino_build.load(path, precision, source.buckets, threads))
-
-        return build
-
-    def tensorrt(precision: tensorrt_build.Precision) -> Callable[[], Runtime]:
-        def build() -> Runtime:
-            options = TensorRTOptions()
-            tensorrt_build.check_machine(precision, options)
-            if precision in tensorrt_build.CALIBRATED:
-                check_calibration()
-            directory = plain.parent / f"tensorrt-{precision}"
-            directory.mkdir()
-            engine = tensorrt_build.build(source, directory, precision, options, stack)
-            return Runtime(engine.predict, engine.latency)
-
-        return build
-
-    def no_tensorrt() -> Runtime:
-        raise Unavailable(f"needs {', '.join(missing)}")
-
-    missing = tensorrt_build.missing_parts()
+    """What builds each runtime, in the table's order."""
     return {
         "PyTorch fp32, CPU": lambda: _load_torch(checkpoint, "cpu", threads),
         _FRAMEWORK_ON_GPU: lambda: _load_torch(checkpoint, "cuda", threads),
-        BASELINE: lambda: Runtime(load_onnx(plain, threads=threads, spinning=True)),
+        **_onnx_runtime(source, threads),
+        **{f"OpenVINO {each}": partial(_openvino, source, each, threads) for each in openvino.PRECISIONS},
+        **_tensorrt(source, stack),
+    }
+
+
+def _onnx_runtime(source: Source, threads: int) -> Mapping[str, Callable[[], Runtime]]:
+    plain = source.reference
+    fused, dynamic, static = (plain.with_name(f"{name}.onnx") for name in ("fused", "dynamic", "static"))
+
+    def load(path: Path) -> Runtime:
+        return Runtime(load_onnx(path, threads=threads, spinning=True))
+
+    def build_fused() -> Runtime:
+        _fuse(plain, fused, source.architecture.encoder)
+        return load(fused)
+
+    def build_dynamic() -> Runtime:
+        _quantize_dynamic(fused, dynamic)
+        return load(dynamic)
+
+    def build_static() -> Runtime:
+        _check_calibration(source)
+        _quantize_static(plain, static, source.calibration)
+        return load(static)
+
+    return {
+        BASELINE: lambda: load(plain),
         "ONNX Runtime fp32, fused": build_fused,
         "ONNX Runtime int8, fused, dynamic": build_dynamic,
         "ONNX Runtime int8, static": build_static,
-        **{f"OpenVINO {precision}": openvino(precision) for precision in openvino_build.PRECISIONS},
-        **(
-            {"TensorRT": no_tensorrt}
-            if missing
-            else {f"TensorRT {precision}": tensorrt(precision) for precision in tensorrt_build.PRECISIONS}
-        ),
     }
+
+
+def _openvino(source: Source, precision: Precision, threads: int) -> Runtime:
+    if (found := openvino.supported_precision(precision)) != precision:
+        raise Unavailable(f"this CPU has no {precision}, and would compute in {found}")
+    if precision in TARGETS["cpu"].calibrated:
+        _check_calibration(source)
+    path = source.reference.with_name(f"{precision}.xml")
+    openvino.convert(source.reference, path, precision, source.calibration)
+    return Runtime(openvino.load(path, precision, source.buckets, threads))
+
+
+def _tensorrt(source: Source, stack: ExitStack) -> Mapping[str, Callable[[], Runtime]]:
+    target, options = TARGETS["tensorrt"], EngineOptions()
+
+    def build(precision: str) -> Runtime:
+        target.check_machine(precision, options)
+        if precision in target.calibrated:
+            _check_calibration(source)
+        directory = source.reference.with_name(f"tensorrt-{precision}")
+        directory.mkdir()
+        engine = target.build(source, directory, precision, options, stack)
+        return Runtime(engine.predict, engine.latency)
+
+    def refuse() -> Runtime:
+        raise Unavailable(f"needs {', '.join(missing)}")
+
+    if missing := target.diagnose():
+        return {"TensorRT": refuse}
+    return {f"TensorRT {each}": partial(build, each) for each in target.precisions}
+
+
+def _check_calibration(source: Source) -> None:
+    if not source.calibration:
+        raise Unavailable("needs --calibration-data")
 
 
 def _load_torch(checkpoint: Path, device: str, threads: int) -> Runtime:
     """The checkpoint in the framework that trained it; in float16 on a GPU."""
     try:
         import torch  # noqa: PLC0415  not among the builder's packages
-        from transformers import BertForQuestionAnswering  # noqa: PLC0415
+        from transformers import AutoModelForQuestionAnswering  # noqa: PLC0415
     except ImportError as error:
         raise Unavailable(f"{error.name} is not installed") from error
     if device == "cuda" and not torch.cuda.is_available():
@@ -217,7 +225,7 @@ def _load_torch(checkpoint: Path, device: str, threads: int) -> Runtime:
     if threads:
         torch.set_num_threads(threads)
     dtype = torch.float16 if device == "cuda" else torch.float32
-    model: Any = BertForQuestionAnswering.from_pretrained(checkpoint, dtype=dtype)
+    model: Any = AutoModelForQuestionAnswering.from_pretrained(checkpoint, dtype=dtype)
     model.to(device).train(mode=False)
 
     def predict(window: Window) -> Logits:
@@ -230,15 +238,15 @@ def _load_torch(checkpoint: Path, device: str, threads: int) -> Runtime:
     return Runtime(predict)
 
 
-def _fuse(source: Path, destination: Path, config: BertConfig) -> None:
+def _fuse(source: Path, destination: Path, encoder: Encoder) -> None:
     from onnxruntime.transformers import optimizer  # noqa: PLC0415  slow to import
 
     logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)  # it warns of graphs that torch did not make
     model = optimizer.optimize_model(
         str(source),
         model_type="bert",
-        num_heads=config.num_attention_heads,
-        hidden_size=config.hidden_size,
+        num_heads=encoder.heads,
+        hidden_size=encoder.hidden_size,
         opt_level=0,
     )
     model.save_model_to_file(str(destination))
@@ -317,7 +325,7 @@ def _f1(examples: Sequence[Example], count: int, maker: WindowMaker, predict: Pr
 
 def _print_table(rows: Mapping[str, Row], lengths: Sequence[int]) -> None:
     baseline = rows[BASELINE].milliseconds
-    print(f"{platform.machine()}, {_processor()}\n")
+    print(f"{platform.machine()}, {cpu_name()}\n")
     print(f"| runtime | {' | '.join(f'{length} tokens' for length in lengths)} | F1 |")
     print("|---|" + "---:|" * (len(lengths) + 1))
     for name, row in rows.items():
@@ -326,14 +334,6 @@ def _print_table(rows: Mapping[str, Row], lengths: Sequence[int]) -> None:
         if row.missing:
             cells = [f"not measured: {row.missing}", *[""] * len(lengths)]
         print(f"| {name} | {' | '.join(cells)} |")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def draw(rows: Mapping[str, Row], path: Path, title: str) -> None:
