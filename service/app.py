@@ -28,24 +28,25 @@ from starlette.types import Receive, Scope, Send
 
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
-from service import errors, hugging_face, tracing, v1
-from service.answering import Answerer
-from service.edge import Edge
-from service.exchange import DEADLINE_HEADER, answerer_of
+from service.api import errors, hugging_face, v1
+from service.api.exchange import DEADLINE_HEADER, answerer_of
+from service.api.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
+from service.inference.pipeline import Answerer
+from service.inference.registry import Follower, Models, Served
+from service.inference.worker_pool import Watchman
 from service.keys import Guard, Keyring, KeysError, needs_key
-from service.metrics import Metrics
-from service.models import Follower, Models, Served
+from service.middleware.edge import Edge
 from service.observability import logging as logs
+from service.observability import tracing
+from service.observability.metrics import Metrics
 from service.observability.readiness import ReadinessLog
 from service.runtime.shutdown import Shutdown, clean_up
-from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.settings import Settings, SettingsError
-from service.triton import Engine, ModelError, TritonModel, tls_credentials
-from service.worker_pool import Watchman
+from service.triton.client import Engine, ModelError, TritonModel, tls_credentials
 
 log = logging.getLogger("bertqa.service")
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent / "api" / "static"
 PROBE_S = 1.0
 """Seconds that a readiness probe, or the check at start, may take."""
 
@@ -111,7 +112,7 @@ def create_app(
                 following.append(asyncio.create_task(follower.follow(models, answerer.check_ready)))
             if keyring:
                 following.append(asyncio.create_task(keyring.follow()))
-            yield {"settings": settings, "metrics": metrics}  # for service.protocol
+            yield {"settings": settings, "metrics": metrics}  # for service.runtime.http_protocol
         finally:
             for task in following:
                 task.cancel()

@@ -24,15 +24,15 @@ from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import Bundle, BundleMismatch, sha256_of
 from bertqa.spans import InvalidLogits, Logits
 from bertqa.windows import Window
-from service.answering import Answerer, side_by_side
-from service.errors import InvalidField, first_problem
-from service.metrics import Metrics
-from service.models import Models, Served
-from service.question import Question, Result
-from service.schemas import AnswerRequest, AnswerResponse
+from service.api.errors import InvalidField, first_problem
+from service.api.schemas import AnswerRequest, AnswerResponse
+from service.api.v1 import to_question, to_response
+from service.inference.pipeline import Answerer, side_by_side
+from service.inference.question import Question, Result
+from service.inference.registry import Models, Served
+from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.triton import Engine, Loaded, ModelError, ModelOverloaded, TritonModel, tls_credentials
-from service.v1 import to_question, to_response
+from service.triton.client import Engine, Loaded, ModelError, ModelOverloaded, TritonModel, tls_credentials
 
 ANSWER_COLUMNS = pa.schema(
     [

@@ -29,11 +29,11 @@ from typing import Literal, get_args
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import RateLimited, Unauthorized, respond
-from service.metrics import Metrics
-from service.record import current_record
+from service.api.errors import RateLimited, Unauthorized, respond
+from service.inference.worker_pool import Watchman
+from service.observability.metrics import Metrics
+from service.observability.request_context import current_record
 from service.settings import Settings
-from service.worker_pool import Watchman
 
 PREFIX = "bertqa_"
 """Begins every key, so that one that was left lying about is recognized."""

@@ -17,7 +17,7 @@ app = group("Answer every row of Parquet files.")
 
 
 def _answer_tokens(value: int) -> int:
-    from service.schemas import LONGEST_ANSWER_TOKENS  # noqa: PLC0415 - needs pydantic, which --help does without
+    from service.api.schemas import LONGEST_ANSWER_TOKENS  # noqa: PLC0415 - needs pydantic, which --help does without
 
     if not 1 <= value <= LONGEST_ANSWER_TOKENS:
         raise typer.BadParameter(f"must be from 1 to {LONGEST_ANSWER_TOKENS}, not {value}")

@@ -15,13 +15,13 @@ from typing import Any
 from bertqa.manifest import QUESTIONS_FILE, Bundle, BundleMismatch, changed_files, rebuild
 from bertqa.repository import ChangeRefused, Repository
 from bertqa.spans import InvalidLogits
-from service.answering import Answerer
 from service.commands.triton_admin import UNKNOWN, RolloutFailed, Servers, State
-from service.metrics import Metrics
-from service.models import Models, Served
-from service.question import Question
+from service.inference.pipeline import Answerer
+from service.inference.question import Question
+from service.inference.registry import Models, Served
+from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.triton import ModelError
+from service.triton.client import ModelError
 
 QUIET_S = 3.0
 """A version that answered nothing for so long is asked no more; services look for another one every second."""

@@ -10,7 +10,7 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from service.settings import Settings
-from service.triton import TritonModel, tls_credentials, tls_options
+from service.triton.client import TritonModel, tls_credentials, tls_options
 
 _CALL_S = 5.0
 
@@ -38,8 +38,8 @@ class Servers:
 
         Args:
             urls: gRPC addresses host:port.
-            tls: as `service.triton.tls_credentials` gives it; a certificate must have the name by which a server was
-                looked up, not its address.
+            tls: as `service.triton.client.tls_credentials` gives it; a certificate must have the name by which a server
+                was looked up, not its address.
 
         Raises:
             RolloutFailed: one cannot be looked up.

@@ -24,7 +24,7 @@ from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter as JsonLines
 
-from service.record import current_record
+from service.observability.request_context import current_record
 from service.settings import Settings
 
 LAUNCHER, TRITON, BUILDER, OUTPUT = "bertqa.launcher", "triton", "bertqa.builder", "bertqa.output"

@@ -158,7 +158,7 @@ def _serve(
 def _uvicorn(options: ServeOptions, port: int) -> list[str]:
     command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", f"--app-dir={PROJECT}"]
     command += [f"--host={options.host}", f"--port={port}", f"--workers={options.workers}"]
-    command += ["--loop=uvloop", "--http=service.protocol:BoundedProtocol"]
+    command += ["--loop=uvloop", "--http=service.runtime.http_protocol:BoundedProtocol"]
     command += [f"--timeout-graceful-shutdown={DRAIN_S}"]
     return [*command, "--no-access-log", "--no-server-header", "--log-level=warning"]
 

@@ -32,7 +32,7 @@ import pytest
 import yaml
 
 from service.app import create_app
-from service.protocol import BoundedProtocol
+from service.runtime.http_protocol import BoundedProtocol
 from service.runtime.processes import living_children
 from service.runtime.triton_process import FLAGS
 from service.settings import Settings

@@ -15,11 +15,11 @@ from bertqa.command import parse
 from bertqa.triton_config import Serving
 from engine_builder.commands import BuildArguments
 from service.commands.serve import ServeOptions
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.runtime import triton as triton_command
 from service.runtime.triton_process import FLAGS
 from service.settings import Settings
-from service.triton import CALLS_PER_WINDOW
+from service.triton.client import CALLS_PER_WINDOW
 from tests.support.paths import ROOT
 
 CHART = ROOT / "deploy" / "helm" / "bertqa"

@@ -34,7 +34,7 @@ from engine_builder.publish import BuildRefused, Publication, publish
 from engine_builder.targets import openvino
 from engine_builder.targets.openvino_model import Engine, engine_sha256
 from service.runtime.triton_process import FLAGS, EmbeddedTriton
-from service.triton import TritonModel
+from service.triton.client import TritonModel
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import ROOT
 from tests.support.ports import triton_ports

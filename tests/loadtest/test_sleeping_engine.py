@@ -11,7 +11,7 @@ from bertqa.repository import Repository
 from bertqa.spans import Decoded, decode
 from loadtest.sleeping_engine import write_repository
 from service.runtime.triton_process import EmbeddedTriton
-from service.triton import TritonModel
+from service.triton.client import TritonModel
 from tests.support.ports import triton_ports
 from tests.support.repositories import publish_toy_bundle
 

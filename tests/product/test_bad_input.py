@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.api.errors import MalformedBody
+from service.api.exchange import MAX_VALUES, parse_json
 from service.app import create_app
-from service.errors import MalformedBody
-from service.exchange import MAX_VALUES, parse_json
 from service.settings import Settings
-from service.triton import ModelBroken, ModelTimeout
+from service.triton.client import ModelBroken, ModelTimeout
 from tests.chaos import bad_input, who_may_ask
 from tests.chaos.bad_input import Reply, Service, application, check_refusal
 from tests.chaos.report import table

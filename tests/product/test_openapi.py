@@ -13,14 +13,15 @@ import httpx
 import pytest
 
 from bertqa.manifest import MODEL_NAME
-from service import answering, readiness
 from service.app import create_app
+from service.inference import pipeline as answering
+from service.inference import readiness
+from service.inference.registry import Models, Served
 from service.keys import new_key
-from service.metrics import Metrics
-from service.models import Models, Served
-from service.protocol import MAX_HEAD_BYTES, SMALL_BODY_BYTES, BoundedProtocol
+from service.observability.metrics import Metrics
+from service.runtime.http_protocol import MAX_HEAD_BYTES, SMALL_BODY_BYTES, BoundedProtocol
 from service.settings import Settings
-from service.triton import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.client import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
 from tests.support.asking import ASKED
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine, toy_bundle
@@ -123,7 +124,9 @@ def _read(connection: socket.socket) -> httpx.Response:
 def test_every_operation_gives_the_errors_that_are_described_and_no_other(
     tmp_path: Path, guarded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.protocol.MAX_BODIES_BYTES", 0)  # then one body of the largest size has room
+    monkeypatch.setattr(
+        "service.runtime.http_protocol.MAX_BODIES_BYTES", 0
+    )  # then one body of the largest size has room
     monkeypatch.setattr(readiness, "REUSE_S", 0.0)  # each probe finds out anew
     monkeypatch.setattr(answering, "EVIDENCE_S", 0.0)
     bundle = toy_bundle()

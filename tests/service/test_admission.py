@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.admission import Admission, Call
-from service.triton import ModelOverloaded, ModelTimeout
+from service.inference.admission import Admission, Call
+from service.triton.client import ModelOverloaded, ModelTimeout
 
 INSTANCES, SLOTS = 2, 4
 CALL_S = 0.3

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from bertqa.manifest import Bundle, BundleMismatch
 from bertqa.spans import InvalidLogits
 from bertqa.windows import WindowMaker
-from service import readiness
 from service.app import create_app
+from service.inference import readiness
 from service.settings import Settings
-from service.triton import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.client import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
 from tests.support.asking import ASKED, problem
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine

@@ -39,7 +39,7 @@ from service.batch_worker import ANSWER_COLUMNS, MODEL_KEY, Asking, Part, PartAn
 from service.commands.batch import BatchOptions, app
 from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
-from service.triton import Engine, ModelUnavailable
+from service.triton.client import Engine, ModelUnavailable
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import ROOT
 from tests.support.ports import triton_ports

@@ -12,10 +12,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.cache import Cache
-from service.models import Served
+from service.inference.cache import Cache
+from service.inference.registry import Served
 from service.settings import Settings
-from service.triton import ModelUnavailable
+from service.triton.client import ModelUnavailable
 from tests.support.paths import ROOT
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
@@ -293,10 +293,10 @@ def test_batches_join_what_is_being_computed_and_a_bad_question_is_named_by_its_
 _FILL = """
 import asyncio, json, resource, sys, time
 from tests.support.toy_model import FakeEngine, toy_bundle
-from service.answering import Answerer
-from service.metrics import Metrics
-from service.models import Models, Served
-from service.question import Question
+from service.inference.pipeline import Answerer
+from service.observability.metrics import Metrics
+from service.inference.registry import Models, Served
+from service.inference.question import Question
 from service.settings import Settings
 
 def resident():

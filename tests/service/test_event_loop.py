@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 from bertqa.spans import Answer, Decoded
-from service.answering import Answerer
 from service.app import create_app
-from service.question import Question, Result
+from service.inference.pipeline import Answerer
+from service.inference.question import Question, Result
 from service.settings import Settings
 from tests.support.asking import ASKED
 from tests.support.toy_model import FakeEngine, toy_bundle

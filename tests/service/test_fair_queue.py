@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.fair_queue import FairQueue
+from service.inference.fair_queue import FairQueue
 
 
 class Clockwork:

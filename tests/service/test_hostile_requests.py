@@ -23,15 +23,15 @@ from bertqa.manifest import Bundle, Manifest
 from bertqa.repository import Repository
 from bertqa.spans import Logits
 from bertqa.windows import Window
-from service import answering
 from service import keys as api_keys
-from service import models as followed
 from service.app import create_app
+from service.inference import pipeline as answering
+from service.inference import registry as followed
+from service.inference.question import Question
+from service.inference.worker_pool import THREADS
 from service.keys import Keyring, new_key
-from service.question import Question
 from service.settings import Settings
-from service.triton import ModelUnavailable
-from service.worker_pool import THREADS
+from service.triton.client import ModelUnavailable
 from tests.support.paths import CHECKPOINT
 from tests.support.repositories import publish_toy_bundle
 from tests.support.servers import serving

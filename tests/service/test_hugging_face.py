@@ -11,10 +11,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from bertqa.manifest import Bundle
 from bertqa.spans import Answer, Decoded
-from service.hugging_face import Inputs, Parameters, to_answer, to_question
-from service.metrics import Metrics
-from service.models import Served
-from service.question import Question, Result, Tokenized
+from service.api.hugging_face import Inputs, Parameters, to_answer, to_question
+from service.inference.question import Question, Result, Tokenized
+from service.inference.registry import Served
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.toy_model import FakeEngine
 

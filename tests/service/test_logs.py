@@ -32,10 +32,10 @@ ASKED = {"question": f"Who is {CANARY}?", "context": f"It was made at «{CANARY}
 # The real application with the toy engine, in which a question's first word is the fault to happen.
 FAULTY = """
 import asyncio, os, threading, warnings
-import service.answering as answering
+import service.inference.pipeline as answering
 from tests.support.toy_model import FakeEngine
 from service.app import create_app
-from service.triton import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.client import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
 
 known = {"unavailable": ModelUnavailable, "late": ModelTimeout, "shed": ModelOverloaded}
 decode = answering.decode

@@ -15,10 +15,10 @@ from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch, Manifest
 from bertqa.repository import Repository
 from bertqa.spans import Logits
 from bertqa.windows import Window
-from service import models as followed
 from service.app import create_app
+from service.inference import registry as followed
 from service.settings import Settings
-from service.triton import Loaded, ModelUnavailable
+from service.triton.client import Loaded, ModelUnavailable
 from tests.support.repositories import publish_toy_bundle
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine

@@ -24,9 +24,9 @@ from fastapi import FastAPI
 from uvicorn.server import ServerState
 
 from service.app import create_app
-from service.protocol import MAX_BODIES_BYTES, MAX_HEAD_BYTES, MAX_PIPELINED, BoundedProtocol
+from service.runtime.http_protocol import MAX_BODIES_BYTES, MAX_HEAD_BYTES, MAX_PIPELINED, BoundedProtocol
+from service.runtime.transport import MAX_UNREAD_BYTES
 from service.settings import Settings
-from service.transport import MAX_UNREAD_BYTES
 from tests.support.asking import ASKED, problem
 from tests.support.paths import ROOT
 from tests.support.servers import serving
@@ -215,7 +215,7 @@ LARGE = 16 << 20
 def server_process(factory: str = "toy_app") -> Iterator[ServerProcess]:
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         command = [sys.executable, "-m", "uvicorn", f"{__name__}:{factory}", "--factory", "--loop=uvloop"]
-        command += ["--http=service.protocol:BoundedProtocol", "--ws=none", "--log-level=error"]
+        command += ["--http=service.runtime.http_protocol:BoundedProtocol", "--ws=none", "--log-level=error"]
         process = subprocess.Popen(
             [*command, f"--fd={listener.fileno()}"],
             pass_fds=[listener.fileno()],

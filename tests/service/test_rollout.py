@@ -25,7 +25,7 @@ from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
 from service.commands import doctor, models, triton_admin
 from service.runtime.triton_process import EmbeddedTriton
-from service.triton import TritonModel
+from service.triton.client import TritonModel
 from tests.support.bundles import CONTEXT, break_engine, expect_another_answer, flip, publish
 from tests.support.certificates import certificates, tls_flags
 from tests.support.paths import ROOT

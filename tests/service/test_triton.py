@@ -37,14 +37,14 @@ from bertqa.spans import Logits
 from bertqa.squad import Example, Reference, as_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from engine_builder.publish import NO_CACHE
-from service import triton
-from service.circuit import FAILURES, Circuit, State
 from service.runtime import triton_install
 from service.runtime.ports import TritonPorts, free_port
 from service.runtime.triton_install import TritonError, find_triton
 from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
-from service.triton import (
+from service.triton import client as triton
+from service.triton.circuit_breaker import FAILURES, Circuit, State
+from service.triton.client import (
     Loaded,
     ModelBroken,
     ModelError,

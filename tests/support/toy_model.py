@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from bertqa.manifest import MODEL_NAME, Bundle, Manifest
 from bertqa.spans import Logits
 from bertqa.windows import Window, WindowMaker
-from service.triton import Loaded, ModelError
+from service.triton.client import Loaded, ModelError
 
 _PIECES = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "«", "»"),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.triton import ModelOverloaded
+from service.triton.client import ModelOverloaded
 
 
 class MemoryBudget:

@@ -1,7 +1,7 @@
 """The path of a question, whichever API it came through: tokens -> engine -> ranked spans.
 
-Knows no HTTP: a `Question` goes in, a `Result` comes out, and errors are those of `service.errors` and
-`service.triton`.
+Knows no HTTP: a `Question` goes in, a `Result` comes out, and errors are those of `service.api.errors` and
+`service.triton.client`.
 """
 
 import asyncio
@@ -13,18 +13,18 @@ from typing import Any, TypeVar
 
 from bertqa.spans import Logits, decode
 from bertqa.windows import Window, Windows
-from service import tracing
-from service.admission import Call
-from service.cache import Cache
-from service.errors import InvalidField
-from service.memory import Account, MemoryBudget
-from service.metrics import Metrics
-from service.models import Models, Served
-from service.question import Question, Result, Tokenized
-from service.record import current_record
+from service.api.errors import InvalidField
+from service.inference.admission import Call
+from service.inference.cache import Cache
+from service.inference.memory import Account, MemoryBudget
+from service.inference.question import Question, Result, Tokenized
+from service.inference.registry import Models, Served
+from service.inference.worker_pool import INLINE_S, Check, WorkerPool, tokenizing_s
+from service.observability import tracing
+from service.observability.metrics import Metrics
+from service.observability.request_context import current_record
 from service.settings import Settings
-from service.triton import ModelOverloaded, ModelTimeout, ModelUnavailable
-from service.worker_pool import INLINE_S, Check, WorkerPool, tokenizing_s
+from service.triton.client import ModelOverloaded, ModelTimeout, ModelUnavailable
 
 T = TypeVar("T")
 

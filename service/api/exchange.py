@@ -13,10 +13,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from service.answering import Answerer
-from service.errors import InvalidField, MalformedBody, NotJson
-from service.memory import Account
-from service.question import Result
+from service.api.errors import InvalidField, MalformedBody, NotJson
+from service.inference.memory import Account
+from service.inference.pipeline import Answerer
+from service.inference.question import Result
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from sys import getsizeof
 
 from bertqa.spans import MAX_ANSWER_TOKENS, Answer, Decoded, Logits
 from bertqa.windows import Window, Windows
-from service.cache import Source
-from service.models import Served
+from service.inference.cache import Source
+from service.inference.registry import Served
 
 _ARRAY_BYTES, _WINDOW_BYTES, _ANSWER_BYTES = 160, 1_200, 320  # of the objects themselves
 

@@ -17,8 +17,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
-from service.fair_queue import FairQueue
-from service.triton import ModelError, ModelOverloaded, ModelTimeout
+from service.inference.fair_queue import FairQueue
+from service.triton.client import ModelError, ModelOverloaded, ModelTimeout
 
 SLOTS_AT_FIRST = 4
 """Engine calls at one time before the server has said how many it computes."""

@@ -1,6 +1,6 @@
 """Everything that can go wrong with a request, and the one table from exception to HTTP status.
 
-The tree, beside `service.triton.ModelError` for the engine's side::
+The tree, beside `service.triton.client.ModelError` for the engine's side::
 
     RequestError               what the client can mend
     ├── MalformedHttp          400, not HTTP
@@ -35,10 +35,10 @@ from starlette.types import Scope
 
 from bertqa.manifest import BundleMismatch
 from bertqa.spans import InvalidLogits
+from service.api.schemas import Problem
 from service.observability import readiness
-from service.record import current_record, route_of
-from service.schemas import Problem
-from service.triton import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.observability.request_context import current_record, route_of
+from service.triton.client import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
 
 log = logging.getLogger("bertqa.service")
 
@@ -194,7 +194,12 @@ QUESTIONS: tuple[type[Exception], ...] = (
 """What a route raises that takes questions."""
 GUARD: tuple[type[Exception], ...] = (Unauthorized, RateLimited)
 """What a request gets for its key, where one is needed."""
-_ANYWHERE = (MalformedHttp, SlowRequest, HeadTooLarge, TooManyConnections)  # by service.protocol, before any route
+_ANYWHERE = (
+    MalformedHttp,
+    SlowRequest,
+    HeadTooLarge,
+    TooManyConnections,
+)  # by the HTTP protocol, before any route
 _HEADERS = {
     "www-authenticate": ({401}, {"description": "How to ask.", "schema": {"type": "string"}}),
     "retry-after": ({429, 503, 504}, {"description": "Seconds.", "schema": {"type": "integer"}}),

@@ -1,7 +1,7 @@
 """Answers kept for who asks the same again, and one computation for all who ask it at the same time.
 
 Bounded by bytes; what was not asked for longest goes first. Errors are never kept. A cache belongs to one version of a
-model (`service.models.Served`) and goes with it, so that no version ever answers for another.
+model (`service.inference.registry.Served`) and goes with it, so that no version ever answers for another.
 """
 
 import asyncio

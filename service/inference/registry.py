@@ -13,14 +13,14 @@ from typing import Any
 
 from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch
 from bertqa.repository import SERVING_FILE, Repository
-from service.admission import Admission
-from service.cache import Cache
-from service.errors import InvalidField
-from service.metrics import Metrics
-from service.readiness import Readiness
+from service.api.errors import InvalidField
+from service.inference.admission import Admission
+from service.inference.cache import Cache
+from service.inference.readiness import Readiness
+from service.inference.worker_pool import Watchman
+from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.triton import Engine
-from service.worker_pool import Watchman
+from service.triton.client import Engine
 
 FOLLOW_S = 1.0
 """Seconds between two looks at the repository."""

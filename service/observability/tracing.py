@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.record import current_record, route_of
+from service.observability.request_context import current_record, route_of
 from service.settings import Settings
 
 INSTALL = "pip install --constraint constraints.txt --editable '.[tracing]' in a checkout of the project"

@@ -12,8 +12,8 @@ from starlette.responses import Response
 from bertqa.graphemes import offset_in
 from bertqa.manifest import Bundle, Manifest
 from bertqa.spans import best_of_each_window
-from service.errors import QUESTIONS, InvalidField, described
-from service.exchange import (
+from service.api.errors import QUESTIONS, InvalidField, described
+from service.api.exchange import (
     DEADLINE_PARAMETER,
     JsonRoute,
     answerer_of,
@@ -21,9 +21,7 @@ from service.exchange import (
     reply_headers,
     unless_gone,
 )
-from service.models import Served
-from service.question import Question, Result
-from service.schemas import (
+from service.api.schemas import (
     AnswerItem,
     AnswerRequest,
     AnswerResponse,
@@ -35,7 +33,9 @@ from service.schemas import (
     ModelsResponse,
     Timings,
 )
-from service.worker_pool import Check
+from service.inference.question import Question, Result
+from service.inference.registry import Served
+from service.inference.worker_pool import Check
 
 _ASKED: dict[str, Any] = {"responses": described(*QUESTIONS), "openapi_extra": DEADLINE_PARAMETER}
 router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["Questions"])

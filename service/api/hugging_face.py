@@ -18,8 +18,8 @@ from starlette.responses import Response
 
 from bertqa.spans import Answer
 from bertqa.windows import SPECIAL_TOKENS
-from service.errors import QUESTIONS, InvalidField, NoSuchModel, described, first_problem
-from service.exchange import (
+from service.api.errors import QUESTIONS, InvalidField, NoSuchModel, described, first_problem
+from service.api.exchange import (
     DEADLINE_PARAMETER,
     JsonRoute,
     answerer_of,
@@ -28,9 +28,9 @@ from service.exchange import (
     reply_headers,
     unless_gone,
 )
-from service.models import Served
-from service.question import Question, Result
-from service.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K
+from service.api.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K
+from service.inference.question import Question, Result
+from service.inference.registry import Served
 
 MAX_ANSWER_LEN = 15
 """Default answer limit of the ``transformers`` pipeline, in tokens."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.errors import (
+from service.api.errors import (
     STATUS,
     BodiesOverloaded,
     HeadTooLarge,
@@ -29,9 +29,9 @@ from service.errors import (
     TooManyConnections,
     error_response,
 )
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
+from service.runtime.transport import JoiningTransport, Unread
 from service.settings import Settings
-from service.transport import JoiningTransport, Unread
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
@@ -258,7 +258,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._end_wait_for_body(problem)
 
     def _end_wait_for_body(self, problem: RequestError) -> None:
-        self.cycle.scope["refusal"] = problem  # type: ignore[typeddict-unknown-key]  # read by `service.edge`
+        self.cycle.scope["refusal"] = problem  # type: ignore[typeddict-unknown-key]  # read by `service.middleware.edge`
         self.cycle.message_event.set()
 
     def _parse(self, data: bytes) -> bytes:

@@ -12,13 +12,13 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, error_response
-from service.metrics import Metrics
+from service.api.errors import BodyTooLarge, error_response
 from service.observability import readiness
-from service.record import RequestRecord, current_record, route_of
+from service.observability.metrics import Metrics
+from service.observability.request_context import RequestRecord, current_record, route_of
 from service.runtime.shutdown import Shutdown
 from service.settings import Settings
-from service.triton import request_id as triton_request_id
+from service.triton.client import request_id as triton_request_id
 
 log = logging.getLogger("bertqa.service")
 access_log = logging.getLogger("bertqa.access")
@@ -72,7 +72,7 @@ class Edge:
                 received += len(message.get("body", b""))
                 if received > self.max_body_bytes:
                     raise BodyTooLarge(self.max_body_bytes)
-                if "refusal" in scope and message.get("more_body"):  # by service.protocol
+                if "refusal" in scope and message.get("more_body"):  # by service.runtime.http_protocol
                     raise scope["refusal"]
             return message
 

@@ -17,8 +17,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from bertqa.manifest import Bundle
-from service.cache import Cache, Source
-from service.circuit import State
+from service.inference.cache import Cache, Source
+from service.triton.circuit_breaker import State
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 LAG_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)

@@ -9,7 +9,7 @@ What can go wrong is one small tree, and every gRPC error is translated into it 
     ├── ModelOverloaded     too much waits for it, here or in Triton
     └── ModelBroken         the engine failed, or its output is not usable
 
-What fails several times in a row is left alone: each model's version at each address has a `service.circuit.Circuit`.
+What fails several times in a row is left alone: each version at each address has a `circuit_breaker.Circuit`.
 
 Requests are written as protobuf messages straight onto ``grpc.aio``: ``tritonclient``'s own asyncio client takes about
 an eighth more CPU per call, and gives the status code as text.
@@ -38,8 +38,8 @@ from tritonclient.grpc import service_pb2
 from bertqa.manifest import MODEL_NAME
 from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
-from service import tracing
-from service.circuit import TRIAL_S, Circuit, State
+from service.observability import tracing
+from service.triton.circuit_breaker import TRIAL_S, Circuit, State
 
 CALLS_PER_WINDOW = 2
 """Engine calls at one time for each window that the engine computes at one time: that one, and one that lies ready."""

@@ -1,0 +1,1 @@
+"""From a question to its ranked spans: admission, queue, cache, models."""

@@ -1,0 +1,1 @@
+"""What happens to every request before any route: pure ASGI, one concern a file."""

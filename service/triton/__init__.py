@@ -1,0 +1,1 @@
+"""The only importer of gRPC: windows in, logits out."""
