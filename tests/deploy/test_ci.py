@@ -75,7 +75,7 @@ def test_the_audit_passes_only_what_it_audited(
 def test_a_skipped_test_fails_in_ci_alone(tmp_path: Path, ci: str, code: int, workers: int) -> None:
     (tmp_path / "test_skipped.py").write_text("import pytest\ndef test_skipped():\n    pytest.skip('for no reason')\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", str(ROOT / "pyproject.toml")]
-    command += ["-p", "no:cacheprovider", f"--rootdir={ROOT}", "-n", str(workers), "--dist", "loadgroup"]
+    command += ["-p", "no:cacheprovider", f"--rootdir={ROOT}", "-n", str(workers), "--dist", "loadfile"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run(
         [*command, str(tmp_path / "test_skipped.py")],
