@@ -1,4 +1,4 @@
-"""Fine-tune a BERT encoder on a GLUE task: ``python -m training.finetune_glue --task MRPC --data … --output …``.
+"""Fine-tune an encoder on a GLUE task: ``python -m training.finetune_glue --task MRPC --data … --output …``.
 
 The recipe is that of Devlin et al. 2018, section 4.1: the pooled vector of [CLS] through dropout and one linear layer,
 AdamW, linear warm-up then linear decay to zero. With ``horovodrun -np 2`` before it, two processes share each step. The
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import BertProcessing
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from training.batches import Batches
 from training.checkpoints import save_json
@@ -29,9 +29,12 @@ from training.encoders import (
     add_encoder_arguments,
     bert_flops,
     encoder_source,
+    forward,
     half,
     load_model,
     load_tokenizer,
+    longest_input,
+    model_class,
     write_checkpoint,
 )
 from training.glue import TASKS, Example, GlueError, GlueTask, predictions, read_glue, score, write_submission
@@ -96,17 +99,15 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     source, encoder = encoder_source(args.init), EncoderOptions.of(args)
     model = load_model(
-        BertForSequenceClassification,
+        model_class(source, "sequence classification"),
         source,
         encoder,
         id2label=dict(enumerate(glue.labels or ("score",))),
         label2id={label: number for number, label in enumerate(glue.labels or ("score",))},
     )
     torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
-    if args.max_seq_len > model.config.max_position_embeddings:
-        raise SystemExit(
-            f"--max-seq-len {args.max_seq_len}: the encoder takes at most {model.config.max_position_embeddings} tokens"
-        )
+    if args.max_seq_len > (longest := longest_input(model.config)):
+        raise SystemExit(f"--max-seq-len {args.max_seq_len}: the encoder takes at most {longest} tokens")
     tokenizer = load_tokenizer(source)
     features = {name: list(make_features(examples, tokenizer, args.max_seq_len)) for name, examples in sets.items()}
     training = features["train"]
@@ -202,7 +203,7 @@ def collate(features: Sequence[Feature], multiple: int = 8) -> Batch:
     )
 
 
-def label_task(features: Sequence[Feature], config: BertConfig, options: LoopOptions) -> Task[int, Batch]:
+def label_task(features: Sequence[Feature], config: PreTrainedConfig, options: LoopOptions) -> Task[int, Batch]:
     """The examples as the loop trains on them; its items are their indexes."""
     lengths = [len(feature.input_ids) for feature in features]
     head = config.hidden_size * config.hidden_size  # the pooler, of one token each; the linear layer is next to nothing
@@ -217,15 +218,14 @@ def label_task(features: Sequence[Feature], config: BertConfig, options: LoopOpt
 
 def label_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross entropy of the classes, or squared error of the scores, summed over the batch; float32 of shape (1,)."""
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids)
-    logits = output.logits.float()
+    logits = forward(model, batch).logits.float()
     if batch.labels.is_floating_point():
         return functional.mse_loss(logits[:, 0], batch.labels, reduction="sum").unsqueeze(0)
     return functional.cross_entropy(logits, batch.labels, reduction="sum").unsqueeze(0)
 
 
 def predict(
-    model: BertForSequenceClassification, features: Sequence[Feature], workers: Workers, precision: Precision
+    model: PreTrainedModel, features: Sequence[Feature], workers: Workers, precision: Precision
 ) -> NDArray[np.float32]:
     """The logits of all features, (features, classes or 1): each process computes its share, and has all of them."""
     model.eval()  # type: ignore[no-untyped-call]
@@ -235,9 +235,7 @@ def predict(
     for part in tqdm(parts, unit="batch", disable=workers.rank != 0, mininterval=5):
         batch = to_device(collate([features[index] for index in part]), workers.device)
         with torch.inference_mode(), autocast(precision, workers.device):
-            output = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids
-            )
+            output = forward(model, batch)
         found += zip(part.tolist(), output.logits.float().cpu().numpy(), strict=True)
     rows = {index: row for share in workers.gather(found) for index, row in share}
     return np.stack([rows[index] for index in range(len(features))])

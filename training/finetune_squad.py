@@ -1,4 +1,4 @@
-"""Fine-tune a BERT encoder on SQuAD: ``horovodrun -np 2 python -m training.finetune_squad --train … --output …``.
+"""Fine-tune an encoder on SQuAD: ``horovodrun -np 2 python -m training.finetune_squad --train … --output …``.
 
 The recipe is that of Devlin et al. 2018, section 4.2: AdamW, linear warm-up then linear decay to zero, gradients
 clipped at norm 1. One optimizer step sees ``--batch-size`` windows over all processes together, so the number of
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from bertqa.manifest import SETTINGS_FILE, Settings
 from bertqa.spans import Decoded, Logits
@@ -40,9 +40,12 @@ from training.encoders import (
     add_encoder_arguments,
     bert_flops,
     encoder_source,
+    forward,
     half,
     load_model,
     load_tokenizer,
+    longest_input,
+    model_class,
     write_checkpoint,
 )
 from training.loop import (
@@ -96,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     workers = start_workers()
     torch.manual_seed(args.seed)
     source, encoder = encoder_source(args.init), EncoderOptions.of(args)
-    model = load_model(BertForQuestionAnswering, source, encoder)
+    model = load_model(model_class(source, "question answering"), source, encoder)
     torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
     maker = window_maker(args, source, model.config)
     training, held_back = hold_back_articles(documents["--train"], args.held_back_articles)
@@ -140,12 +143,10 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(report, indent=1), flush=True)
 
 
-def window_maker(args: argparse.Namespace, source: str, config: BertConfig) -> WindowMaker:
+def window_maker(args: argparse.Namespace, source: str, config: PreTrainedConfig) -> WindowMaker:
     """The maker of the job's windows, refused where it does not suit the encoder."""
-    if args.max_seq_len > config.max_position_embeddings:
-        raise SystemExit(
-            f"--max-seq-len {args.max_seq_len}: {args.init} has {config.max_position_embeddings} positions"
-        )
+    if args.max_seq_len > (positions := longest_input(config)):
+        raise SystemExit(f"--max-seq-len {args.max_seq_len}: {args.init} has {positions} positions")
     try:
         maker = WindowMaker(
             load_tokenizer(source),
@@ -160,7 +161,7 @@ def window_maker(args: argparse.Namespace, source: str, config: BertConfig) -> W
     return maker
 
 
-def span_task(features: Sequence[Feature], batches: Batches, config: BertConfig) -> Task[int, Batch]:
+def span_task(features: Sequence[Feature], batches: Batches, config: PreTrainedConfig) -> Task[int, Batch]:
     """The windows as the loop trains on them; its items are their indexes."""
     return Task(
         items=batches,
@@ -176,7 +177,7 @@ def span_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
     Over [CLS] and the context only, as they are decoded.
     """
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids)
+    output = forward(model, batch)
     losses = [
         functional.cross_entropy(logits.float().masked_fill(~batch.allowed, -1e9), positions, reduction="sum")
         for logits, positions in ((output.start_logits, batch.starts), (output.end_logits, batch.ends))
@@ -185,7 +186,7 @@ def span_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def predictor(
-    model: BertForQuestionAnswering, device: torch.device, precision: Precision
+    model: PreTrainedModel, device: torch.device, precision: Precision
 ) -> Callable[[Window], Logits]:
     """The model as a function from a window to float32 start and end logits of shape (1, length)."""
     model.eval()  # type: ignore[no-untyped-call]
