@@ -93,17 +93,21 @@ def model_class(source: str, head: Head) -> type[PreTrainedModel]:
         raise SystemExit(f"--init {source}: config.json or {WEIGHTS_FILE} cannot be used ({error})") from error
     if type(config) not in HEADS[head]:
         raise SystemExit(f"--init {source}: config.json: the family {config.model_type!r} has no head for {head}")
-    kind: type[PreTrainedModel] = HEADS[head][type(config)]
-    return kind
+    kind: Any = HEADS[head][type(config)]
+    found: type[PreTrainedModel] = kind
+    return found
 
 
-def load_model(kind: type[_Model], source: str, options: EncoderOptions, **config: Any) -> _Model:
+def load_model(
+    kind: type[_Model], source: str, options: EncoderOptions, *, trained_head: bool = False, **config: Any
+) -> _Model:
     """Load an encoder from safetensors, never from a pickle, under a new or its own head.
 
     Args:
         kind: of model, which decides the head.
         source: as `encoder_source` gives it.
         options: dropout and attention.
+        trained_head: whether the head must be in the files too, as that of a teacher.
         config: other fields of the model's config, such as ``num_labels``.
 
     Raises:
@@ -124,7 +128,7 @@ def load_model(kind: type[_Model], source: str, options: EncoderOptions, **confi
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, ZeroDivisionError) as error:
         raise SystemExit(f"--init {source}: config.json or {WEIGHTS_FILE} cannot be used ({error})") from error
-    encoder = f"{kind.base_model_prefix}."  # the head and the pooler may be new
+    encoder = "" if trained_head else f"{kind.base_model_prefix}."  # else the head and the pooler may be new
     if missing := sorted(x for x in loaded["missing_keys"] if x.startswith(encoder) and ".pooler." not in x):
         raise SystemExit(f"--init {source}: {WEIGHTS_FILE} has no tensor {missing[0]}, which config.json asks for")
     if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:

@@ -102,8 +102,8 @@ def rows_of(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> list[int]:
     Raises:
         ValueError: MPNet has no such token.
     """
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
-    names = [ROLES.get(token, token) for token in tokens]
+    ids = tokenizer.get_vocab()
+    names = [ROLES.get(token, token) for token in sorted(ids, key=ids.__getitem__)]
     if missing := [name for name in names if name not in vocabulary]:
         raise ValueError(f"{len(missing)} tokens are not in MPNet's vocabulary, {missing[0]!r} first")
     return [vocabulary[name] for name in names]

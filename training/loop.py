@@ -167,6 +167,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """An argument that is a share of a whole, and may be all of it."""
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share, from 0 to 1, not {value}")
+    return value
+
+
 def micro_batches(items: Sequence[_Item], largest: int | None, rank: int, size: int) -> list[Sequence[_Item]]:
     """One process's micro-batches of a global batch: every process has as many, and together they have all the items.
 
