@@ -114,16 +114,13 @@ def load_model(
         SystemExit: there is no such encoder, or its files are corrupt, are not safetensors, or do not fit together.
     """
     load: Any = kind.from_pretrained
-    distilled = getattr(kind.config_class, "model_type", "") == "distilbert"  # which names them differently
-    dropout, of_attention = ("", "attention_") if distilled else ("hidden_", "attention_probs_")
-    suffix = "dropout" if distilled else "dropout_prob"
     try:
         model, loaded = load(
             source,
             use_safetensors=True,
             output_loading_info=True,
             attn_implementation=options.attention if kind._supports_sdpa else "eager",  # MPNet has no fused one
-            **{dropout + suffix: options.dropout, of_attention + suffix: options.attention_dropout},
+            **_dropout(kind, options),
             **config,
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, ZeroDivisionError) as error:
@@ -136,6 +133,14 @@ def load_model(
     assert isinstance(model, kind)
     torch.nn.Module.float(model)  # fp32 master weights, whatever the file holds
     return model
+
+
+def _dropout(kind: type[PreTrainedModel], options: EncoderOptions) -> dict[str, float]:
+    """The dropout of a model as its family's config names it."""
+    if getattr(kind.config_class, "model_type", None) == "distilbert":
+        everywhere = dict.fromkeys(("dropout", "qa_dropout", "seq_classif_dropout"), options.dropout)
+        return everywhere | {"attention_dropout": options.attention_dropout}
+    return {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.attention_dropout}
 
 
 def attention_implementation(attention: Attention | Literal["auto"], precision: Precision, dropout: float) -> Attention:
