@@ -67,7 +67,10 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(data: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that has learnt the questions."""
-    output = tmp_path_factory.mktemp("teacher") / "checkpoint"
+    return train_teacher(data, encoder, tmp_path_factory.mktemp("teacher") / "checkpoint")
+
+
+def train_teacher(data: Path, encoder: Path, output: Path) -> Path:
     job = ["--train", str(data), "--init", str(encoder), "--output", str(output), "--dropout", "0", "--epochs", "12"]
     finetune_squad.main(finetune_squad.parse_args([*FLAGS, *job]))
     return output

@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bertqa.manifest import SETTINGS_FILE, Settings
+from bertqa.spans import Decoded
 from bertqa.squad import Example, as_squad
 from training.batches import Batches
 from training.checkpoints import save_json
@@ -43,7 +44,7 @@ from training.encoders import (
 )
 from training.loop import LoopOptions, Task, add_loop_arguments, not_negative, train
 from training.squad_data import SquadData, add_data_arguments, read_file
-from training.squad_evaluation import as_report, evaluate, fit_null_threshold, predictor
+from training.squad_evaluation import as_report, evaluate, fit_null_threshold, has_answer_shares, predictor
 from training.squad_features import UNLABELLED, Batch, Feature, collate, negatives
 
 
@@ -99,11 +100,12 @@ def complete(
     report: dict[str, object] = {"arguments": {name: str(value) for name, value in vars(args).items()}}
     null_threshold = 0.0
     if data.held_back:
-        probes = data.held_back if data.v2 else data.held_back + negatives(data.held_back, 1.0, args.data_seed)
-        answered = evaluate(probes, data.maker, predict, workers)
+        others = [] if data.v2 else negatives(data.held_back, 1.0, args.data_seed)
+        answered = evaluate([*data.held_back, *others, *data.impossible], data.maker, predict, workers)
         null_threshold, quality = fit_null_threshold(answered)
         report["null_threshold"] = {"value": null_threshold, "mean_f1": quality, "questions": len(answered)}
-        report["held_back"] = as_report([pair for pair in answered if data.v2 or pair[0].references], null_threshold)
+        report["has_answer"] = has_answer_shares(answered, null_threshold, {each.id for each in data.impossible})
+        report["held_back"] = as_report(of_file(answered, data), null_threshold)
     if dev:
         report["dev"] = as_report(evaluate(dev, data.maker, predict, workers), null_threshold)
     if workers.rank == 0:
@@ -113,6 +115,12 @@ def complete(
         save_json(args.output / "training_report.json", report)
         write_samples(args.output, data.training, data.held_back, args.data_seed)
         print(json.dumps(report, indent=1), flush=True)
+
+
+def of_file(answered: Sequence[tuple[Example, Decoded]], data: SquadData) -> list[tuple[Example, Decoded]]:
+    """The answers to the held-back questions of the training file itself."""
+    own = {example.id for example in data.held_back}
+    return [pair for pair in answered if pair[0].id in own]
 
 
 def span_task(

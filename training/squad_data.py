@@ -2,7 +2,7 @@
 
 import argparse
 import random
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--held-back-articles", type=int, default=20, help="training articles kept for tuning")
     add("--negatives", type=fraction, help="unanswerable questions added, as a share; default: 0.1, for v2.0 none")
     add("--max-questions", type=at_least_one, help="train on a random part of the questions")
+    impossible_help = "questions without an answer, in the layout of SQuAD v2.0, as training.hard_negatives makes them"
+    add("--impossible", type=Path, nargs="+", default=[], metavar="FILE", help=impossible_help)
     unlabelled_help = (
         "questions put to other paragraphs of their article, as a share, with soft labels alone; default: 0"
     )
@@ -47,6 +49,7 @@ class SquadData:
 
     training: list[Example]
     held_back: list[Example]
+    impossible: list[Example]  # questions of --impossible about the held-back articles
     examples: int  # questions that are trained on, with those added
     features: list[Feature]
     maker: WindowMaker
@@ -72,7 +75,8 @@ class SquadData:
         v2 = has_impossible(training)
         if args.negatives is None:
             args.negatives = 0.0 if v2 else 0.1
-        labelled = training + negatives(training, args.negatives, args.data_seed)
+        kept, tuning = read_impossible(args.impossible, {example.title for example in held_back})
+        labelled = training + negatives(training, args.negatives, args.data_seed) + kept
         more = unlabelled(training, args.unlabelled_share, args.data_seed)
         for path in args.unlabelled:
             more += read_file(path, "--unlabelled")
@@ -83,7 +87,7 @@ class SquadData:
             rows=tuple(len(feature.input_ids) for feature in features),
             settings={name: getattr(args, name) for name in SETTINGS},
         )
-        return cls(training, held_back, len(labelled) + len(more), features, maker, v2, source)
+        return cls(training, held_back, tuning, len(labelled) + len(more), features, maker, v2, source)
 
 
 def read_file(path: Path, flag: str) -> list[Example]:
@@ -96,6 +100,21 @@ def read_file(path: Path, flag: str) -> list[Example]:
         return read_squad(path)
     except (OSError, MalformedSquad) as error:
         raise SystemExit(f"{flag}: {error}") from error
+
+
+def read_impossible(paths: Iterable[Path], held_back: Container[str]) -> tuple[list[Example], list[Example]]:
+    """The questions of ``--impossible``: those to train on, and those about articles that are held back.
+
+    Raises:
+        SystemExit: a file cannot be read, or a question in it has an answer.
+    """
+    examples = [example for path in paths for example in read_file(path, "--impossible")]
+    if answerable := [example.id for example in examples if example.references]:
+        raise SystemExit(f"--impossible: {len(answerable)} questions have an answer, {answerable[0]!r} first")
+    return (
+        [example for example in examples if example.title not in held_back],
+        [example for example in examples if example.title in held_back],
+    )
 
 
 def has_impossible(examples: Iterable[Example]) -> bool:

@@ -1,6 +1,7 @@
 """Answer the questions of a SQuAD file with a model of torch, in batches, and report by the official rules."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -104,6 +105,23 @@ def fit_null_threshold(
     edges = np.concatenate([[margins[order[0]] - 1.0], margins[order], [margins[order[-1]] + 1.0]])
     best = int(np.where(np.diff(edges) > 0, totals, -np.inf).argmax())  # no threshold lies between equal margins
     return float((edges[best] + edges[best + 1]) / 2), float(100 * totals[best] / len(answered))
+
+
+def has_answer_shares(
+    answered: Sequence[tuple[Example, Decoded]], null_threshold: float, hard: Container[str]
+) -> dict[str, dict[str, float]]:
+    """Of each kind of question, how many there are and for how many percent ``has_answer`` is right at a threshold.
+
+    Args:
+        answered: the questions.
+        null_threshold: as `decode` takes it.
+        hard: ids of those that `training.hard_negatives` made.
+    """
+    right: dict[str, list[bool]] = defaultdict(list)
+    for example, decoded in answered:
+        kind = "answerable" if example.references else "exchanged" if example.id in hard else "unanswerable"
+        right[kind].append((decoded.null_margin <= null_threshold) == bool(example.references))
+    return {kind: {"right": 100 * float(np.mean(each)), "total": len(each)} for kind, each in right.items()}
 
 
 def _text(decoded: Decoded) -> str:
