@@ -19,7 +19,7 @@ from training.hard_negatives import MARK, exchanged, main, mentions, parse_args
 from training.squad_evaluation import evaluate, has_answer_shares, predictor
 
 CONTEXT = "In 1891 Nikola Tesla built a coil in New York. It made 500,000 volts."
-OTHER = "Thomas Edison opened Menlo Park in 1876. Later Michael Faraday counted 300 lamps there."
+OTHER = "In 1876 Thomas Edison opened Menlo Park. Later Michael Faraday counted 300 lamps there."
 
 
 def article() -> list[Example]:
@@ -35,14 +35,14 @@ def article() -> list[Example]:
 
 
 def test_names_and_numbers_are_found_with_their_kind_and_place() -> None:
-    text = "Where did Nikola Tesla live in 1891, and who paid 1,200.50 to New York? The answer costs 20"
+    text = "Where did Nikola Tesla live in 1891, and who paid 1,200.50 to New York? The answer in May costs 20"
     found = {(mention.kind, mention.words) for mention in mentions(text)}
     assert found == {
-        ("name of 2", "Nikola Tesla"),
-        ("name of 2", "New York"),
+        ("name of 2 after ", "Nikola Tesla"),
+        ("name of 2 after to", "New York"),
         ("year", "1891"),
-        ("number", "1,200.50"),
-        ("number", "20"),
+        ("number of 6", "1,200.50"),
+        ("number of 2", "20"),
     }
 
 

@@ -14,7 +14,7 @@ import argparse
 import json
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,14 @@ NO_NAMES = frozenset(
     )
 )
 """Words that begin a sentence with a capital and are no part of a name."""
+CALENDAR = frozenset(
+    (
+        *("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November"),
+        *("December", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    )
+)
+BEFORE = frozenset(("in", "of", "by", "from", "at", "to", "on", "for", "with", "and", "the", "between", "against"))
+"""Words before a name that say what it is: "in Oslo" is exchanged for "in Bergen", and not for "by Ibsen"."""
 WORD = re.compile(r"\w+")
 MARK = "-exchanged"
 """End of the id of a question that was made here."""
@@ -100,7 +108,8 @@ def exchanged(examples: Sequence[Example], share: float, seed: int) -> list[Exam
             break
         options = list(_exchanges(example, candidates[example.title]))
         if options:
-            mention, words = chooser.choice(options)
+            numbers = [option for option in options if not option[0].kind.startswith("name")]  # which are rarer
+            mention, words = chooser.choice(numbers or options)
             end = mention.start + len(mention.words)
             question = example.question[: mention.start] + words + example.question[end:]
             identifier = f"{example.id}-{mention.kind.partition(' ')[0]}{MARK}"
@@ -111,15 +120,17 @@ def exchanged(examples: Sequence[Example], share: float, seed: int) -> list[Exam
 def mentions(text: str) -> Iterator[Mention]:
     """The numbers and the capitalized names in a text, but for a word that begins a sentence and may be none."""
     for match in NUMBER.finditer(text):
-        yield Mention("year" if YEAR.fullmatch(match[0]) else "number", match[0], match.start())
+        digits = sum(character.isdigit() for character in match[0])
+        yield Mention("year" if YEAR.fullmatch(match[0]) else f"number of {digits}", match[0], match.start())
     for match in NAME.finditer(text):
         words, start = match[0], match.start()
         while words and (words.split(" ")[0] in NO_NAMES):
             first, _, words = words.partition(" ")
             start += len(first) + 1
-        begins_sentence = start == 0 or text[:start].rstrip(' "“(').endswith((".", "?", "!"))
-        if words and not begins_sentence:
-            yield Mention(f"name of {words.count(' ') + 1}", words, start)
+        before = text[:start].rstrip(' "“(')
+        if words and before and not before.endswith((".", "?", "!")) and CALENDAR.isdisjoint(words.split(" ")):
+            last = before.rpartition(" ")[2]
+            yield Mention(f"name of {words.count(' ') + 1} after {last if last in BEFORE else ''}", words, start)
 
 
 def agreed(made: Sequence[Example], args: argparse.Namespace, workers: Workers) -> list[Example]:
@@ -142,12 +153,15 @@ def agreed(made: Sequence[Example], args: argparse.Namespace, workers: Workers) 
 
 
 def _mentions_of_article(examples: Iterable[Example]) -> Mapping[str, list[str]]:
-    """The mentions in an article's questions and paragraphs by kind, each once, in the order of the file."""
-    found: dict[str, dict[str, None]] = defaultdict(dict)
+    """The numbers in an article's questions and paragraphs, and the names that stand there twice or more, by kind."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
     for text in dict.fromkeys(text for example in examples for text in (example.context, example.question)):
         for mention in mentions(text):
-            found[mention.kind][mention.words] = None
-    return {kind: list(words) for kind, words in found.items()}
+            found[mention.kind][mention.words] += 1
+    return {
+        kind: [words for words, count in counts.items() if count > 1 or not kind.startswith("name")]
+        for kind, counts in found.items()
+    }
 
 
 def _exchanges(example: Example, candidates: Mapping[str, Sequence[str]]) -> Iterator[tuple[Mention, str]]:
