@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_finetune_squad import FLAGS, lives
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
@@ -17,6 +16,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoModelForQuestionAnswering, MPNetConfig, MPNetForQuestionAnswering, MPNetModel
 
 from bertqa.squad import as_squad
+from tests.support.lives import FLAGS, lives
 from training import finetune_squad, import_mpnet
 from training.average import main as average
 from training.average import parse_args as average_args

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_finetune_glue import write_task
-from test_finetune_squad import FLAGS, ROOT, TOKENIZER, finetune, lives
 from tokenizers import Tokenizer
 from torch.nn import functional
-from transformers import BertConfig, BertForQuestionAnswering, BertModel
+from transformers import BertForQuestionAnswering
 
 from bertqa.spans import Logits
 from bertqa.squad import as_squad
 from bertqa.windows import Window, WindowMaker
+from tests.support.glue_files import write_task
+from tests.support.lives import FLAGS, TOKENIZER, finetune, lives, train_teacher, under_horovod, write_encoder
 from training import finetune_glue, finetune_squad, teach
 from training.distillation import TEACHER_FILE, divergence
 from training.inference import batches_by_length, predict
@@ -51,14 +48,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write_encoder(directory: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    BertModel(config, add_pooling_layer=False).save_pretrained(directory)
-    (directory / "tokenizer.json").write_text(TOKENIZER.read_text())
-    return directory
-
-
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_encoder(tmp_path_factory.mktemp("encoder"), 0)
@@ -70,25 +59,16 @@ def teacher(data: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory)
     return train_teacher(data, encoder, tmp_path_factory.mktemp("teacher") / "checkpoint")
 
 
-def train_teacher(data: Path, encoder: Path, output: Path) -> Path:
-    job = ["--train", str(data), "--init", str(encoder), "--output", str(output), "--dropout", "0", "--epochs", "12"]
-    finetune_squad.main(finetune_squad.parse_args([*FLAGS, *job]))
-    return output
-
-
 @pytest.fixture(scope="module")
 def logits(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The soft labels of a teacher, written by two Horovod processes."""
     output = tmp_path_factory.mktemp("logits") / "two"
-    binaries = Path(sys.executable).parent
-    job = [str(binaries / "horovodrun"), "-np", "2", "--gloo", sys.executable, "-m", "training.teach"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ['PATH']}"}
-    command = [*job, *flags_of_teacher(data, teacher, output)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    under_horovod(2, ["training.teach", *flags_of_teacher(data, teacher, output)])
     return output
 
 
+@pytest.mark.horovod
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
     teach.main(teach.parse_args(flags_of_teacher(data, teacher, tmp_path)))
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in logits.iterdir()}
@@ -97,6 +77,8 @@ def test_two_processes_write_what_one_writes(data: Path, teacher: Path, logits: 
     torch.testing.assert_close(logits_in(logits), logits_in(tmp_path), atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.horovod
+@pytest.mark.slow
 def test_logits_are_those_of_the_model_for_each_window(data: Path, teacher: Path, logits: Path) -> None:
     args = finetune_squad.parse_args([*FLAGS, "--train", str(data), "--output", "-", "--init", str(teacher)])
     model = BertForQuestionAnswering.from_pretrained(teacher).eval()  # type: ignore[no-untyped-call]
@@ -114,6 +96,8 @@ def test_logits_are_those_of_the_model_for_each_window(data: Path, teacher: Path
     assert next(rows, None) is None
 
 
+@pytest.mark.horovod
+@pytest.mark.slow
 def test_a_teacher_that_was_killed_goes_on_where_it_was(
     data: Path, teacher: Path, logits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +253,8 @@ def best(window: Window, logits: Logits) -> list[int]:
     return [places[int(values[0, places].argmax())] for values in logits]
 
 
+@pytest.mark.horovod
+@pytest.mark.slow
 def test_a_distilled_run_of_two_processes_resumes_bit_for_bit(
     data: Path, encoder: Path, logits: Path, tmp_path: Path
 ) -> None:
@@ -286,27 +272,14 @@ def test_a_distilled_run_of_two_processes_resumes_bit_for_bit(
     )
     whole = finetune(2, data, encoder, tmp_path / "whole", *more)
     assert len(whole) > 8
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = [sys.executable, "-m", "training.finetune_squad", *FLAGS, "--train", str(data), "--init", str(encoder)]
-    job += ["--output", str(tmp_path / "halves"), *more, "--stop-after", "5"]
-    horovodrun = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2", "--gloo"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    stopped = subprocess.run(
-        [*horovodrun, *job],
-        cwd=ROOT,
-        env=environment | {"PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    job = [*FLAGS, "--train", str(data), "--init", str(encoder), "--output", str(tmp_path / "halves"), *more]
+    under_horovod(2, ["training.finetune_squad", *job, "--stop-after", "5"])
     assert not (tmp_path / "halves" / "model.safetensors").exists()
     assert finetune(2, data, encoder, tmp_path / "halves", *more) == whole
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     with pytest.raises(SystemExit, match=r"other settings \(soft_share 0.8, now 0.5\)"):
-        finetune_squad.main(finetune_squad.parse_args([*job[3:], "--soft-share", "0.5"]))
+        finetune_squad.main(finetune_squad.parse_args([*job, "--soft-share", "0.5"]))
 
 
 def test_unlabelled_questions_go_to_other_paragraphs_of_their_article() -> None:

@@ -7,12 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_distillation import train_teacher, write_encoder
-from test_finetune_squad import FLAGS, lives
 from transformers import BertForQuestionAnswering
 
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
+from tests.support.lives import FLAGS, lives, train_teacher, write_encoder
 from training import finetune_squad
 from training.distributed import Alone
 from training.hard_negatives import MARK, exchanged, main, mentions, parse_args
