@@ -51,7 +51,7 @@ serve: $(VENV)/serve.stamp  ## Build the engine if there is none, start Triton a
 	$(BIN)/bertqa serve --checkpoint $(CHECKPOINT) $(ARGS)
 
 test: $(VENV)/test.stamp  ## Run all tests: real Triton, Horovod, a browser (PACKAGE=service ARGS="-k page")
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		$(if $(PACKAGE),tests/$(PACKAGE)) $(ARGS)
 
 test-fast:  ## Run what needs no Triton and no torch, on another Python (PYTHON=python3.13)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 import httptools
 
-SHED = (429, 503)
-"""Statuses that say "not now"; with a Retry-After header the client waits that long and asks the same again."""
+from bertqa.backoff import RETRIED_STATUSES, spread
 
 
 @dataclass(slots=True)
@@ -58,7 +57,8 @@ async def closed_loop(
         requests: a key and the bytes of `http_post`; each client takes the next one when it is free.
         clients: connections.
         until: asked before each request with the number of those sent; true ends the run, once all are answered.
-        timeout_s: for one attempt, after which the connection is made anew.
+        timeout_s: for one attempt, after which the connection is made anew, and for one question with all its attempts:
+            a client that is told ``retry-after`` waits that long, and a little longer, and asks the same again.
     """
     load, sent = Load(), 0
 
@@ -76,7 +76,10 @@ async def closed_loop(
                     connection.close()
                     status, wait_s, body = 0, None, repr(error).encode()
                     await asyncio.sleep(0.05)  # a dead server must not make this a busy loop
-                if status not in SHED or wait_s is None:
+                if status not in RETRIED_STATUSES or wait_s is None:
+                    break
+                wait_s = spread(wait_s)
+                if time.perf_counter() + wait_s - began > timeout_s:
                     break
                 shed += 1
                 await asyncio.sleep(wait_s)

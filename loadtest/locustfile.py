@@ -1,6 +1,7 @@
 r"""Clients who ask real questions over REST and check every reply.
 
-Closed loop, each client sending its next request when the last one is answered:
+Closed loop, each client sending its next request when the last one is answered. A client that is refused for now waits
+as ``retry-after`` says, and up to half as long again, and asks the same once more; each attempt is counted:
 
 locust --headless --locustfile loadtest/locustfile.py --host http://127.0.0.1:8000 --users 16 --spawn-rate 16 \
     --run-time 60s
@@ -28,9 +29,10 @@ from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
+from bertqa.backoff import spread
 from bertqa.squad import read_squad
 from loadtest.replies import RIGHT, SHED, Sample, judge
-from loadtest.workload import Draw, due_times, make_requests, parse_mix, read_requests
+from loadtest.workload import Asked, Draw, due_times, make_requests, parse_mix, read_requests
 
 GATE = Path(__file__).resolve().parent.parent / "checkpoints" / "minilm-l6-squad" / "gate.json"
 PATH = "/v1/answer"
@@ -38,6 +40,8 @@ KEY = os.environ.get("BERTQA_API_KEY")  # a flag could be read in the list of pr
 HEADERS = {"content-type": "application/json"} | ({"authorization": f"Bearer {KEY}"} if KEY else {})
 DRAIN_S = 30.0
 """Longest wait for the replies that are still to come at the end."""
+PATIENCE_S = 60.0
+"""Seconds for one question in closed loop, with its attempts and the waits that the service asks for."""
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
@@ -105,7 +109,17 @@ class Asker(FastHttpUser):
         elif self.shared.is_over:
             raise StopUser
         else:
-            gevent.sleep(self.ask())
+            self.ask_until_answered()
+
+    def ask_until_answered(self) -> None:
+        """Ask the next question, again whenever the service is busy, as its ``retry-after`` says and with jitter."""
+        asked, body = next(self.shared.draw)
+        give_up = time.time() + PATIENCE_S
+        while (asked_s := self.ask(asked, body)) is not None:
+            wait_s = spread(asked_s)
+            if time.time() + wait_s > give_up or self.shared.is_over:
+                return
+            gevent.sleep(wait_s)
 
     def arrive(self) -> None:
         """Send requests when they are due, answered or not; ends with the run."""
@@ -114,13 +128,12 @@ class Asker(FastHttpUser):
             gevent.sleep(max(0.0, began + due - time.time()))
             if self.shared.is_over:
                 break
-            under_way.spawn(self.ask, began + due)
+            under_way.spawn(self.ask, *next(self.shared.draw), began + due)
         under_way.join(DRAIN_S)
         raise StopUser
 
-    def ask(self, due: float | None = None) -> float:
-        """Ask one question and keep what became of it; returns the seconds for which the service wants to be spared."""
-        asked, body = next(self.shared.draw)
+    def ask(self, asked: Asked, body: str, due: float | None = None) -> float | None:
+        """Ask a question once and keep what became of it; returns the seconds to wait where the service is busy."""
         sent = time.time()
         with self.client.request(
             "POST",
@@ -143,7 +156,7 @@ class Asker(FastHttpUser):
                 response.failure(outcome)
         stages = (float(timings.get(f"{stage}_ms", 0)) for stage in ("tokenize", "infer", "decode", "total"))
         self.shared.samples.append(Sample(due, sent, ended, asked.kind, outcome, reply.get("windows", 0), *stages))
-        return float(headers["retry-after"]) if outcome.startswith(SHED) else 0.0
+        return float(headers["retry-after"]) if outcome.startswith(SHED) else None
 
 
 @events.test_start.add_listener  # type: ignore[untyped-decorator]

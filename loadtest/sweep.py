@@ -9,7 +9,12 @@ whose engines sleep a fixed time instead of computing, so that cores do not limi
 Every point is written when it is measured. A second call with the same --output goes on where the first one ended.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, of which --help needs none
+    from bertqa.command import run
+    from loadtest.commands import app
+
+    run(app, "python -m loadtest.sweep")
+
 import contextlib
 import http.client
 import json
@@ -30,6 +35,7 @@ from urllib.parse import urlsplit
 
 from bertqa.squad import read_squad
 from loadtest import sleeping_engine
+from loadtest.commands import SweepOptions
 from loadtest.replies import RIGHT, best_answer, judge
 from loadtest.report import Load, Point, curve_of, knees, markdown, summarize, table, write_report
 from loadtest.servers import (
@@ -44,7 +50,6 @@ from loadtest.servers import (
 )
 from loadtest.workload import Asked, Kind, make_requests, write_requests
 
-CHECKPOINT = PROJECT / "checkpoints" / "minilm-l6-squad"
 FEWER: Mapping[Kind, int] = {"short": 1, "several": 8, "long": 16}
 """Of how many short requests there is one of a kind, for the first client asks them all."""
 SLEEP_S = 0.05
@@ -62,40 +67,7 @@ WORKLOADS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
 """Mix, repetition and numbers of clients of the other questions."""
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtest.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--clients", type=int, nargs="+", default=[2**n for n in range(9)], help="default: 1 2 4 ... 256")
-    add("--replicas", type=int, nargs="+", default=[1, 2, 4], help="of the service (default: %(default)s)")
-    add("--instances", type=int, nargs="+", default=[1, 2], help="engines in Triton (default: %(default)s)")
-    add("--seconds", type=float, default=5.0, help="measured at each point (default: %(default)s)")
-    add("--warmup", type=float, default=1.5, help="seconds before that (default: %(default)s)")
-    add("--questions", type=int, default=400, help="short requests; others are a few (default: %(default)s)")
-    add("--data", type=Path, default=CHECKPOINT / "gate.json", help="SQuAD file (default: %(default)s)")
-    add("--phases", nargs="+", choices=("closed", "open", "workload", "scaling"), help="default: all")
-    add("--processes", type=int, default=1, help="of the load's clients (default: %(default)s)")
-    add("--balancer", choices=("haproxy", "none"), default="haproxy", help="none: one replica only")
-    add("--repository", type=Path, default=PROJECT / "model_repository", help="default: that of the project")
-    add("--checkpoint", type=Path, default=CHECKPOINT, help="to build an engine from, where there is none")
-    add("--output", type=Path, default=Path("runs/loadtest"), help="directory (default: %(default)s)")
-    add("--stop-after", type=float, metavar="MINUTES", default=float("inf"), help="call again to go on")
-    add("--quick", action="store_true", help="few points of few seconds: does it all work?")
-    args = parser.parse_args(argv)
-    args.phases = args.phases or ["closed", "open", "workload", "scaling"]
-    if args.quick:
-        args.clients, args.replicas, args.instances = [1, 4, 16, 64], [1, 2], [2]
-        args.seconds, args.warmup, args.questions = 3.0, 1.0, 80
-    if args.balancer == "none" and args.replicas != [1]:
-        parser.error("--balancer none: goes with --replicas 1 alone")
-    if min([*args.clients, *args.replicas, *args.instances, args.processes, args.questions]) < 1:
-        parser.error("--clients, --replicas, --instances, --processes, --questions: must be at least 1")
-    return args
-
-
-def plan(args: argparse.Namespace) -> list[Load]:
+def plan(args: SweepOptions) -> list[Load]:
     """All loads in the order of their servers."""
     most = max(args.instances)
     loads = [
@@ -117,7 +89,7 @@ def plan(args: argparse.Namespace) -> list[Load]:
     return sorted(chosen, key=lambda each: (each.phase == "scaling", -each.instances, each.replicas))
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: SweepOptions) -> None:
     """Measure what is not measured yet, and write the report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # what was started is ended too
     until = time.monotonic() + 60 * args.stop_after
@@ -137,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         sys.exit("There were wrong answers or errors: see the report.")
 
 
-def measure_group(args: argparse.Namespace, loads: Sequence[Load], points: list[Point], until: float) -> None:
+def measure_group(args: SweepOptions, loads: Sequence[Load], points: list[Point], until: float) -> None:
     """Start the servers that some loads share, measure one after the other, and write each down.
 
     Args:
@@ -181,7 +153,7 @@ def _servers_of(load: Load) -> tuple[bool, int, int, int]:
     return load.phase == "scaling", load.replicas, load.tritons, load.instances
 
 
-def measure(args: argparse.Namespace, servers: Stack, load: Load, requests: Path, *, rate: float) -> Point:
+def measure(args: SweepOptions, servers: Stack, load: Load, requests: Path, *, rate: float) -> Point:
     """Put a load on running servers.
 
     Raises:
@@ -217,7 +189,7 @@ def measure(args: argparse.Namespace, servers: Stack, load: Load, requests: Path
     )
 
 
-def _truth(args: argparse.Namespace, servers: Stack, engine: str, kinds: Sequence[Kind]) -> Path:
+def _truth(args: SweepOptions, servers: Stack, engine: str, kinds: Sequence[Kind]) -> Path:
     """The file of all requests with the answers of an undisturbed service; made where there is none of this engine."""
     path: Path = args.output / f"requests-{engine}.jsonl"
     if not path.exists():
@@ -255,7 +227,7 @@ def read_points(output: Path) -> list[Point]:
     return [Point(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _facts(args: argparse.Namespace, servers: Stack, sleeps: bool) -> dict[str, Any]:
+def _facts(args: SweepOptions, servers: Stack, sleeps: bool) -> dict[str, Any]:
     """What the numbers depend on; kept beside them.
 
     Raises:
@@ -338,10 +310,3 @@ def print_summary(points: Sequence[Point], output: Path) -> None:
             row["times one"] = f"{point.throughput / (first.throughput or math.nan):.2f}"
         print(markdown(rows))
     print(f"Everything is in {output / 'report.html'}")
-
-
-if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except ServerFailed as error:
-        sys.exit(f"loadtest: {error}")

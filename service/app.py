@@ -8,10 +8,11 @@ import gc
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,14 @@ from service.api.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.inference.pipeline import Answerer
 from service.inference.registry import Follower, Models, Served
 from service.inference.worker_pool import Watchman
-from service.keys import Guard, Keyring, needs_key
+from service.keys import Guard, Keyring, KeysError, needs_key
 from service.middleware.edge import Edge
 from service.observability import logging as logs
 from service.observability import tracing
 from service.observability.metrics import Metrics
 from service.observability.readiness import ReadinessLog
 from service.runtime.shutdown import Shutdown, clean_up
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from service.triton.client import Engine, ModelError, TritonModel, tls_credentials
 
 log = logging.getLogger("bertqa.service")
@@ -66,11 +67,16 @@ def create_app(
     engine that is not the one which its bundle describes (`bertqa.manifest.BundleMismatch`), but not one that is not up
     yet: until it is, and the check has passed, ``/health/ready`` fails and questions get 503.
     """
-    metrics = Metrics()
-    if settings is None:  # this process is the application's own
-        settings = Settings.from_environment(os.environ)
+    metrics, own_process = Metrics(), settings is None
+    try:
+        settings = Settings.from_environment(os.environ) if settings is None else settings
+        keyring = Keyring(Path(settings.api_keys_file)) if settings.api_keys_file else None
+    except (SettingsError, KeysError) as error:
+        if own_process:
+            sys.exit(f"bertqa: error: {error}")
+        raise
+    if own_process:
         logs.configure(settings, count_lost=metrics.lost_records)
-    keyring = Keyring(Path(settings.api_keys_file)) if settings.api_keys_file else None
     shutdown = Shutdown(settings.shutdown_delay_s)
     scraper = Watchman("metrics")
 
@@ -263,7 +269,7 @@ async def _info(request: Request) -> Info:
     """What runs here, within which limits, and what is switched on."""
     answerer = answerer_of(request)
     settings, bundle = answerer.settings, answerer.models[None].bundle
-    numbers = [field.name for field in fields(settings) if field.type in (int, float)]
+    numbers = [name for name, field in Settings.model_fields.items() if field.annotation in (int, float)]
     triton: str | None = None
     with suppress(ModelError):
         triton = await answerer.models[None].engine.server_version(deadline=time.monotonic() + PROBE_S)

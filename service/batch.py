@@ -6,44 +6,34 @@ and which parts are done, so that the same command, given again after whatever e
 the same files.
 """
 
-import argparse
 import fcntl
 import json
 import logging
 import os
-import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
 from tqdm import tqdm
 
-try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import ray
-    import ray.data
-except ImportError as error:
-    sys.exit(f"bertqa: {error}; batch jobs need: pip install --constraint constraints.txt --editable '.[batch]'")
-
-from bertqa.graphemes import OffsetUnit
-from bertqa.manifest import MODEL_NAME, BundleMismatch, sha256_of
+from bertqa.command import say
+from bertqa.manifest import sha256_of
 from bertqa.repository import Repository
-from bertqa.spans import MAX_ANSWER_TOKENS
-from service.api.schemas import LONGEST_ANSWER_TOKENS
 from service.batch_worker import ANSWER_COLUMNS, Asking, BatchStopped, Part, PartAnswerer, Receipt, is_text
+from service.commands.batch import BatchOptions
 from service.settings import Settings
 
 JOURNAL_FILE = "_batch.jsonl"
 """In the output directory; readers of Parquet datasets pass over names that begin so."""
 FORMAT = 1
 """Version of the journal's layout."""
-PART_ROWS = 5_000
-PATIENCE_S = 600.0
-PROJECT = Path(__file__).resolve().parent.parent
 _LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 100_000_000  # Ray holds only the parts' names and receipts
 
@@ -89,118 +79,7 @@ class Job:
         ]
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bertqa batch",
-        description="Answer every row of Parquet files. The same command, given again, goes on with a job that ended.",
-    )
-    parser.add_argument(
-        "--input", type=Path, required=True, metavar="PATH", help="a Parquet file, or a directory of *.parquet"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="a new directory, or that of this same job"
-    )
-    parser.add_argument(
-        "--triton-url",
-        metavar="HOST:PORT",
-        help="gRPC address of Triton, or several with commas (default: BERTQA_TRITON_URL or 127.0.0.1:8001, where "
-        "`bertqa serve` has its own)",
-    )
-    parser.add_argument(
-        "--repository",
-        type=Path,
-        default=PROJECT / "model_repository",
-        metavar="DIR",
-        help="model repository of that Triton, or a copy (default: that of the project)",
-    )
-    parser.add_argument(
-        "--model",
-        default=MODEL_NAME,
-        metavar="NAME",
-        help="its version active at first is kept to (default: %(default)s)",
-    )
-    columns = parser.add_argument_group("columns of the input")
-    columns.add_argument("--question-column", default="question", metavar="NAME", help="(default: %(default)s)")
-    columns.add_argument("--context-column", default="context", metavar="NAME", help="(default: %(default)s)")
-    columns.add_argument(
-        "--id-column", metavar="NAME", help="carried over to the output (default: the rows of a file are numbered)"
-    )
-    answers = parser.add_argument_group("answers")
-    answers.add_argument(
-        "--max-answer-tokens", type=int, default=MAX_ANSWER_TOKENS, metavar="N", help="longest (default: %(default)s)"
-    )
-    answers.add_argument(
-        "--no-answer", action="store_true", help="give none where the model holds that the text has none"
-    )
-    answers.add_argument(
-        "--offset-unit", choices=get_args(OffsetUnit), default="codepoint", help="of start and end (default: codepoint)"
-    )
-    running = parser.add_argument_group("running")
-    running.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes side by side (default: %(default)s)"
-    )
-    running.add_argument(
-        "--in-flight",
-        type=int,
-        metavar="N",
-        help="windows that each of them has with Triton at one time (default: BERTQA_MAX_IN_FLIGHT or {IN_FLIGHT})",
-    )
-    running.add_argument(
-        "--part-rows",
-        type=int,
-        default=PART_ROWS,
-        metavar="N",
-        help="rows of an output file; what was begun of one is done again (default: %(default)s)",
-    )
-    running.add_argument(
-        "--patience",
-        type=float,
-        default=PATIENCE_S,
-        metavar="SECONDS",
-        help="stop when the engine has been away for so long (default: %(default).0f)",
-    )
-    running.add_argument(
-        "--ray-address",
-        default="local",
-        metavar="ADDRESS",
-        help="of a Ray cluster whose nodes have the same files and environment (default: one of this job's own)",
-    )
-    args = parser.parse_args(argv)
-    for name, longest in {"max_answer_tokens": LONGEST_ANSWER_TOKENS, **dict.fromkeys(_COUNTS)}.items():
-        value = getattr(args, name)
-        if value is not None and not 1 <= value <= (longest or value):
-            limit = f"from 1 to {longest}" if longest else "at least 1"
-            parser.error(f"--{name.replace('_', '-')}: must be {limit}, not {value}")
-    if not args.patience >= 0:
-        parser.error(f"--patience: must be at least 0, not {args.patience}")
-    if args.triton_url is not None and not all(part.strip() for part in args.triton_url.split(",")):
-        parser.error(f"--triton-url: must be host:port, or several with commas, not {args.triton_url!r}")
-    return args
-
-
-_COUNTS = ("workers", "in_flight", "part_rows")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Do the job, or what is left of it; returns the process's exit code."""
-    try:
-        summary = run(args)
-    except (BatchRefused, BundleMismatch) as error:
-        say(f"error: {error}")
-        return 1
-    except BatchStopped as error:
-        say(f"stopped: {error}")
-        say("what is done is kept; the same command goes on with the rest")
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on with the rest")
-        return 130
-    print(json.dumps(summary))
-    return 0
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: BatchOptions) -> dict[str, Any]:
     """Answer all parts that are not done yet; gives what the whole job came to.
 
     Raises:
@@ -213,11 +92,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         settings = Settings.from_environment(os.environ)
     except ValueError as error:
         raise BatchRefused(str(error)) from error
-    settings = replace(
-        settings,
-        repository=args.repository.resolve(),
-        triton_url=args.triton_url or settings.triton_url,
-        max_in_flight=args.in_flight or settings.max_in_flight,
+    settings = settings.model_copy(
+        update={
+            "repository": args.repository.resolve(),
+            "triton_url": args.triton_url or settings.triton_url,
+            "max_in_flight": args.in_flight or settings.max_in_flight,
+        }
     )
     if args.output.resolve().is_relative_to(args.input.resolve()):
         raise BatchRefused(f"--output {args.output}: must not lie in --input, whose files are read")
@@ -246,7 +126,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         directory = repository.directory(job.model, job.version)
         answerer = (directory, settings, asking, args.output.resolve(), args.patience)
         began = time.monotonic()
-        with tqdm(total=rows, initial=sum(receipt.rows for receipt in done), unit="row") as bar:
+        with tqdm(total=rows, initial=sum(receipt.rows for receipt in done), unit="row", disable=None) as bar:
             for receipt in answered(todo, answerer, workers=args.workers, address=args.ray_address) if todo else ():
                 if receipt.stopped:
                     raise BatchStopped(receipt.stopped)
@@ -294,7 +174,7 @@ def find_sources(root: Path, asking: Asking) -> tuple[Source, ...]:
         kinds = ", ".join(f"{kind} in {path}" for kind, path in id_types.items())
         raise BatchRefused(f"--id-column {asking.id_column}: must have one type, but is {kinds}")
     sources = []
-    for path in tqdm(paths, desc="checking input", unit="file", leave=False):
+    for path in tqdm(paths, desc="checking input", unit="file", leave=False, disable=None):
         name = path.relative_to(root).as_posix() if path != root else ""
         sources.append(Source(name=name, rows=pq.read_metadata(path).num_rows, sha256=sha256_of(path)))
     return tuple(sources)
@@ -382,7 +262,7 @@ class Journal:
             leftover.unlink(missing_ok=True)
         done = [self._receipts[part.name] for part in parts if part.name in self._receipts]
         verified = []
-        for receipt in tqdm(done, desc="checking output", unit="part", leave=False):
+        for receipt in tqdm(done, desc="checking output", unit="part", leave=False, disable=None):
             path = self._output / receipt.name
             if path.is_file() and sha256_of(path) == receipt.sha256:
                 verified.append(receipt)
@@ -460,12 +340,3 @@ def answered(parts: Collection[Part], answerer: tuple[Any, ...], *, workers: int
             yield Receipt(**receipt)
     finally:
         ray.shutdown()
-
-
-def say(line: str) -> None:
-    """Tell the person at the console."""
-    print(f"bertqa: {line}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(parse_args()))

@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from bertqa.backoff import pauses
 from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import Bundle, BundleMismatch, sha256_of
 from bertqa.spans import InvalidLogits, Logits
@@ -61,7 +62,6 @@ IN_FLIGHT = 64
 _MAX_WAIT_S = 3600.0
 _MAX_MEMORY_MB = 4096
 _SUSPECT_ATTEMPTS = 3
-_MAX_PAUSE_S = 2.0
 _READ_ROWS = 64
 _FAILURES = (ModelError, InvalidLogits)
 """What may be a question's fault, or an engine's that is away or broken."""
@@ -236,7 +236,7 @@ class PartAnswerer:
     async def _until_sound(self) -> None:
         harmless = Question(model=self._served, question="Is it ready?", contexts=("It is ready.",))
         began = time.monotonic()
-        for pause in _pauses():
+        for pause in pauses():
             left_s = began + self._patience_s - time.monotonic()
             try:
                 await self._answerer.answer(harmless, deadline=time.monotonic() + max(left_s, 1.0))
@@ -288,7 +288,7 @@ class SteadyEngine:
 
     async def _predict(self, window: Window, deadline: float) -> Logits:
         began = time.monotonic()
-        for pause in _pauses():
+        for pause in pauses():
             try:
                 (logits,) = await self._engine.predict([window], deadline=_soon(deadline))
             except ModelOverloaded as error:
@@ -415,16 +415,9 @@ def _columns(response: AnswerResponse) -> dict[str, Any]:
 
 def _patient(settings: Settings, at_a_time: int) -> Settings:
     """Those of a job, whose rows are never refused for others of its rows."""
-    return replace(settings, max_in_flight=at_a_time, max_wait_s=_MAX_WAIT_S, max_memory_mb=_MAX_MEMORY_MB)
+    changes = {"max_in_flight": at_a_time, "max_wait_s": _MAX_WAIT_S, "max_memory_mb": _MAX_MEMORY_MB}
+    return settings.model_copy(update=changes)
 
 
 def _soon(deadline: float) -> float:
     return min(deadline, time.monotonic() + CALL_S)
-
-
-def _pauses() -> Iterator[float]:
-    """Pauses in seconds, growing up to a limit, and never in step with those of others."""
-    pause = 0.1
-    while True:
-        yield random.uniform(0.5, 1.5) * pause
-        pause = min(2 * pause, _MAX_PAUSE_S)

@@ -7,18 +7,21 @@ before stay valid. Keys are 256 random bits, so their plain
 SHA-256 cannot be guessed back, and a slow hash, made for passwords that people choose, would only slow requests down.
 """
 
-import argparse
 import asyncio
+import fcntl
 import hashlib
 import hmac
+import io
 import logging
 import math
 import os
 import re
 import secrets
-import sys
+import stat
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -276,7 +279,7 @@ def new_key(path: Path, name: str, rate: float | None, burst: float | None, unit
     if not _NAME.fullmatch(name):
         raise KeysError(f"NAME: must be up to 64 letters, digits, dots, dashes and underscores; got {name!r:.80}")
     if name in keys:
-        raise KeysError(f"{path}: has a key {name} already; choose another name, or take out its line")
+        raise KeysError(f"{path}: has a key {name} already; choose another name, or revoke it")
     key = PREFIX + secrets.token_urlsafe(32)
     limits = "- -" if rate is None else f"{rate:g} {burst or max(2 * rate, 1):g}"
     try:
@@ -286,8 +289,7 @@ def new_key(path: Path, name: str, rate: float | None, burst: float | None, unit
     counted = "" if rate is None or unit == "request" else f" {unit}"
     line = f"{name} {hashlib.sha256(key.encode()).hexdigest()} {limits}{counted}\n"
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-        with open(descriptor, "r+b", buffering=0) as file:
+        with _locked(path) as file:
             end = file.seek(0, os.SEEK_END)
             if end and (file.seek(end - 1), file.read(1))[1] != b"\n":
                 line = "\n" + line
@@ -297,47 +299,44 @@ def new_key(path: Path, name: str, rate: float | None, burst: float | None, unit
     return key
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    settings = Settings.from_environment(os.environ)
-    parser = argparse.ArgumentParser(prog="bertqa keys", description="Make API keys, and list those that there are.")
-    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-    new = steps.add_parser("new", help="print a fresh key, once, and write its hash to the file")
-    new.add_argument("name", metavar="NAME", help="of whoever gets it; stands in metrics")
-    new.add_argument("--rate", type=float, help="how many per second, of each process (default: no limit)")
-    new.add_argument("--burst", type=float, help="how many at once (default: twice the rate)")
-    new.add_argument(
-        "--per", choices=get_args(Unit), default="request", help="what the rate counts (default: %(default)s)"
-    )
-    for step in (new, steps.add_parser("list", help="names and limits")):
-        step.add_argument(
-            "--file", type=Path, default=settings.api_keys_file or None, help="(default: BERTQA_API_KEYS_FILE)"
-        )
-    args = parser.parse_args(argv)
-    if args.file is None:
-        parser.error("--file: needed, or BERTQA_API_KEYS_FILE")
-    if args.step == "new" and args.burst is not None and args.rate is None:
-        parser.error("--burst: needs --rate")
-    return args
+def revoke_key(path: Path, name: str) -> None:
+    """Take a key out of the file; comments and other lines stay as they are, and no reader sees half a file.
 
-
-def main(args: argparse.Namespace) -> int:
-    """Take the step; returns the process's exit code."""
+    Raises:
+        KeysError: there is no such key, or the file cannot be used.
+    """
+    if name not in parse_keys(path):
+        raise KeysError(f"{path}: has no key {name!r:.80}; `bertqa keys list` shows those that it has")
     try:
-        if args.step == "new":
-            print(new_key(args.file, args.name, args.rate, args.burst, args.per))
-            print("bertqa: kept nowhere else; services that read the file know it within a second", file=sys.stderr)
-        else:
-            for key in parse_keys(args.file).values():
-                limits = "no limit"
-                if not math.isinf(key.rate):
-                    limits = f"{key.rate:g} {key.unit}s a second, {key.burst:g} at once"
-                print(f"{key.name}  {limits}")
-    except KeysError as error:
-        print(f"bertqa: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        path = path.resolve()  # a link goes on pointing there
+        with _locked(path) as file:
+            lines = file.readall().decode("utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.partition("#")[0].split()[:1] != [name]]
+            descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            try:
+                with open(descriptor, "wb") as new:
+                    new.write("".join(kept).encode())
+                    new.flush()
+                    os.fsync(descriptor)
+                found = path.stat()
+                if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+                    os.chown(partial, found.st_uid, found.st_gid)
+                os.chmod(partial, stat.S_IMODE(found.st_mode))
+                os.replace(partial, path)
+            except BaseException:
+                os.unlink(partial)
+                raise
+    except OSError as error:
+        raise KeysError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+@contextmanager
+def _locked(path: Path) -> Iterator[io.FileIO]:
+    """The file, made if need be, for as long as no other process of ours writes to it; writes go to its end."""
+    while True:
+        with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            ours, there = os.fstat(file.fileno()), os.stat(path)
+            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):  # nobody has replaced it meanwhile
+                yield file
+                return

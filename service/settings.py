@@ -1,108 +1,135 @@
-"""What varies by deployment, read once from the environment; nothing else in the service reads it."""
+"""The service's settings, read once from the environment; nothing else in the service reads it.
 
+A setting is written once: its type, range, default and meaning are those of a field of `Settings`. The table in
+docs/operations.md is printed by ``python -m service.settings``.
+"""
+
+import difflib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "BERTQA_"
-_MAY_BE_ZERO = ("max_in_flight", "cache_mb")
-_ACCESS = ("open", "key", "off")
-_CHOICES = {
-    "log_format": ("json", "text"),
-    "log_to": ("stderr", "stdout"),
-    "log_level": ("debug", "info", "warning", "error"),
-    "metrics": _ACCESS,
-    "docs": _ACCESS,
-    "otlp_protocol": ("grpc", "http/protobuf"),
-}
-_STANDARD = {"otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT", "otlp_protocol": "OTEL_EXPORTER_OTLP_PROTOCOL"}
-_SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+OTHERS = frozenset(
+    PREFIX + name
+    for name in (
+        *("API_KEY", "URL", "QUESTIONS"),  # of clients
+        *("ADDRESS", "PORT", "MODELS", "DATA", "CHECKPOINTS"),  # of docker-compose.yml
+        *("TRITON_CPUS", "TRITON_MEMORY", "BUILDER_MEMORY", "BATCH_MEMORY"),
+        "VENV",  # of deploy/slurm/train.sbatch
+    )
+)
+"""Variables with our prefix that others read."""
+
+# What Kubernetes and Docker set in every container beside a service that is called bertqa.
+_SERVICE_LINK = re.compile(PREFIX + r"(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)")
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")  # as browsers write them
 
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Access = Literal["open", "key", "off"]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+
+class SettingsError(ValueError):
+    """A setting cannot be used; the message begins with the name of its variable."""
+
+
+class Settings(BaseSettings):
     """Settings of the service; the environment variable of a field is its name in capitals after ``BERTQA_``."""
 
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", validate_by_name=True, use_attribute_docstrings=True
+    )
+
     triton_url: str = "127.0.0.1:8001"
-    """Triton's gRPC address host:port; several, separated by commas, are replicas of one model."""
+    """Triton's gRPC address, host:port; several addresses, separated by commas, are replicas of one model.
+    `bertqa serve` sets it."""
 
     triton_tls_ca: str = ""
-    """File with the certificates (PEM) that Triton's is checked against; empty: no TLS."""
+    """PEM file with the certificates that Triton's is checked against. Empty: no TLS."""
 
     triton_tls_cert: str = ""
-    """File with our own certificate, for a Triton that wants one (mutual TLS)."""
+    """PEM file with the service's own certificate, for a Triton that asks for one (mutual TLS)."""
 
     triton_tls_key: str = ""
-    """File with its key."""
+    """PEM file with the key of that certificate."""
 
     repository: Path = Path("model_repository")
-    """Triton's model repository, or a copy of it: manifests and tokenizers are read from there."""
+    """Triton's model repository or a copy of it: manifests and tokenizers are read from there. `bertqa serve` sets
+    it."""
 
     model: str = ""
-    """Model that answers where a request names none; empty: ``bert_qa``, or the only one that there is."""
+    """Model that answers when a request names none. Empty: `bert_qa`, or the only model."""
 
-    deadline_s: float = 10.0
+    deadline_s: float = Field(default=10.0, gt=0, le=3600)
     """Seconds from a parsed request to its answer, after which it fails; a request may ask for less."""
 
     api_keys_file: str = ""
-    """File with the hashes of the API keys of those who may ask; empty: everyone may."""
+    """File with the hashes of the API keys. Empty: everyone may ask."""
 
-    metrics: str = "open"
-    """Who may read ``/metrics``: ``open`` to all, with a ``key``, or nobody: ``off``."""
+    metrics: Access = "open"
+    """Who may read `/metrics`: everyone (`open`), whoever has a `key`, or nobody (`off`)."""
 
-    docs: str = "open"
-    """Who may read ``/openapi.json`` and with it ``/docs``, likewise."""
+    docs: Access = "open"
+    """Who may read `/openapi.json` and so `/docs`: as for `/metrics`."""
 
     cors_origins: str = ""
-    """Origins like ``https://example.com``, with commas, whose pages may ask from a browser; empty: only our own."""
+    """Origins such as `https://example.com`, separated by commas, whose pages may ask from a browser. Empty: only the
+    service's own page."""
 
-    shutdown_delay_s: float = 0.0
-    """Seconds from SIGTERM until the port is closed; readiness fails at once, so that load balancers turn away."""
+    shutdown_delay_s: float = Field(default=0.0, ge=0, le=300)
+    """Seconds from SIGTERM until the port closes. Readiness fails at once; set it to the time that your load balancer
+    takes to notice."""
 
-    max_in_flight: int = 0
-    """Engine calls of this process and a model at one time; 0: two for each instance of the engine at each address."""
+    max_in_flight: CountOrZero = 0
+    """Engine calls of a process and a model at one time. 0: two for each engine instance at each address of Triton."""
 
-    max_wait_s: float = 2.0
-    """Seconds that a request may wait for its first turn at the engine; one that would wait longer is refused."""
+    max_wait_s: float = Field(default=2.0, gt=0, le=3600)
+    """Seconds that a request may wait for its first turn at the engine; one that would wait longer is refused with
+    503."""
 
-    cache_mb: int = 0
-    """Megabytes of answers that are kept for the same question again, of each model; 0: none."""
+    cache_mb: CountOrZero = 0
+    """Megabytes of answers that each process keeps for repeated questions, for each model. 0: no cache."""
 
-    max_memory_mb: int = 128
-    """Megabytes that requests in progress may hold: bodies, windows, logits, replies not yet taken."""
+    max_memory_mb: Count = 128
+    """Megabytes that requests in progress may hold: bodies, windows, logits, replies not yet taken; more are refused
+    with 503."""
 
-    arrival_s: float = 20.0
-    """Seconds that a request may take to arrive, a new connection to send one, and a client to take its reply."""
+    arrival_s: float = Field(default=20.0, gt=0, le=3600)
+    """Seconds for a request to arrive, for a new connection to send one, and for a client to take its reply."""
 
-    max_connections: int = 1_000
-    """Connections of this process at one time; what comes beyond closes the one that has been idle longest."""
+    max_connections: Count = 1_000
+    """Open connections of a process; one more closes the connection that has been idle longest."""
 
-    max_body_bytes: int = 2 * 1024 * 1024
+    max_body_bytes: Count = 2 * 1024 * 1024
     """Bytes of a request body, counted before anything is parsed."""
 
-    max_question_chars: int = 1_000
+    max_question_chars: Count = 1_000
     """Characters of a question."""
 
-    max_context_chars: int = 200_000
-    """Characters of the contexts of one question together."""
+    max_context_chars: Count = 200_000
+    """Characters of all contexts of a question together."""
 
-    max_contexts: int = 64
-    """Contexts of one question."""
+    max_contexts: Count = 64
+    """Contexts of a question."""
 
-    max_questions: int = 64
-    """Questions of one call to ``/v1/answers``."""
+    max_questions: Count = 64
+    """Questions of one call to `/v1/answers`."""
 
-    log_format: str = "text"
-    """``json``: one object a line; ``text``: for eyes."""
+    log_format: Literal["json", "text"] = "text"
+    """`json`: one object a line, for machines; `text`: for people."""
 
-    log_to: str = "stderr"
-    """Where the log goes: ``stderr`` or ``stdout``."""
+    log_to: Literal["stderr", "stdout"] = "stderr"
+    """Where the log goes."""
 
-    log_level: str = "info"
-    """What is less is not logged: debug, info, warning, error."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe level that is logged."""
 
     access_log: bool = True
     """Log a line for each request; probes and scrapes that succeed get none."""
@@ -110,78 +137,145 @@ class Settings:
     log_texts: bool = False
     """Let the log hold questions, contexts and the messages of exceptions, which may quote them."""
 
-    otlp_endpoint: str = ""
-    """URL of an OpenTelemetry collector, which gets traces; empty: nobody does. The variable is the standard's own."""
+    otlp_endpoint: str = Field(default="", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
+    """URL of the OpenTelemetry collector that gets traces. Empty: no traces."""
 
-    otlp_protocol: str = "grpc"
-    """``grpc`` or ``http/protobuf``; likewise."""
+    otlp_protocol: Literal["grpc", "http/protobuf"] = Field(
+        default="grpc", validation_alias="OTEL_EXPORTER_OTLP_PROTOCOL"
+    )
+    """Protocol of that collector."""
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot work.
+    if not TYPE_CHECKING:  # a type checker sees the fields as parameters
 
-        Raises:
-            ValueError: the message begins with the name of the environment variable.
-        """
-        if not all(part.strip() for part in self.triton_url.split(",")):
-            raise ValueError(f"{PREFIX}TRITON_URL: must be host:port, or several with commas; got {self.triton_url!r}")
+        def __init__(self, **values: Any) -> None:
+            """Check the values.
+
+            Raises:
+                SettingsError: a value is not of its type, out of range, or does not go with another.
+            """
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise SettingsError(_in_one_line(error)) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what is given and nothing else: only `from_environment` reads variables."""
+        return (init_settings,)
+
+    @field_validator("triton_url")
+    @classmethod
+    def _addresses(cls, text: str) -> str:
+        if not all(part.strip() for part in text.split(",")):
+            raise ValueError("must be host:port, or several separated by commas")
+        return text
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, text: str) -> str:
+        if bad := [part for part in _parts(text) if not _ORIGIN.fullmatch(part)]:
+            raise ValueError(f"must be origins such as https://example.com, separated by commas; {bad[0]!r} is none")
+        return text
+
+    @model_validator(mode="after")
+    def _together(self) -> "Settings":
         if bool(self.triton_tls_cert) != bool(self.triton_tls_key):
             raise ValueError(f"{PREFIX}TRITON_TLS_CERT, {PREFIX}TRITON_TLS_KEY: one needs the other")
         if self.triton_tls_cert and not self.triton_tls_ca:
             raise ValueError(f"{PREFIX}TRITON_TLS_CERT: needs {PREFIX}TRITON_TLS_CA")
-        if not 0 < self.deadline_s <= 3600:
-            raise ValueError(f"{PREFIX}DEADLINE_S: must be above 0 and at most 3600 seconds; got {self.deadline_s}")
-        if not 0 < self.max_wait_s <= 3600:
-            raise ValueError(f"{PREFIX}MAX_WAIT_S: must be above 0 and at most 3600 seconds; got {self.max_wait_s}")
-        if not 0 < self.arrival_s <= 3600:
-            raise ValueError(f"{PREFIX}ARRIVAL_S: must be above 0 and at most 3600 seconds; got {self.arrival_s}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                given = getattr(self, name)
-                raise ValueError(f"{_variable(name)}: must be one of {', '.join(choices)}; got {given!r}")
         for name in ("metrics", "docs"):
             if getattr(self, name) == "key" and not self.api_keys_file:
-                raise ValueError(f"{_variable(name)}: key needs {PREFIX}API_KEYS_FILE")
-        for origin in self.allowed_origins:
-            if not _ORIGIN.fullmatch(origin):
-                raise ValueError(
-                    f"{PREFIX}CORS_ORIGINS: must be origins like https://example.com, with commas; got {origin!r}"
-                )
-        if not 0 <= self.shutdown_delay_s <= 300:
-            raise ValueError(f"{PREFIX}SHUTDOWN_DELAY_S: must be from 0 to 300 seconds; got {self.shutdown_delay_s}")
-        for field in fields(self):
-            least = 0 if field.name in _MAY_BE_ZERO else 1
-            if field.type is int and getattr(self, field.name) < least:
-                raise ValueError(f"{_variable(field.name)}: must be at least {least}; got {getattr(self, field.name)}")
+                raise ValueError(f"{variable(name)}: key needs {PREFIX}API_KEYS_FILE")
+        return self
 
     @property
     def triton_urls(self) -> tuple[str, ...]:
         """The addresses one by one."""
-        return tuple(part.strip() for part in self.triton_url.split(","))
+        return _parts(self.triton_url)
 
     @property
     def allowed_origins(self) -> tuple[str, ...]:
         """The origins one by one."""
-        return tuple(part.strip() for part in self.cors_origins.split(",") if part.strip())
+        return _parts(self.cors_origins)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Settings":
         """Read the variables that are set and not empty; the others keep their defaults.
 
         Raises:
-            ValueError: a value is not of its type or out of range; the message begins with the variable's name.
+            SettingsError: a variable that begins with ``BERTQA_`` is no setting, or a value cannot be used.
         """
-        values: dict[str, Any] = {}
-        for field in fields(cls):
-            text = environ.get(_variable(field.name), "").strip()
-            if text:
-                convert: Callable[[str], Any] = field.type  # type: ignore[assignment]  # a class: no deferred annotations
-                try:
-                    values[field.name] = _SWITCH[text.lower()] if field.type is bool else convert(text)
-                except (ValueError, KeyError):
-                    kind = {int: "a whole number", float: "a number", bool: "true or false"}[field.type]  # type: ignore[index]
-                    raise ValueError(f"{_variable(field.name)}: must be {kind}; got {text!r}") from None
-        return cls(**values)
+        known = [variable(name) for name in cls.model_fields]
+        for name in environ:
+            if name.startswith(PREFIX) and name not in OTHERS.union(known) and not _SERVICE_LINK.fullmatch(name):
+                # Without the prefix that all have in common, and that would make any two names alike.
+                near = difflib.get_close_matches(
+                    name.removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known], 1
+                )
+                hint = f"did you mean {PREFIX}{near[0]}?" if near else "docs/operations.md lists the settings"
+                raise SettingsError(f"{name}: no such setting; {hint}")
+        source = EnvSettingsSource(cls, case_sensitive=False)
+        source.env_vars = {name.lower(): text for name in known if (text := environ.get(name, "").strip())}
+        return cls(**source())
 
 
-def _variable(name: str) -> str:
-    return _STANDARD.get(name, PREFIX + name.upper())
+def variable(name: str) -> str:
+    """The environment variable of a field."""
+    alias = Settings.model_fields[name].validation_alias
+    return alias if isinstance(alias, str) else PREFIX + name.upper()
+
+
+def markdown_table() -> str:
+    """The settings as a table: variable, default, what it may be, meaning."""
+    lines = ["| variable | default | may be | meaning |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = f"{field.default}".removesuffix(".0") or "none"
+        default = default.lower() if isinstance(field.default, bool) else default
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"| `{variable(name)}` | {default} | {allowed(field)} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a value of this field may be, in words."""
+    if get_origin(field.annotation) is Literal:
+        return "one of " + ", ".join(get_args(field.annotation))
+    kinds: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
+    kind, limits = kinds.get(field.annotation, "text"), []
+    for limit in field.metadata:
+        match limit:
+            case Gt(gt=number):
+                limits.append(f"above {number}")
+            case Ge(ge=number):
+                limits.append(f"at least {number}")
+            case Le(le=number):
+                limits.append(f"at most {number}")
+    return f"{kind}, {' and '.join(limits)}" if limits else kind
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _in_one_line(error: ValidationError) -> str:
+    """The first finding as ``VARIABLE: what it must be; got what was given``."""
+    found = error.errors()[0]
+    if not found["loc"]:  # of several fields, in words of our own
+        return str(found["ctx"]["error"])
+    fields = {**Settings.model_fields, **{variable(name): field for name, field in Settings.model_fields.items()}}
+    name = str(found["loc"][0])
+    if name not in fields:
+        return f"{name}: no such setting"
+    problem = str(found["ctx"]["error"]) if found["type"] == "value_error" else f"must be {allowed(fields[name])}"
+    return f"{name if name.isupper() else variable(name)}: {problem}; got {found['input']!r:.80}"
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")

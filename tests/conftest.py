@@ -36,9 +36,7 @@ _NOT_RUN: dict[str, list[str]] = {}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU or root where there is none; keep a file's tests together, slow files first."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    """Leave out what needs a GPU or root where there is none; put the files with slow tests first."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)  # or one worker ends long after the others
     for marker, missing in (("gpu", _missing_gpu), ("root", _missing_root)):
@@ -63,7 +61,7 @@ def _missing_root() -> str:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note what was skipped."""
     if report.skipped and not hasattr(report, "wasxfail"):
-        _SKIPPED.append(report.nodeid.partition("@")[0])
+        _SKIPPED.append(report.nodeid)
 
 
 @pytest.hookimpl(trylast=True)

@@ -5,7 +5,12 @@ often answers better than any of them, and costs no more than one: it is a check
 null threshold and complete it with ``python -m training.finetune_squad --epochs 0 --init DIR``.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, of which --help needs none
+    from bertqa.command import run
+    from training.commands import average_app
+
+    run(average_app, "python -m training.average")
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +25,7 @@ from transformers import AutoConfig
 from bertqa.manifest import TOKENIZER_FILE, WEIGHTS_FILE
 from training.checkpoints import CheckpointError, Tensors
 from training.encoders import CONFIG_FILE, write_checkpoint
-from training.loop import positive
+from training.options import AverageArguments
 
 FUNCTION = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 """What two configs must have in common, beside the shapes of the weights, for these to mean the same in both."""
@@ -71,27 +76,12 @@ class Checkpoint:
                 raise SystemExit(f"{other.directory}: {WEIGHTS_FILE}: the shape of {name} is {shapes}")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="DIR", help="two or more, of the same model")
-    parser.add_argument("--shares", type=positive, nargs="+", help="of each checkpoint, in proportion; default: equal")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the averaged checkpoint")
-    args = parser.parse_args(argv)
-    if len(args.checkpoints) < 2:
-        parser.error("DIR: give two or more, the mean of one is itself")
-    args.shares = args.shares or [1.0] * len(args.checkpoints)
-    if len(args.shares) != len(args.checkpoints):
-        parser.error(f"--shares: {len(args.shares)} for {len(args.checkpoints)} checkpoints")
-    return args
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: AverageArguments) -> None:
     """Refuse checkpoints that are not of one model, average the others, and write the result."""
     first, *others = (Checkpoint.read(directory) for directory in args.checkpoints)
     for other in others:
         first.refuse_unlike(other)
-    weights = mean([first.weights, *(other.weights for other in others)], args.shares)
+    weights = mean([first.weights, *(other.weights for other in others)], args.weights)
     config = AutoConfig.for_model(**{"model_type": "bert"} | first.config)
     try:
         write_checkpoint(args.output, first.architecture, config, weights, first.tokenizer)
@@ -111,7 +101,3 @@ def mean(weights: Sequence[Tensors], shares: Sequence[float]) -> Tensors:
         name: torch.stack([part * each[name].float() for part, each in zip(parts, weights, strict=True)]).sum(0)
         for name in weights[0]
     }
-
-
-if __name__ == "__main__":
-    main(parse_args())

@@ -7,7 +7,6 @@ A directory of logits has ``logits-00000.safetensors`` and so on, each with the 
 header, of which features and which teacher, and ``teacher.json``, which is written last. Safetensors and JSON only.
 """
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,27 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
 from training.checkpoints import save_json, save_tensors
-from training.loop import at_least_one, positive, share
+from training.options import FEATURES_PER_FILE, DistillationArguments
 
 TEACHER_FILE = "teacher.json"
-FEATURES_PER_FILE = 4096
-"""How many features have their logits in one file; a teacher that is killed loses the file it works on."""
-
 Rows = NDArray[np.float16]
 
 
 class UnsuitableLogits(ValueError):
     """The logits are not of this run's features, or are damaged; the message says which."""
-
-
-def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the jobs that learn from a teacher."""
-    add = parser.add_argument_group("distillation").add_argument
-    add("--teacher-logits", type=Path, metavar="DIR", help="soft labels, a directory that training.teach wrote")
-    add("--temperature", type=positive, default=2.0, help="of the soft labels; default: 2")
-    add(
-        "--soft-share", type=share, default=0.8, help="weight of the soft labels in the loss, from 0 to 1; default: 0.8"
-    )
 
 
 def fingerprint(features: Iterable[tuple[NDArray[np.int32], int]]) -> str:
@@ -138,8 +124,8 @@ class TeacherLogits:
             described = json.loads(path.read_text())
             kind, features, settings = described["kind"], described["features_sha256"], dict(described["settings"])
             count, teacher = described["features"], str(described["teacher"]["sha256"])
-            per_file = at_least_one(str(described["features_per_file"]))
-        except (OSError, ValueError, TypeError, LookupError, argparse.ArgumentTypeError) as error:
+            per_file = max(int(described["features_per_file"]), 1)
+        except (OSError, ValueError, TypeError, LookupError) as error:
             raise UnsuitableLogits(f"{path} cannot be used ({error}); did training.teach finish?") from error
         if kind != source.kind:
             raise UnsuitableLogits(f"{path} is of {kind}, this run is of {source.kind}")
@@ -154,7 +140,7 @@ class TeacherLogits:
         return self.logits[self.bounds[index] : self.bounds[index + 1]]
 
 
-def read_teacher(args: argparse.Namespace, source: Source) -> TeacherLogits | None:
+def read_teacher(args: DistillationArguments, source: Source) -> TeacherLogits | None:
     """The logits that ``--teacher-logits`` names, None without it.
 
     Raises:
@@ -168,7 +154,7 @@ def read_teacher(args: argparse.Namespace, source: Source) -> TeacherLogits | No
         raise SystemExit(f"--teacher-logits: {error}") from error
 
 
-def distilled_identity(args: argparse.Namespace, teacher: TeacherLogits | None) -> dict[str, object]:
+def distilled_identity(args: DistillationArguments, teacher: TeacherLogits | None) -> dict[str, object]:
     """What decides the result of a step, beside the rest; nothing without a teacher."""
     if not teacher:
         return {}

@@ -7,11 +7,12 @@ With ``--host-discovery-script`` the run is *elastic*: processes may be lost and
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-Compression = Literal["none", "fp16"]
+from training.options import Compression
+
 _T = TypeVar("_T")
 
 

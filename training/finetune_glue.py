@@ -8,7 +8,12 @@ predictions for the test set, as the benchmark's server takes them, beside it.
 With ``--teacher-logits`` the model also learns what a teacher answered, see `training.teach`.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, of which --help needs none
+    from bertqa.command import run
+    from training.commands import glue_app
+
+    run(glue_app, "python -m training.finetune_glue")
+
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +33,6 @@ from training.checkpoints import save_json
 from training.distillation import (
     Source,
     TeacherLogits,
-    add_distillation_arguments,
     distilled_identity,
     divergence,
     fingerprint,
@@ -38,7 +42,6 @@ from training.distillation import (
 from training.distributed import Workers, start_workers
 from training.encoders import (
     EncoderOptions,
-    add_encoder_arguments,
     bert_flops,
     encoder_source,
     forward,
@@ -51,15 +54,8 @@ from training.encoders import (
 )
 from training.glue import TASKS, Example, GlueError, GlueTask, predictions, read_glue, score, write_submission
 from training.inference import predict
-from training.loop import (
-    LoopOptions,
-    Precision,
-    Task,
-    add_loop_arguments,
-    at_least_one,
-    positive,
-    train,
-)
+from training.loop import LoopOptions, Task, train
+from training.options import GlueArguments, Precision, TeachGlueArguments
 
 TOKENIZED_AT_ONCE = 4096
 
@@ -86,21 +82,7 @@ class Batch:
     lengths: tuple[int, ...]  # tokens of each feature
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=list(TASKS), required=True, help="name of the task")
-    parser.add_argument("--data", type=Path, required=True, help="directory of the tasks' folders")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and its resume state")
-    parser.add_argument("--epochs", type=positive, default=3.0, help="passes over the examples; may be a fraction")
-    parser.add_argument("--max-seq-len", type=at_least_one, default=128, help="tokens kept of an example")
-    add_distillation_arguments(parser)
-    add_encoder_arguments(parser)
-    add_loop_arguments(parser, learning_rate=5e-5, warmup=0.1)
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: GlueArguments) -> None:
     """Train, report the metrics on the development set, predict the test set, and write the checkpoint."""
     workers = start_workers()
     glue = TASKS[args.task]
@@ -169,7 +151,7 @@ def load_classifier(
     return model
 
 
-def soft_source(args: argparse.Namespace, training: Sequence[Feature]) -> Source:
+def soft_source(args: GlueArguments | TeachGlueArguments, training: Sequence[Feature]) -> Source:
     """What the soft labels of a training set are made of."""
     return Source(
         kind=args.task,
@@ -313,7 +295,3 @@ def predict_all(
     for rank, share in enumerate(workers.gather(found)):
         rows |= {rank + workers.size * number: row[0] for number, row in enumerate(share)}
     return np.stack([rows[index] for index in range(len(features))])
-
-
-if __name__ == "__main__":
-    main(parse_args())

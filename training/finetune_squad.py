@@ -7,10 +7,16 @@ processes changes the speed and not the run. The output directory becomes a chec
 With ``--teacher-logits`` the model also learns what a teacher answered, see `training.teach`.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, of which --help needs none
+    from bertqa.command import run
+    from training.commands import squad_app
+
+    run(squad_app, "python -m training.finetune_squad")
+
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +30,6 @@ from training.batches import Batches
 from training.checkpoints import save_json
 from training.distillation import (
     TeacherLogits,
-    add_distillation_arguments,
     distilled_identity,
     divergence,
     loss_terms,
@@ -33,7 +38,6 @@ from training.distillation import (
 from training.distributed import Workers, start_workers
 from training.encoders import (
     EncoderOptions,
-    add_encoder_arguments,
     bert_flops,
     encoder_source,
     forward,
@@ -42,33 +46,14 @@ from training.encoders import (
     model_class,
     write_checkpoint,
 )
-from training.loop import LoopOptions, Task, add_loop_arguments, not_negative, train
-from training.squad_data import SquadData, add_data_arguments, read_file
+from training.loop import LoopOptions, Task, train
+from training.options import SquadArguments
+from training.squad_data import SquadData, read_file
 from training.squad_evaluation import as_report, evaluate, fit_null_threshold, has_answer_shares, predictor
 from training.squad_features import UNLABELLED, Batch, Feature, collate, negatives
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and its resume state")
-    parser.add_argument("--name", default="minilm-l6-squad", help="name of the checkpoint in manifests and replies")
-    epochs_help = "passes over the windows; may be a fraction; 0 measures and completes what --init has"
-    parser.add_argument("--epochs", type=not_negative, default=2.0, help=epochs_help)
-    parser.add_argument("--dev", type=Path, help="SQuAD file to report on, once, at the end")
-    add_data_arguments(parser)
-    add_distillation_arguments(parser)
-    add_encoder_arguments(parser)
-    add_loop_arguments(parser)
-    args = parser.parse_args(argv)
-    if (args.unlabelled or args.unlabelled_share) and not args.teacher_logits:
-        parser.error("--unlabelled, --unlabelled-share: need --teacher-logits")
-    if args.data_seed is None:
-        args.data_seed = args.seed
-    return args
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: SquadArguments) -> None:
     """Train, tune the null threshold on the held-back articles, report, and write the checkpoint."""
     dev = read_file(args.dev, "--dev") if args.dev else []
     workers = start_workers()
@@ -77,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
     model = load_model(model_class(source, "question answering"), source, encoder)
     torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
     data = SquadData.of(args, source, model.config)
+    args = replace(args, negatives=data.negatives)
     teacher = read_teacher(args, data.source)
     try:
         batches = Batches([len(feature.input_ids) for feature in data.features], args.batch_size, seed=args.seed)
@@ -93,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def complete(
-    model: PreTrainedModel, data: SquadData, dev: Sequence[Example], workers: Workers, args: argparse.Namespace
+    model: PreTrainedModel, data: SquadData, dev: Sequence[Example], workers: Workers, args: SquadArguments
 ) -> None:
     """Fit the null threshold, report, and write the checkpoint."""
     predict = predictor(model, workers.device, args.precision, progress=workers.rank == 0)
@@ -184,7 +170,3 @@ def write_samples(directory: Path, training: Sequence[Example], held_back: Seque
     for name, examples, size in (("gate.json", answerable, 500), ("calibration.json", training, 128)):
         sample = chooser.sample(examples, min(size, len(examples)))
         save_json(directory / name, as_squad(sample))
-
-
-if __name__ == "__main__":
-    main(parse_args())

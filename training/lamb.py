@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-OptimizerName = Literal["adamw", "lamb", "nvlamb"]
+from training.options import OptimizerName
+
 TrustRatio = Literal["decayed", "all"]
 
 

@@ -5,7 +5,6 @@ number of its targets. Each process computes its share of both. So a run on one,
 curve, an elastic run may change their number between two steps, and a resumed run needs no state of a sampler.
 """
 
-import argparse
 import math
 import signal
 import time
@@ -15,18 +14,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from training.checkpoints import CheckpointError, State, collect, load_state, restore, save_state
-from training.distributed import Compression, Workers
-from training.lamb import OptimizerName, make_optimizer
+from training.distributed import Workers
+from training.lamb import make_optimizer
 from training.metrics import Metrics, peak_flops, plot_loss
+from training.options import LoopArguments, Precision
 from training.schedules import linear, poly
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 LOSS_SCALE = 2.0**16
 """Where the dynamic loss scale of fp16 starts; it halves at an overflow and doubles after 2000 steps without one."""
@@ -70,33 +68,16 @@ class Task(Generic[_Item, _Batch]):
     """Steps between two evaluations; there is one after the last step too."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopOptions:
-    """The loop's settings; their meaning is in `add_loop_arguments`, and those of one run in `identity`."""
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions(LoopArguments):
+    """The loop's settings, as a command line has them, for a run of so many steps; those of one run in `identity`."""
 
     steps: int  # optimizer steps of the whole run
-    batch_size: int
-    micro_batch_size: int | None
-    optimizer: OptimizerName
-    learning_rate: float
-    warmup: float
-    decay: Literal["linear", "poly"]
-    weight_decay: float
-    max_gradient_norm: float
-    clip: Literal["reduced", "micro-batch"]
-    precision: Precision
-    compression: Compression
-    compile: bool
-    seed: int
-    save_every: int
-    log_every: int
-    stop_after: int | None
-    tensorboard: bool
 
     @classmethod
-    def of(cls, args: argparse.Namespace, steps: int) -> "LoopOptions":
-        """The options of a command line that `add_loop_arguments` has read, for a run of so many steps."""
-        return cls(steps=steps, **{field.name: getattr(args, field.name) for field in fields(cls)[1:]})
+    def of(cls, args: LoopArguments, steps: int) -> "LoopOptions":
+        """The options of a job, for a run of so many steps."""
+        return cls(steps=steps, **{field.name: getattr(args, field.name) for field in fields(LoopArguments)})
 
     def identity(self) -> dict[str, object]:
         """What decides the result of a step; a resume state of another identity is refused."""
@@ -108,70 +89,6 @@ class LoopOptions:
         """The learning rate of a step, from 0."""
         schedule = linear if self.decay == "linear" else poly
         return self.learning_rate * schedule(step, self.steps, self.warmup)
-
-
-def add_loop_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
-    """Add the flags that all jobs share; ``defaults`` replace those here, by the name of the option."""
-    add = parser.add_argument_group("optimization").add_argument
-    add("--batch-size", type=at_least_one, default=32, help="sequences per step, over all processes together")
-    add("--micro-batch-size", type=at_least_one, help="most sequences at once on one process; default: its share")
-    add("--optimizer", choices=["adamw", "lamb", "nvlamb"], default="adamw", help="the LAMBs are NVIDIA's two")
-    add("--learning-rate", type=positive, default=1e-4, help="peak, for that batch size")
-    add("--warmup", type=fraction, default=0.06, help="share of the steps with rising learning rate")
-    add("--decay", choices=["linear", "poly"], default="linear", help="after the warm-up; poly is the square root")
-    add("--weight-decay", type=fraction, default=0.01, help="not on biases and LayerNorm, as in BERT's own optimizer")
-    add("--max-gradient-norm", type=positive, default=1.0, help="larger gradients are clipped to it")
-    add("--clip", choices=["reduced", "micro-batch"], default="reduced", help="the step's gradient, or each addend")
-    add("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="of the matrix products (AMP)")
-    add("--compression", choices=["none", "fp16"], default="none", help="of gradients on the wire")
-    add("--compile", action="store_true", help="compile the model with torch.compile")
-    add("--seed", type=int, default=1, help="of the order, of dropout and of whatever else is drawn")
-    add = parser.add_argument_group("running").add_argument
-    add("--save-every", type=at_least_one, default=250, help="steps between two resume states")
-    add("--log-every", type=at_least_one, default=25, help="steps between two records of metrics.jsonl")
-    add("--stop-after", type=at_least_one, help="end this process after so many steps in all; resume later")
-    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
-    parser.set_defaults(**defaults)
-
-
-def at_least_one(text: str) -> int:
-    """An argument that is a count."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def count(text: str) -> int:
-    """An argument that is a count, or 0."""
-    return int(text) and at_least_one(text)
-
-
-def positive(text: str) -> float:
-    """An argument that is a number above zero."""
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {value}")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """An argument that is zero or a number above it."""
-    if not 0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or above, not {value}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """An argument that is a share of a whole which is never all of it."""
-    if not 0 <= (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be a share, from 0 to below 1, not {value}")
-    return value
-
-
-def share(text: str) -> float:
-    """An argument that is a share of a whole, and may be all of it."""
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share, from 0 to 1, not {value}")
-    return value
 
 
 def micro_batches(items: Sequence[_Item], largest: int | None, rank: int, size: int) -> list[Sequence[_Item]]:

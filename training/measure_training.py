@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 from bertqa.manifest import TOKENIZER_FILE
 from training.checkpoints import save_json
 from training.distributed import Alone, start_workers
-from training.loop import Precision, at_least_one
+from training.options import Precision
 from training.pretrain import new_config
 from training.scaling import CostModel, Line, plot_speeds, plot_training_time
 from training.shards import ShardSet
@@ -151,6 +151,13 @@ class Results:
             if row.processes == processes and threads in (None, row.threads) and asdict(row.contender) == expected:
                 return row
         return None
+
+
+def at_least_one(text: str) -> int:
+    """An argument that is a count."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -8,9 +8,14 @@ recipe's and ``--learning-rate`` is not given, the rate is scaled by the square 
 ``--stop-after`` too, with what was learnt by then.
 """
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+if __name__ == "__main__":  # before the imports, of which --help needs none
+    from bertqa.command import run
+    from training.commands import pretrain_app
+
+    run(pretrain_app, "python -m training.pretrain")
+
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,102 +27,18 @@ from bertqa.manifest import TOKENIZER_FILE
 from training.distributed import Workers, start_workers
 from training.encoders import (
     EncoderOptions,
-    add_encoder_arguments,
     bert_flops,
     encoder_source,
     load_model,
     write_checkpoint,
 )
-from training.loop import (
-    LoopOptions,
-    Precision,
-    Task,
-    add_loop_arguments,
-    at_least_one,
-    autocast,
-    count,
-    micro_batches,
-    positive,
-    to_device,
-    train,
-)
+from training.loop import LoopOptions, Task, autocast, micro_batches, to_device, train
 from training.masked_lm import Item, MaskedBatch, MaskedPairs, block_diagonal
-from training.schedules import scaled_learning_rate
+from training.options import SIZES, Precision, PretrainArguments
 from training.shards import ShardError, ShardMismatch, ShardSet
 
-SIZES = {  # layers, hidden size: Turc et al. 2019, table 1, and Devlin et al. 2018
-    "tiny": (2, 128),
-    "mini": (4, 256),
-    "small": (4, 512),
-    "base": (12, 768),
-    "large": (24, 1024),
-}
-"""Heads are 64 wide, and the feed-forward layer is four times as wide as the hidden ones."""
 
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A phase of NVIDIA's recipe: ``scripts/run_pretraining.sh`` of DeepLearningExamples' BERT for PyTorch."""
-
-    max_seq_len: int
-    max_predictions_per_seq: int
-    batch_size: int
-    learning_rate: float  # of LAMB, for that batch size
-    steps: int
-    warmup: float  # share of the steps
-
-
-PHASES = {1: Phase(128, 20, 65_536, 6e-3, 7_038, 0.2843), 2: Phase(512, 80, 32_768, 4e-3, 1_563, 0.128)}
-ADAMW_LEARNING_RATE, ADAMW_BATCH_SIZE = 1e-4, 256
-"""Devlin et al. 2018, appendix A.2."""
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line, and fill in what it leaves to the recipe of its phase."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and its resume state")
-    parser.add_argument("--phase", type=int, choices=[1, 2], default=1, help="of the recipe, see the defaults below")
-    length = parser.add_mutually_exclusive_group()
-    steps_help = "default: 7038 in phase 1, 1563 in phase 2; 0 writes the model that a run starts from"
-    length.add_argument("--steps", type=count, help=steps_help)
-    length.add_argument("--epochs", type=positive, help="passes over the shard set, in place of --steps")
-    add = parser.add_argument_group("data").add_argument
-    add("--shards", type=Path, required=True, help="shard set, made by python -m training.data shard")
-    add("--max-seq-len", type=at_least_one, help="what the shards must have; default: 128 in phase 1, 512 in phase 2")
-    add("--max-predictions-per-seq", type=at_least_one, help="likewise; default: 20 in phase 1, 80 in phase 2")
-    add("--packing", action="store_true", help="several sequences in a row, in place of batches of like length")
-    add("--no-nsp", dest="nsp", action="store_false", help="masked words only, without next-sentence prediction")
-    add("--held-out-shards", type=int, help="last shards that are only evaluated on; default: 1 where there are more")
-    add("--evaluate-every", type=at_least_one, default=500, help="steps between two evaluations on those")
-    add("--evaluate-on", type=at_least_one, default=2048, help="sequences of an evaluation, at most")
-    add = parser.add_argument_group("model, where it starts from scratch").add_argument
-    add("--config", help=f"{', '.join(SIZES)}, or a config.json; default: base")
-    add("--pad-vocabulary", type=at_least_one, default=8, help="the vocabulary is padded to a multiple of it")
-    add_encoder_arguments(parser, init=None)
-    recipe = {"batch_size": None, "learning_rate": None, "warmup": None, "decay": None}  # these are filled in below
-    add_loop_arguments(parser, optimizer="lamb", micro_batch_size=64, **recipe)
-    args = parser.parse_args(argv)
-    if args.init and args.config:
-        parser.error("--config makes a new model and --init takes one that exists; give one of them")
-    if args.phase == 2 and not (args.init or args.config):
-        parser.error("--phase 2 goes on from the output of phase 1, give it as --init (or --config for a new model)")
-
-    phase = PHASES[args.phase]
-    steps = phase.steps if args.steps is None and args.epochs is None else args.steps
-    args.config = None if args.init else args.config or "base"
-    names = ("max_seq_len", "max_predictions_per_seq", "batch_size", "warmup")
-    defaults = {name: getattr(phase, name) for name in names} | {"steps": steps}
-    for name, value in (defaults | {"decay": "linear" if args.optimizer == "adamw" else "poly"}).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.learning_rate is None:
-        lamb = phase.learning_rate, phase.batch_size
-        known = (ADAMW_LEARNING_RATE, ADAMW_BATCH_SIZE) if args.optimizer == "adamw" else lamb
-        args.learning_rate = scaled_learning_rate(*known, args.batch_size)
-    return args
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: PretrainArguments) -> None:
     """Open the shards, check that they fit the model, train, and write the checkpoint."""
     workers, encoder = start_workers(), EncoderOptions.of(args)
     torch.manual_seed(args.seed)
@@ -136,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".pooler." not in name and ".seq_relationship." not in name)
     torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
-    steps = max(round(args.epochs * pairs.per_epoch), 1) if args.steps is None else args.steps
+    steps = max(round((args.epochs or 0) * pairs.per_epoch), 1) if args.steps is None else args.steps
     options = LoopOptions.of(args, steps)
     if workers.rank == 0:
         weights = sum(parameter.numel() for parameter in model.parameters())
@@ -159,12 +80,12 @@ def main(args: argparse.Namespace) -> None:
         write_checkpoint(args.output, BertForPreTraining.__name__, model.config, parameters, tokenizer)
 
 
-def make_model(args: argparse.Namespace, options: EncoderOptions, shards: ShardSet) -> "PretrainingBert":
+def make_model(args: PretrainArguments, options: EncoderOptions, shards: ShardSet) -> "PretrainingBert":
     """The model to start from: that of ``--init``, else a new one for the tokenizer of the shards."""
     if args.init:
         return load_model(PretrainingBert, encoder_source(args.init), options)
     vocabulary = -(-shards.manifest.vocab_size // args.pad_vocabulary) * args.pad_vocabulary
-    config = new_config(args.config, vocabulary)
+    config = new_config(args.config or "base", vocabulary)
     config.pad_token_id = shards.manifest.special_tokens["[PAD]"]
     config.hidden_dropout_prob, config.attention_probs_dropout_prob = options.dropout, options.attention_dropout
     config._attn_implementation = options.attention
@@ -189,7 +110,7 @@ def new_config(name: str, vocab_size: int) -> BertConfig:
     )
 
 
-def check(args: argparse.Namespace, shards: ShardSet, config: BertConfig) -> None:
+def check(args: PretrainArguments, shards: ShardSet, config: BertConfig) -> None:
     """Refuse shards that were not made for the model or the flags.
 
     Raises:
@@ -320,7 +241,7 @@ def _sums(logits: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
 
 
 def evaluator(
-    args: argparse.Namespace,
+    args: PretrainArguments,
     workers: Workers,
     model: PretrainingBert,
     task: Task[Item, MaskedBatch],
@@ -349,7 +270,3 @@ def evaluator(
         return {f"held_out_{name}": mean for name, mean in zip(task.terms, means, strict=True)}
 
     return evaluate
-
-
-if __name__ == "__main__":
-    main(parse_args())

@@ -4,7 +4,6 @@ Speeds are of whole steps, loading included, after some that warm up. The MFU co
 the tokens that there are, for both loops alike: no padding, and the vocabulary's scores of the masked words alone.
 """
 
-import argparse
 import math
 import statistics
 import tempfile
@@ -39,13 +38,13 @@ from training.batches import Batches
 from training.data.documents import write_documents
 from training.data.sharding import SPECIAL_TOKENS, write_shard_set
 from training.data.text import articles_of
-from training.distributed import Alone, Compression, Workers
+from training.distributed import Alone, Workers
 from training.encoders import attention_implementation
 from training.finetune_squad import span_task
-from training.lamb import OptimizerName
-from training.loop import LoopOptions, Precision, Task, add_loop_arguments, train
+from training.loop import LoopOptions, Task, train
 from training.masked_lm import Item, MaskedPairs
 from training.metrics import METRICS_FILE, peak_flops, read_metrics
+from training.options import Compression, OptimizerName, Precision
 from training.pretrain import PretrainingBert, pretraining_task
 from training.shards import MANIFEST_FILE, Pair, ShardManifest, ShardSet, tokenizer_sha256, write_shard
 from training.squad_features import Feature, make_features
@@ -221,12 +220,18 @@ def _measure_ours(contender: Contender, workload: Workload, workers: Workers, st
     model = workload.model(contender)
     task = workload.task(contender, batch_size)
     items = task.items
-    parser = argparse.ArgumentParser()
-    names = ("optimizer", "precision", "micro_batch_size", "compression", "compile")
-    own = {name: getattr(contender, name) for name in names} | {"batch_size": batch_size}
     every = math.gcd(steps, warm_up)
-    add_loop_arguments(parser, **own, log_every=every, save_every=2 * (steps + warm_up), learning_rate=1e-4)
-    options = LoopOptions.of(parser.parse_args([]), steps + warm_up)
+    options = LoopOptions(
+        steps=steps + warm_up,
+        batch_size=batch_size,
+        optimizer=contender.optimizer,
+        precision=contender.precision,
+        micro_batch_size=contender.micro_batch_size,
+        compression=contender.compression,
+        compile=contender.compile,
+        log_every=every,
+        save_every=2 * (steps + warm_up),
+    )
     # The first steps have batches of the first epoch, and what is counted has the whole of it.
     task = replace(task, items=lambda step: items(step if step < warm_up else step - warm_up))
     torch.nn.Module.to(model, workers.device)

@@ -1,6 +1,5 @@
 """What a SQuAD job trains on, decided by its flags: the same for a student and for the teacher of its soft labels."""
 
-import argparse
 import random
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
@@ -9,10 +8,10 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from bertqa.squad import Example, MalformedSquad, read_squad
-from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, WindowMaker
+from bertqa.windows import WindowMaker
 from training.distillation import Source, fingerprint
 from training.encoders import load_tokenizer, longest_input
-from training.loop import at_least_one, fraction, not_negative
+from training.options import SquadArguments, TeachSquadArguments
 from training.squad_features import Feature, hold_back_articles, make_features, negatives, unlabelled, without_label
 
 SETTINGS = (
@@ -21,26 +20,7 @@ SETTINGS = (
 )
 """The flags that decide the windows, beside the files."""
 
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that decide what is trained on."""
-    add = parser.add_argument_group("data").add_argument
-    add("--train", type=Path, required=True, help="SQuAD training file, v1.1 or v2.0")
-    add("--held-back-articles", type=int, default=20, help="training articles kept for tuning")
-    add("--negatives", type=fraction, help="unanswerable questions added, as a share; default: 0.1, for v2.0 none")
-    add("--max-questions", type=at_least_one, help="train on a random part of the questions")
-    impossible_help = "questions without an answer, in the layout of SQuAD v2.0, as training.hard_negatives makes them"
-    add("--impossible", type=Path, nargs="+", default=[], metavar="FILE", help=impossible_help)
-    unlabelled_help = (
-        "questions put to other paragraphs of their article, as a share, with soft labels alone; default: 0"
-    )
-    add("--unlabelled-share", type=not_negative, default=0.0, help=unlabelled_help)
-    file_help = "more questions, in the layout of SQuAD, with soft labels alone; answers may be empty and are not read"
-    add("--unlabelled", type=Path, nargs="+", default=[], metavar="FILE", help=file_help)
-    add("--data-seed", type=int, help="of the questions that are drawn; default: that of --seed")
-    add("--max-seq-len", type=int, default=MAX_SEQ_LEN, help="tokens of a full window")
-    add("--max-question-tokens", type=int, default=MAX_QUESTION_TOKENS, help="longer ones are cut")
-    add("--overlap", type=int, default=OVERLAP, help="context tokens that neighbouring windows share")
+Arguments = SquadArguments | TeachSquadArguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +34,15 @@ class SquadData:
     features: list[Feature]
     maker: WindowMaker
     v2: bool  # whether the file has unanswerable questions of its own
+    negatives: float  # share of questions put to another paragraph
     source: Source  # of the soft labels
 
     @classmethod
-    def of(cls, args: argparse.Namespace, tokenizer_of: str, config: PreTrainedConfig) -> "SquadData":
-        """Make the windows of a command line; sets the defaults of ``args`` that depend on the data.
+    def of(cls, args: Arguments, tokenizer_of: str, config: PreTrainedConfig) -> "SquadData":
+        """Make the windows of a job.
 
         Args:
-            args: as `add_data_arguments` has them.
+            args: of the job.
             tokenizer_of: directory or hub id of the encoder.
             config: of the encoder.
 
@@ -73,10 +54,9 @@ class SquadData:
         if args.max_questions:
             training = random.Random(args.data_seed).sample(training, min(args.max_questions, len(training)))
         v2 = has_impossible(training)
-        if args.negatives is None:
-            args.negatives = 0.0 if v2 else 0.1
+        share = args.negatives if args.negatives is not None else 0.0 if v2 else 0.1
         kept, tuning = read_impossible(args.impossible, {example.title for example in held_back})
-        labelled = training + negatives(training, args.negatives, args.data_seed) + kept
+        labelled = training + negatives(training, share, args.data_seed) + kept
         more = unlabelled(training, args.unlabelled_share, args.data_seed)
         for path in args.unlabelled:
             more += read_file(path, "--unlabelled")
@@ -85,9 +65,9 @@ class SquadData:
             kind="squad",
             features=fingerprint((feature.input_ids, feature.context_offset) for feature in features),
             rows=tuple(len(feature.input_ids) for feature in features),
-            settings={name: getattr(args, name) for name in SETTINGS},
+            settings={name: getattr(args, name) for name in SETTINGS} | {"negatives": share},
         )
-        return cls(training, held_back, tuning, len(labelled) + len(more), features, maker, v2, source)
+        return cls(training, held_back, tuning, len(labelled) + len(more), features, maker, v2, share, source)
 
 
 def read_file(path: Path, flag: str) -> list[Example]:
@@ -122,7 +102,7 @@ def has_impossible(examples: Iterable[Example]) -> bool:
     return any(not example.references for example in examples)
 
 
-def window_maker(args: argparse.Namespace, tokenizer_of: str, config: PreTrainedConfig) -> WindowMaker:
+def window_maker(args: Arguments, tokenizer_of: str, config: PreTrainedConfig) -> WindowMaker:
     """The maker of the job's windows, refused where it does not suit the encoder."""
     if args.max_seq_len > (positions := longest_input(config)):
         raise SystemExit(f"--max-seq-len {args.max_seq_len}: {args.init} has {positions} positions")

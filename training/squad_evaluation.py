@@ -13,7 +13,7 @@ from bertqa.squad import Example, exact_match, f1, score, score_by_kind
 from bertqa.windows import Window, WindowMaker
 from training.distributed import Workers
 from training.inference import predict
-from training.loop import Precision
+from training.options import Precision
 from training.squad_data import has_impossible
 from training.squad_features import Feature, collate
 

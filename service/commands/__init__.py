@@ -1,1 +1,1 @@
-"""What operators run beside the service."""
+"""The commands of the service: light modules that import what they run when they run."""

@@ -1,99 +1,136 @@
 """``bertqa models``: put another version of a model into service, and take it back."""
 
-import argparse
-import os
+import json
 import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from bertqa.manifest import BundleMismatch
-from bertqa.repository import ChangeRefused, Repository
-from service.commands.rollout import Rollout
-from service.commands.triton_admin import RolloutFailed, Servers, tls_of
-from service.settings import Settings
+import typer
 
-PROJECT = Path(__file__).resolve().parents[2]
+from bertqa.command import CommandError, Exit, OutputFormat, command, group, positive, say
+from service.commands.options import TritonOptions, settings
+
+if TYPE_CHECKING:
+    from service.commands.rollout import Rollout
+
+app = group("Put versions of a model into service and take them back.")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    settings = Settings.from_environment({"BERTQA_REPOSITORY": str(PROJECT / "model_repository"), **os.environ})
-    parser = argparse.ArgumentParser(
-        prog="bertqa models", description="Put another version of a model into service, and take it back."
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(TritonOptions):
+    """Options of every step."""
+
+    timeout: Annotated[float, typer.Option(callback=positive, metavar="SECONDS", help="Longest wait for Triton.")] = (
+        300.0
     )
-    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-    for name, text in (
-        ("list", "the versions of every model"),
-        ("load", "load a version beside those that answer, and check it"),
-        ("check", "ask a loaded version the questions that it answered when it was built"),
-        ("switch", "check a loaded version and let it answer"),
-        ("rollback", "let the version answer that did before"),
-        ("unload", "drop a version that nobody asks any more from memory"),
-    ):
-        step = steps.add_parser(name, help=text, description=text)
-        if name != "list":
-            step.add_argument("model", help="name of the model")
-        if name in ("load", "check", "switch", "unload"):
-            step.add_argument("version", type=int)
-        if name in ("switch", "rollback"):
-            step.add_argument("--unchecked", action="store_true", help="without asking it anything first")
-        if name == "unload":
-            step.add_argument("--force", action="store_true", help="even while it is being asked")
-        step.add_argument(
-            "--repository", type=Path, default=settings.repository, help="model repository (default: %(default)s)"
-        )
-        step.add_argument(
-            "--triton-url",
-            default=settings.triton_url,
-            metavar="HOST:PORT",
-            help="gRPC address of Triton, or of all of them with commas; a name stands for all its addresses "
-            "(default: %(default)s)",
-        )
-        step.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for Triton (default: 300)")
-        step.set_defaults(settings=settings)
-    return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Take the step; returns the process's exit code."""
+@dataclass(frozen=True, kw_only=True)
+class ListOptions(StepOptions):
+    """Options of ``bertqa models list``."""
+
+    format: Annotated[OutputFormat, typer.Option(help="Print text for people or JSON for machines.")] = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(StepOptions):
+    """Options of the steps that concern a model."""
+
+    model: Annotated[str, typer.Argument(help="Name of the model.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionOptions(ModelOptions):
+    """Options of the steps that concern a version."""
+
+    version: Annotated[int, typer.Argument(help="Version of the model.")]
+
+
+_UNCHECKED = typer.Option("--unchecked", help="Do not ask the version anything first.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchOptions(VersionOptions):
+    """Options of ``bertqa models switch``."""
+
+    unchecked: Annotated[bool, _UNCHECKED] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackOptions(ModelOptions):
+    """Options of ``bertqa models rollback``."""
+
+    unchecked: Annotated[bool, _UNCHECKED] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnloadOptions(VersionOptions):
+    """Options of ``bertqa models unload``."""
+
+    force: Annotated[bool, typer.Option("--force", help="Unload it even while it is being asked.")] = False
+
+
+@command(app, ListOptions, extra="service", name="list")
+def list_models(options: ListOptions) -> None:
+    """List the versions of every model."""
+    _take(options, lambda rollout: _print(rollout.rows(), options.format))
+
+
+@command(app, VersionOptions, extra="service")
+def load(options: VersionOptions) -> None:
+    """Load a version beside those that answer, and check it."""
+    _take(options, lambda rollout: rollout.load(options.model, options.version))
+
+
+@command(app, VersionOptions, extra="service")
+def check(options: VersionOptions) -> None:
+    """Ask a loaded version the questions of its build."""
+    _take(options, lambda rollout: rollout.check(options.model, options.version))
+
+
+@command(app, SwitchOptions, extra="service")
+def switch(options: SwitchOptions) -> None:
+    """Check a loaded version and let it answer."""
+    _take(options, lambda rollout: rollout.switch(options.model, options.version, unchecked=options.unchecked))
+
+
+@command(app, RollbackOptions, extra="service")
+def rollback(options: RollbackOptions) -> None:
+    """Let the version answer that did before."""
+    _take(options, lambda rollout: rollout.rollback(options.model, unchecked=options.unchecked))
+
+
+@command(app, UnloadOptions, extra="service")
+def unload(options: UnloadOptions) -> None:
+    """Drop a version that nobody asks any more from memory."""
+    _take(options, lambda rollout: rollout.unload(options.model, options.version, force=options.force))
+
+
+def _take(options: StepOptions, step: "Callable[[Rollout], object]") -> None:
+    from bertqa.manifest import BundleMismatch  # noqa: PLC0415
+    from bertqa.repository import ChangeRefused, Repository  # noqa: PLC0415
+    from service.commands.rollout import Rollout  # noqa: PLC0415
+    from service.commands.triton_admin import RolloutFailed, Servers, tls_of  # noqa: PLC0415
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a load that is stopped is taken back
     try:
-        servers = Servers([url.strip() for url in args.triton_url.split(",")], tls_of(args.settings))
+        servers = Servers([url.strip() for url in options.triton_url.split(",")], tls_of(settings()))
         try:
-            _take(args, Rollout(Repository(args.repository), servers, timeout_s=args.timeout, report=_say))
+            step(Rollout(Repository(options.repository), servers, timeout_s=options.timeout, report=say))
         finally:
             servers.close()
     except (RolloutFailed, ChangeRefused, BundleMismatch) as error:
-        _say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        raise CommandError(str(error), Exit.NO) from error
 
 
-def _take(args: argparse.Namespace, rollout: Rollout) -> None:
-    match args.step:
-        case "list":
-            rows = rollout.rows()
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            for row in rows:
-                print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        case "load":
-            rollout.load(args.model, args.version)
-        case "check":
-            rollout.check(args.model, args.version)
-        case "switch":
-            rollout.switch(args.model, args.version, unchecked=args.unchecked)
-        case "rollback":
-            rollout.rollback(args.model, unchecked=args.unchecked)
-        case "unload":
-            rollout.unload(args.model, args.version, force=args.force)
-
-
-def _say(line: str) -> None:
-    print(f"bertqa: {line}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+def _print(rows: list[tuple[str, ...]], form: OutputFormat) -> None:
+    if form == "json":
+        names = [name.lower() for name in rows[0]]
+        found = [dict(zip(names, row, strict=True)) for row in rows[1:]]
+        print(json.dumps([{**row, "version": int(row["version"]), "f1": float(row["f1"])} for row in found]))
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

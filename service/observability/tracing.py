@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.observability.request_context import current_record, route_of
 from service.settings import Settings
 
-INSTALL = "pip install 'bertqa[tracing]'"
+INSTALL = "pip install --constraint constraints.txt --editable '.[tracing]' in a checkout of the project"
 _STOP_S = 3.0
 _UNTRACED = ("/health/", "/metrics", "/static/")
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()

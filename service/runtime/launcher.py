@@ -13,11 +13,11 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from bertqa.manifest import BundleMismatch
 from bertqa.repository import ChangeRefused, Repository
+from service.commands.serve import ServeOptions
 from service.observability import logging as logs
 from service.runtime.child import child
 from service.runtime.engine import PROJECT, LaunchError, ensure_engine, settle
@@ -43,35 +43,6 @@ _TRITON_PATIENCE_S = 3.0  # once the service has ended, nobody waits for Triton'
 
 class UsageError(LaunchError):
     """The options cannot work as they are."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
-    """What ``bertqa serve`` was asked to do."""
-
-    host: str = LOOPBACK
-    """Address to listen on; 0.0.0.0 for all."""
-
-    port: int = 8000
-    """Port to listen on; 0 takes any free one."""
-
-    workers: int = 1
-    """Processes of the REST service."""
-
-    repository: Path = PROJECT / "model_repository"
-    """Triton model repository with the engine."""
-
-    checkpoint: Path | None = None
-    """Directory to build the engine from if the repository has none of it; without one, any engine will do."""
-
-    triton_url: str | None = None
-    """gRPC addresses host:port of running Tritons, separated by commas; without one, a server is started."""
-
-    triton_grpc_port: int | None = None
-    """gRPC port of the server that is started, 0 for any free one; without one, 8001 or the next free port."""
-
-    log_dir: Path = Path("logs")
-    """Directory for Triton's log."""
 
 
 def launch(options: ServeOptions) -> int:

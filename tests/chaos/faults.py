@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
+from bertqa.command import status
 from bertqa.manifest import MODEL_NAME
 from service.commands import models
 from tests.chaos.clients import DEADLINE_S, load
@@ -183,7 +184,7 @@ def _models(product: Product, *words: str) -> int:
     """`bertqa models`, in this process; what it says goes to a log."""
     flags = ["--repository", str(product.repository.root), "--triton-url", product.tritons[0].url]
     with (product.directory / "models.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        return models.main(models.parse_args([*words[:1], *flags, *words[1:]]))
+        return status(models.app, [*words[:1], *flags, *words[1:]])
 
 
 def bundle_loaded(product: Product, size: Size) -> Row:

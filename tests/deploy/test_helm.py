@@ -11,9 +11,10 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
+from bertqa.command import parse
 from bertqa.triton_config import Serving
-from engine_builder import __main__ as engine_builder
-from service import __main__ as command
+from engine_builder.commands import BuildArguments
+from service.commands.serve import ServeOptions
 from service.observability.metrics import Metrics
 from service.runtime import triton as triton_command
 from service.runtime.triton_process import FLAGS
@@ -189,7 +190,8 @@ def test_pods_keep_the_restricted_standard(release: list[dict[str, Any]]) -> Non
 
 def test_programs_take_their_arguments(release: list[dict[str, Any]]) -> None:
     containers = {component: spec["containers"][0] for component, _, spec in pods(release)}
-    args = command.parse_args(containers["service"]["args"])
+    args = parse(ServeOptions, containers["service"]["args"])
+    assert args.triton_url
     environment = {variable["name"]: variable["value"] for variable in containers["service"]["env"]}
     settings = Settings.from_environment({**environment, "BERTQA_TRITON_URL": args.triton_url or ""})
     if settings.api_keys_file:
@@ -212,7 +214,7 @@ def test_programs_take_their_arguments(release: list[dict[str, Any]]) -> None:
         variables = {variable["name"]: variable["value"] for variable in containers["console"]["env"]}
         assert Settings.from_environment(variables).triton_urls == settings.triton_urls
     if "build" in containers:
-        built = engine_builder.parse_args(containers["build"]["args"])
+        built = parse(BuildArguments, containers["build"]["args"])
         assert built.target == ("tensorrt" if triton["args"][0] == "tritonserver" else "cpu")
         assert (str(built.repository), built.model) == ("/models", "bert_qa")
 

@@ -429,7 +429,7 @@ def test_command_line(options: BuildOptions) -> None:
     assert done.returncode == 0, done.stderr
     manifest = Manifest.read(options.repository / "bert_qa" / "1" / "manifest.json")
     assert manifest.identity in done.stderr
-    assert "--instances must be at least 1" in command(*arguments, "--target", "cpu", "--instances", "0").stderr
+    assert "'--instances': must be at least 1" in command(*arguments, "--target", "cpu", "--instances", "0").stderr
 
 
 def test_the_builder_needs_neither_torch_nor_transformers(options: BuildOptions) -> None:

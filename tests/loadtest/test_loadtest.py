@@ -1,6 +1,8 @@
 """The load tests: what is asked and when, what a reply is worth, what is made of it, and small ones of the toy."""
 
+import asyncio
 import csv
+import itertools
 import json
 import math
 import os
@@ -24,11 +26,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
+from bertqa.command import parse
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
 from loadtest import report, servers, sweep
+from loadtest.closed_loop import closed_loop, http_post
+from loadtest.commands import SweepOptions
 from loadtest.replies import RIGHT, Sample, judge
 from loadtest.report import Load, Point
 from loadtest.workload import (
@@ -299,7 +304,7 @@ def test_what_too_few_replies_cannot_tell_is_not_told() -> None:
 
 def all_points() -> list[Point]:
     points = []
-    for load in sweep.plan(sweep.parse_args([])):
+    for load in sweep.plan(parse(SweepOptions, [])):
         clients = load.clients or 10
         latency = max(0.02, clients / (100 * load.tritons))
         samples = [
@@ -348,7 +353,7 @@ def test_engines_are_drawn_on_the_same_axes() -> None:
 
 
 def test_a_sweep_goes_on_where_it_ended(tmp_path: Path) -> None:
-    args = sweep.parse_args(["--output", str(tmp_path), "--quick"])
+    args = parse(SweepOptions, ["--output", str(tmp_path), "--quick"])
     points = all_points()
     (tmp_path / "points.jsonl").write_text("".join(json.dumps(vars_of(each)) + "\n" for each in points))
     again = sweep.read_points(tmp_path)
@@ -368,7 +373,7 @@ def test_bad_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["--clients", "0"], "must be at least 1"),
     ):
         with pytest.raises(SystemExit):
-            sweep.parse_args(arguments)
+            parse(SweepOptions, arguments)
         assert message in capsys.readouterr().err
 
 
@@ -475,7 +480,7 @@ def test_several_processes_make_one_load(url: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_small_load_test_of_the_toy(make_app: Callable[..., FastAPI], tmp_path: Path) -> None:
-    args = sweep.parse_args(["--seconds", "1", "--warmup", "0.2"])
+    args = parse(SweepOptions, ["--seconds", "1", "--warmup", "0.2"])
     asked = [each for kind in KINDS for each in make_requests(toy_examples(), kind, 6)]
     path, points = tmp_path / "requests.jsonl", []
     with serving(make_app()) as url:
@@ -515,6 +520,61 @@ def test_what_is_refused_for_now_is_counted_apart(
     assert len(samples) <= 4 * 8  # who was refused waited as long as it was told to, one second
 
 
+class Busy(ThreadingHTTPServer):
+    """Refuses the first ``refusals`` requests with ``retry-after: 1``; keeps the time and body of each request."""
+
+    daemon_threads = True
+
+    def __init__(self, refusals: int) -> None:
+        super().__init__(("127.0.0.1", 0), self.Handler)
+        self.refusals = refusals
+        self.seen: list[tuple[float, bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            server = self.server
+            assert isinstance(server, Busy)
+            body = self.rfile.read(int(self.headers["content-length"]))
+            server.seen.append((time.monotonic(), body))
+            refused = len(server.seen) <= server.refusals
+            reply = b'{"error_type": "engine_overloaded"}' if refused else b'{"answers": []}'
+            self.send_response(503 if refused else 200)
+            self.send_header("content-length", str(len(reply)))
+            if refused:
+                self.send_header("retry-after", "1")
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+
+def test_a_refused_client_asks_the_same_again_no_sooner_than_told(tmp_path: Path) -> None:
+    write_requests(tmp_path / "requests.jsonl", make_requests(toy_examples(), "short", 12))
+    with Busy(2) as server:
+        threading.Thread(target=server.serve_forever).start()
+        run_locust(f"http://127.0.0.1:{server.server_port}", tmp_path, users=1, seconds=6)
+        server.shutdown()
+    (first, body), (second, again), (third, once_more), (_, other) = server.seen[:4]
+    assert body == again == once_more != other
+    assert min(second - first, third - second) >= 1.0
+
+
+def test_the_light_clients_give_a_refused_question_up_in_the_end() -> None:
+    with Busy(1_000) as server:
+        threading.Thread(target=server.serve_forever).start()
+        requests = itertools.repeat((0, http_post("127.0.0.1", server.server_port, "/", b"{}")))
+        run = closed_loop("127.0.0.1", server.server_port, requests, 1, until=lambda sent: sent >= 1, timeout_s=2.0)
+        (reply,) = asyncio.run(run).replies
+        server.shutdown()
+    assert (reply.status, reply.shed) == (503, 1)
+    assert 1.0 <= reply.seconds < 2.0
+    (first, _), (second, _) = server.seen
+    assert second - first >= 1.0
+
+
 def test_a_service_that_wants_a_key_gets_it(
     make_app: Callable[..., FastAPI], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,7 +596,7 @@ def test_replicas_with_engines_of_their_own_before_a_real_balancer(bundle: Bundl
     (tmp_path / "toy.json").write_text(json.dumps(as_squad(toy_examples())))
     arguments += ["--data", str(tmp_path / "toy.json"), "--repository", str(tmp_path / "source")]
     arguments += ["--output", str(tmp_path / "output")]
-    sweep.main(sweep.parse_args(arguments))
+    sweep.main(parse(SweepOptions, arguments))
     (found,) = sweep.read_points(tmp_path / "output")
     # One that finds the queue longer than it may be, as beside a test on the same cores, is refused.
     assert found.outcomes.keys() <= {RIGHT, "shed 503 engine_overloaded"}

@@ -10,12 +10,23 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Locator,
+    Page,
+    Request,
+    Route,
+    expect,
+    sync_playwright,
+)
 
 from bertqa.manifest import Bundle
 from service.app import create_app
@@ -290,24 +301,59 @@ def test_a_question_asked_anew_replaces_the_one_in_flight(page: Page, engine: Fa
 # ---- failures ----
 
 
-@pytest.mark.parametrize(
-    ("failure", "headline"),
-    [
-        (ModelUnavailable("the engine is not reachable at 127.0.0.1:1"), "The engine is not running."),
-        (ModelOverloaded("the engine has too many questions waiting"), "The engine is busy."),
-        (ModelTimeout("the engine did not answer within 10 s"), "The engine took too long."),
-    ],
-    ids=["down", "overloaded", "timeout"],
-)
-def test_engine_trouble_is_said_plainly_and_passes(
-    page: Page, engine: FakeEngine, failure: ModelError, headline: str
-) -> None:
+BUSY = [
+    (ModelUnavailable("the engine is not reachable at 127.0.0.1:1"), "The service cannot answer right now."),
+    (ModelOverloaded("the engine has too many questions waiting"), "The service is still busy."),
+]
+
+
+@pytest.mark.parametrize("failure", [failure for failure, _ in BUSY], ids=["down", "overloaded"])
+def test_a_busy_service_is_asked_again_by_itself(page: Page, engine: FakeEngine, failure: ModelError) -> None:
+    times: list[float] = []
+
+    def note(request: Request) -> None:
+        if request.url.endswith("/answer"):
+            times.append(time.monotonic())
+
+    page.on("request", note)
     engine.failure = failure
     ask(page, QUESTION, TEXT)
 
+    waiting = page.locator("#waiting")
+    expect(waiting).to_have_text("The service is busy at the moment. Your question waits and is asked again by itself…")
+    expect(page.locator("#submit")).to_have_text("Asking…")
+    expect(page.get_by_role("alert")).to_be_empty()
+
+    engine.failure = None
+    expect(page.locator("mark")).to_have_text("Uber")
+    expect(waiting).to_be_empty()
+    assert len(times) >= 2
+    assert times[1] - times[0] >= 1.0, "not before retry-after has passed"
+
+
+@pytest.mark.parametrize(("failure", "headline"), BUSY, ids=["down", "overloaded"])
+def test_a_service_that_stays_busy_is_given_up(
+    page: Page, engine: FakeEngine, failure: ModelError, headline: str
+) -> None:
+    page.clock.install()
+    engine.failure = failure
+    ask(page, QUESTION, TEXT)
+    expect(page.locator("#waiting")).not_to_be_empty()
+    page.clock.fast_forward(59_000)
+    says_why_and_passes(page, engine, failure, headline)
+
+
+def test_a_slow_engine_is_said_plainly_and_passes(page: Page, engine: FakeEngine) -> None:
+    engine.failure = failure = ModelTimeout("the engine did not answer within 10 s")
+    ask(page, QUESTION, TEXT)
+    says_why_and_passes(page, engine, failure, "The answer took too long.")
+
+
+def says_why_and_passes(page: Page, engine: FakeEngine, failure: ModelError, headline: str) -> None:
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text(headline)
     expect(alert).to_contain_text(str(failure)[1:])
+    expect(page.locator("#waiting")).to_be_empty()
     expect(page.locator("#details")).to_be_hidden()
     expect(page.get_by_label("Question", exact=True)).to_have_value(QUESTION)
     expect(page.get_by_label("Text", exact=True)).to_have_value(TEXT)
@@ -462,19 +508,22 @@ def test_the_answer_and_the_landmarks_are_told_to_a_screen_reader(page: Page) ->
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("state", ["start", "answer", "no answer", "several texts", "failure", "problem"])
+@pytest.mark.parametrize("state", ["start", "answer", "no answer", "several texts", "waiting", "failure", "problem"])
 def test_axe_finds_nothing(
     open_page: Callable[..., Page], engine: FakeEngine, javascript_packages: Path, scheme: str, state: str
 ) -> None:
     page = open_page(color_scheme=scheme, bypass_csp=True, reduced_motion="reduce")  # for axe's own script
     if state == "failure":
+        engine.failure = ModelTimeout("the engine did not answer within 10 s")
+    if state == "waiting":
         engine.failure = ModelUnavailable("the engine is not reachable at 127.0.0.1:1")
     if state == "several texts":
         ask(page, QUESTION, TEXT, "Another text.")
     elif state != "start":
         ask(page, {"problem": " "}.get(state, QUESTION), {"no answer": "Nothing is marked."}.get(state, TEXT))
-    shown = {"start": ".empty", "failure": "#failure strong", "problem": "#question-problem"}.get(state, "#ranking li")
-    expect(page.locator(shown).first).to_be_visible()
+    shown = {"start": ".empty", "failure": "#failure strong", "problem": "#question-problem"}
+    shown |= {"waiting": "#waiting:not(:empty)"}
+    expect(page.locator(shown.get(state, "#ranking li")).first).to_be_visible()
 
     page.add_script_tag(path=javascript_packages / "node_modules" / "axe-core" / "axe.min.js")
     found = page.evaluate("axe.run()")

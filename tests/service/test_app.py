@@ -468,7 +468,7 @@ def test_settings_are_read_from_the_environment() -> None:
     read = Settings.from_environment({**environ, "BERTQA_REPOSITORY": "/models", "BERTQA_MAX_CONTEXTS": ""})
     assert (read.triton_urls, read.deadline_s, read.max_in_flight) == (("a:1", "b:2"), 2.5, 3)
     assert str(read.repository) == "/models"
-    assert read == replace(Settings.from_environment(environ), repository=read.repository)
+    assert read == Settings.from_environment(environ).model_copy(update={"repository": read.repository})
     for name, value in (
         ("BERTQA_DEADLINE_S", "soon"),
         ("BERTQA_DEADLINE_S", "0"),

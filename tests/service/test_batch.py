@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertqa.command import parse, status
 from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import Bundle, Manifest, sha256_of
 from bertqa.repository import Repository
@@ -35,6 +36,7 @@ from service import batch
 from service.app import create_app
 from service.batch import JOURNAL_FILE, BatchRefused
 from service.batch_worker import ANSWER_COLUMNS, MODEL_KEY, Asking, Part, PartAnswerer, PartReader, Receipt
+from service.commands.batch import BatchOptions, app
 from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 from service.triton.client import Engine, ModelUnavailable
@@ -530,7 +532,7 @@ def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product
         summary = json.loads(printed)
         assert f"{changed}: changed since; answering its rows again" in said
         assert f"{gone}: gone since; answering its rows again" in said
-        assert "690/690" in said  # the progress bar
+        assert "690/690" not in said, "no progress bar where nobody watches"
         speed = summary.pop("rows_per_second")
         assert speed > 0
         assert summary == {
@@ -541,7 +543,7 @@ def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product
             "parts": 19,
             "parts_answered_now": 19 - finished + 2,
         }
-        again = batch.run(batch.parse_args(words))
+        again = batch.run(parse(BatchOptions, words))
         assert (again["rows"], again["parts_answered_now"]) == (690, 0)
 
     names = sorted(path.name for path in output.iterdir())
@@ -579,7 +581,7 @@ def test_a_job_that_was_stopped_keeps_what_is_done(
 
     product.broken.touch()
     try:
-        assert batch.main(batch.parse_args(words)) == 1
+        assert status(app, words) == 1
     finally:
         product.broken.unlink()
     said = capsys.readouterr().err
@@ -588,19 +590,19 @@ def test_a_job_that_was_stopped_keeps_what_is_done(
     assert done(output) == 0
 
     source.write_bytes(whole[:middle] + bytes(500) + whole[middle + 500 :])
-    assert batch.main(batch.parse_args([*words, f"--output={tmp_path / 'broken'}"])) == 1
+    assert status(app, [*words, f"--output={tmp_path / 'broken'}"]) == 1
     said = capsys.readouterr().err
     assert f"stopped: part-00000-000001.parquet: {source}: cannot be read from row 100 on: " in said
     assert done(tmp_path / "broken") == 1
 
     source.write_bytes(whole)
-    assert batch.main(batch.parse_args(words)) == 0
+    assert status(app, words) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == done(output) * 100 == 200
 
 
 def refused(words: list[str]) -> str:
     with pytest.raises(BatchRefused) as caught:
-        batch.run(batch.parse_args(words))
+        batch.run(parse(BatchOptions, words))
     return str(caught.value)
 
 
@@ -640,7 +642,7 @@ def test_another_job_is_not_mixed_in(product: Product, server: EmbeddedTriton, t
     words = job(product, server.url, source, output)
     with contextlib.closing(batch.Journal(output)):
         assert "another job is at work there" in refused(words)
-    batch.main(batch.parse_args(words))
+    status(app, words)
     assert "has asking no_answer False, this one has True" in refused([*words, "--no-answer"])
     assert "has part_rows 100, this one has 50" in refused([*words, "--part-rows=50"])
     pq.write_table(many(4), source / "a.parquet")
@@ -651,26 +653,25 @@ def test_another_job_is_not_mixed_in(product: Product, server: EmbeddedTriton, t
 
 
 def test_what_must_be_installed_is_said() -> None:
-    program = "import sys; sys.modules['ray'] = None; import service.batch"
-    failed = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert failed.returncode == 1
-    assert "batch jobs need: pip install" in failed.stderr
+    program = "import sys; sys.modules['ray'] = None; from service.commands.batch import app, group; app()"
+    command = [sys.executable, "-c", program, "--input", "a", "--output", "b"]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert failed.returncode == 2
+    assert "needs the package ray: pip install" in failed.stderr
     assert failed.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("flag", "problem"),
     [
-        ("--workers=0", "--workers: must be at least 1, not 0"),
-        ("--part-rows=-1", "--part-rows: must be at least 1, not -1"),
-        ("--max-answer-tokens=201", "--max-answer-tokens: must be from 1 to 200, not 201"),
-        ("--patience=nan", "--patience: must be at least 0, not nan"),
-        ("--triton-url=a:1,", "--triton-url: must be host:port, or several with commas, not 'a:1,'"),
+        ("--workers=0", "must be at least 1, not 0"),
+        ("--part-rows=-1", "must be at least 1, not -1"),
+        ("--max-answer-tokens=201", "must be from 1 to 200, not 201"),
+        ("--patience=nan", "must be 0 or above, not nan"),
+        ("--triton-url=a:1,", "must be host:port, or several separated by commas, not 'a:1,'"),
     ],
 )
 def test_flags_out_of_range_are_refused(flag: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        batch.parse_args(["--input=a", "--output=b", flag])
-    assert problem in capsys.readouterr().err
+        parse(BatchOptions, ["--input=a", "--output=b", flag])
+    assert f"Invalid value for '{flag.partition('=')[0]}': {problem}\n" in capsys.readouterr().err

@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import pytest
 from tritonclient.grpc import model_config_pb2
 
+from bertqa.command import parse, status
 from bertqa.manifest import MODEL_NAME, Bundle, Manifest
 from bertqa.repository import Repository
 from bertqa.triton_config import ModelConfig, Serving, to_text
-from service.commands.doctor import __main__ as command
-from service.commands.doctor import triton_installation
+from service.commands.doctor import DoctorOptions, app, triton_installation
 from service.commands.doctor.configuration import HARMLESS, check_configuration, differences
 from service.commands.doctor.cpu import check_cpu
 from service.commands.doctor.diagnose import diagnose
@@ -71,7 +71,7 @@ def examine(repository: Repository) -> Callable[..., list[Finding]]:
 
     def examine(*words: str) -> list[Finding]:
         flags = ["--repository", str(repository.root), "--port", "0", "--triton-grpc-port", "1", *words]
-        return list(diagnose(command.parse_args(flags)))
+        return list(diagnose(parse(DoctorOptions, flags)))
 
     return examine
 
@@ -115,7 +115,7 @@ def test_the_exit_code_says_whether_something_fails(
     publish: Publish, repository: Repository, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--repository", str(repository.root), "--port", "0", "--triton-grpc-port", "1"]
-    assert command.main(command.parse_args(flags)) == 1
+    assert status(app, flags) == 1
     assert re.fullmatch(
         r"FAIL  repository: .*bert_qa: holds no built version; run `python -m engine_builder .*\n",
         capsys.readouterr().out,

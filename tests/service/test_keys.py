@@ -1,12 +1,14 @@
 """Who may ask: API keys over real HTTP, their file, their rates, and what browsers are told."""
 
 import hashlib
+import json
 import logging
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +19,7 @@ from huggingface_hub import InferenceClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.keys import PREFIX, Key, Keyring, KeysError, Unit, new_key, parse_keys
+from service.keys import PREFIX, Key, Keyring, KeysError, Unit, new_key, parse_keys, revoke_key
 from service.settings import Settings
 from tests.support.asking import ASKED, problem
 from tests.support.paths import ROOT
@@ -283,17 +285,61 @@ def test_the_command_makes_keys_and_lists_them(keys_file: Path) -> None:
     assert keys_command("new", "b", file=keys_file).returncode == 0
     assert keys_command("list", file=keys_file).stdout == "team-a  5 requests a second, 10 at once\nb  no limit\n"
     assert parse_keys(keys_file).keys() == {"team-a", "b"}
-    for arguments, said in (
-        (("new", "b"), "has a key b already"),
-        (("new", "b c"), "NAME: must be"),
-        (("new", "c", "--rate", "nan", "--per", "window"), "RATE must be above 0"),
-        (("new", "c", "--rate", "0"), "--rate, --burst: RATE must be above 0"),
-        (("new", "c", "--rate", "1", "--burst", "0.5"), "BURST at least 1"),
+    for arguments, code, said in (
+        (("new", "b"), 1, "has a key b already"),
+        (("new", "b c"), 1, "NAME: must be"),
+        (("new", "c", "--rate", "0"), 2, "'--rate': must be above 0"),
+        (("new", "c", "--burst", "2"), 2, "--burst: needs --rate"),
+        (("new", "c", "--rate", "1", "--burst", "0.5"), 1, "BURST at least 1"),
     ):
         refused = keys_command(*arguments, file=keys_file)
-        assert refused.returncode == 1
+        assert refused.returncode == code
         assert said in refused.stderr
     assert parse_keys(keys_file).keys() == {"team-a", "b"}
+    listed = json.loads(keys_command("list", "--format", "json", file=keys_file).stdout)
+    team = {"name": "team-a", "rate": 5.0, "burst": 10.0, "per": "request"}
+    assert listed == [team, {"name": "b", "rate": None, "burst": None, "per": "request"}]
+
+
+def test_a_revoked_key_is_refused_and_all_else_stays(make_app: MakeApp, keys_file: Path, key: str) -> None:
+    (name,) = parse_keys(keys_file)
+    other = new_key(keys_file, "other", None, None)
+    before = f"# {name} is of the first team\n\n" + keys_file.read_text().replace("- -\n", "- -  # until May\n", 1)
+    keys_file.write_text(before + "# the end")
+    keys_file.chmod(0o640)
+    link = keys_file.with_name("link")
+    link.symlink_to(keys_file)
+    with serving(make_app(api_keys_file=str(keys_file))) as url, connect(url, key) as client:
+        assert client.get("/info").status_code == 200
+        done = keys_command("revoke", name, file=link)
+        assert done.returncode == 0, done.stderr
+        end = time.monotonic() + 10
+        while client.get("/info").status_code == 200:
+            assert time.monotonic() < end, "the key is still accepted"
+            time.sleep(0.05)
+        assert client.get("/info").status_code == 401
+        with connect(url, other) as still:
+            assert still.get("/info").status_code == 200
+    lines = before.splitlines(keepends=True)
+    assert keys_file.read_text() == "".join(each for each in lines if not each.startswith(f"{name} ")) + "# the end"
+    assert stat.S_IMODE(keys_file.stat().st_mode) == 0o640
+    assert link.is_symlink()
+    assert sorted(path.name for path in keys_file.parent.iterdir()) == sorted([keys_file.name, "link"])
+    again = keys_command("revoke", name, file=keys_file)
+    assert (again.returncode, again.stderr.count("\n")) == (1, 1)
+    assert f"has no key '{name}'" in again.stderr
+
+
+def test_keys_made_and_revoked_at_the_same_time_are_all_there_or_gone(keys_file: Path) -> None:
+    for number in range(15):
+        new_key(keys_file, f"old-{number}", None, None)
+    with ThreadPoolExecutor(8) as pool:
+        made = [pool.submit(new_key, keys_file, f"new-{number}", None, None) for number in range(15)]
+        gone = [pool.submit(revoke_key, keys_file, f"old-{number}") for number in range(15)]
+        assert len([each.result() for each in made]) == len([each.result() for each in gone])
+    names = parse_keys(keys_file).keys()
+    assert {name for name in names if name.startswith("new-")} == {f"new-{number}" for number in range(15)}
+    assert not [name for name in names if name.startswith("old-")]
 
 
 def test_metrics_and_documentation_open_by_key_or_not_at_all(make_app: MakeApp, keys_file: Path, key: str) -> None:

@@ -350,7 +350,7 @@ def test_launcher_names_a_bad_setting(name: str, value: str, problem: str) -> No
         timeout=60,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (1, f"bertqa: error: {name}: {problem}\n")
+    assert (done.returncode, done.stderr) == (2, f"bertqa: error: {name}: {problem}\n")
 
 
 def test_triton_alone_in_its_container_needs_no_package_of_the_service() -> None:

@@ -20,10 +20,10 @@ from typing import Any
 import httpx
 import pytest
 
+from bertqa.command import status
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from service.commands import models, triton_admin
-from service.commands.doctor import __main__ as doctor
+from service.commands import doctor, models, triton_admin
 from service.runtime.triton_process import EmbeddedTriton
 from service.triton.client import TritonModel
 from tests.support.bundles import CONTEXT, break_engine, expect_another_answer, flip, publish
@@ -57,7 +57,7 @@ class Product:
     def models(self, *words: str) -> int:
         """`bertqa models`, in this process."""
         flags = ["--repository", str(self.repository.root), "--triton-url", self.triton.url]
-        return models.main(models.parse_args([*words[:1], *flags, *words[1:]]))
+        return status(models.app, [*words[:1], *flags, *words[1:]])
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_the_doctor_asks_a_running_triton(product: Product, capsys: pytest.Captu
     flags = ["--repository", str(product.repository.root), "--port", "0"]
     port = product.triton.url.rpartition(":")[2]
     for words in (["--triton-url", product.triton.url], ["--triton-grpc-port", port]):
-        assert doctor.main(doctor.parse_args([*flags, *words])) == 0
+        assert status(doctor.app, [*flags, *words]) == 0
         active = product.repository.served(MODEL_NAME).active
         told = capsys.readouterr().out
         assert f"bert_qa {active} in Triton at {product.triton.url}: answers 2 questions as when it was built" in told
@@ -253,9 +253,7 @@ def test_the_doctor_asks_a_running_triton(product: Product, capsys: pytest.Captu
     elsewhere = product.repository.root.parent / "copy"
     shutil.copytree(product.repository.root, elsewhere)
     Repository(elsewhere).activate(MODEL_NAME, 3 - active)  # which this Triton does not know of
-    assert doctor.main(
-        doctor.parse_args([*flags[2:], "--repository", str(elsewhere), "--triton-url", product.triton.url])
-    )
+    assert status(doctor.app, [*flags[2:], "--repository", str(elsewhere), "--triton-url", product.triton.url])
     assert re.search(
         rf"FAIL +bert_qa {3 - active} in Triton at .* is unavailable, unloaded; have it poll", capsys.readouterr().out
     )
@@ -269,13 +267,13 @@ def test_an_edited_configuration_is_written_again_as_the_doctor_says(
     flags = ["--repository", str(product.repository.root), "--triton-url", product.triton.url, "--port", "0"]
     generated = path.read_text()
     path.write_text(generated.replace("KIND_CPU", "KIND_AUTO"))  # to which Triton goes over at once
-    assert doctor.main(doctor.parse_args(flags)) == 1
+    assert status(doctor.app, flags) == 1
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL"))
     fix = line.rpartition("`bertqa models ")[2].removesuffix("`").split()
     assert fix == ["load", MODEL_NAME, str(active)]
     assert product.models(*fix) == 0
     assert path.read_text() == generated
-    assert doctor.main(doctor.parse_args(flags)) == 0
+    assert status(doctor.app, flags) == 0
 
 
 @pytest.mark.parametrize("mutual", [False, True], ids=["tls", "mutual"])
@@ -300,8 +298,8 @@ def test_models_and_doctor_speak_tls(
         with monkeypatch.context() as patch:
             for name, file in settings.items():
                 patch.setenv(f"BERTQA_TRITON_TLS_{name.upper()}", str(files / file))
-            checked = models.main(models.parse_args(["check", *flags, MODEL_NAME, str(active)]))
-            looked = doctor.main(doctor.parse_args([*flags, "--port", "0"]))
+            checked = status(models.app, ["check", *flags, MODEL_NAME, str(active)])
+            looked = status(doctor.app, [*flags, "--port", "0"])
         return checked, looked, "".join(capsys.readouterr())
 
     with triton_with(tmp_path, product.repository.root, *tls_flags(files, mutual=mutual)) as url:

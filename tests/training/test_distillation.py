@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import BertForQuestionAnswering
 
+from bertqa.command import parse
 from bertqa.spans import Logits
 from bertqa.squad import as_squad
 from bertqa.windows import Window, WindowMaker
@@ -24,6 +25,7 @@ from tests.support.lives import FLAGS, TOKENIZER, finetune, lives, train_teacher
 from training import finetune_glue, finetune_squad, teach
 from training.distillation import TEACHER_FILE, divergence
 from training.inference import batches_by_length, predict
+from training.options import GlueArguments, SquadArguments, TeachGlueArguments, TeachSquadArguments
 from training.squad_data import SquadData
 from training.squad_evaluation import predictor
 from training.squad_features import UNLABELLED, collate, hold_back_articles, make_features, unlabelled, without_label
@@ -34,7 +36,7 @@ STUDENT = ["--dropout", "0", "--soft-share", "1", "--epochs", "12", "--learning-
 
 def flags_of_teacher(data: Path, teacher: Path, output: Path, *more: str) -> list[str]:
     files = ("--train", str(data), "--init", str(teacher), "--output", str(output))
-    return ["squad", *WINDOWS, *files, "--precision", "fp32", "--features-per-file", "16", *more]
+    return [*WINDOWS, *files, "--precision", "fp32", "--features-per-file", "16", *more]
 
 
 def logits_in(directory: Path) -> torch.Tensor:
@@ -63,14 +65,14 @@ def teacher(data: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory)
 def logits(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The soft labels of a teacher, written by two Horovod processes."""
     output = tmp_path_factory.mktemp("logits") / "two"
-    under_horovod(2, ["training.teach", *flags_of_teacher(data, teacher, output)])
+    under_horovod(2, ["training.teach", "squad", *flags_of_teacher(data, teacher, output)])
     return output
 
 
 @pytest.mark.horovod
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
-    teach.main(teach.parse_args(flags_of_teacher(data, teacher, tmp_path)))
+    teach.main(parse(TeachSquadArguments, flags_of_teacher(data, teacher, tmp_path)))
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in logits.iterdir()}
     assert len(list(logits.glob("*.safetensors"))) > 2
     assert json.loads((tmp_path / TEACHER_FILE).read_text()) == json.loads((logits / TEACHER_FILE).read_text())
@@ -80,7 +82,7 @@ def test_two_processes_write_what_one_writes(data: Path, teacher: Path, logits: 
 @pytest.mark.horovod
 @pytest.mark.slow
 def test_logits_are_those_of_the_model_for_each_window(data: Path, teacher: Path, logits: Path) -> None:
-    args = finetune_squad.parse_args([*FLAGS, "--train", str(data), "--output", "-", "--init", str(teacher)])
+    args = parse(SquadArguments, [*FLAGS, "--train", str(data), "--output", "-", "--init", str(teacher)])
     model = BertForQuestionAnswering.from_pretrained(teacher).eval()  # type: ignore[no-untyped-call]
     features = SquadData.of(args, str(teacher), model.config).features
     assert len(features) > 48
@@ -110,7 +112,7 @@ def test_a_teacher_that_was_killed_goes_on_where_it_was(
         return predict(*args, **options)
 
     monkeypatch.setattr("training.teach.predict", dies_at_third)
-    job = teach.parse_args(flags_of_teacher(data, teacher, tmp_path))
+    job = parse(TeachSquadArguments, flags_of_teacher(data, teacher, tmp_path))
     with pytest.raises(KeyboardInterrupt):
         teach.main(job)
     assert not (tmp_path / TEACHER_FILE).exists()
@@ -165,7 +167,7 @@ def test_soft_labels_that_do_not_fit_are_refused_by_name(
         spoil(directory)
     job = [*FLAGS, "--train", str(data), "--init", str(encoder), "--output", str(tmp_path / "student")]
     with pytest.raises(SystemExit, match=f"--teacher-logits: .*{message}"):
-        finetune_squad.main(finetune_squad.parse_args([*job, "--teacher-logits", str(directory), *more]))
+        finetune_squad.main(parse(SquadArguments, [*job, "--teacher-logits", str(directory), *more]))
 
 
 def test_another_file_under_the_same_flags_is_refused(encoder: Path, logits: Path, tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_another_file_under_the_same_flags_is_refused(encoder: Path, logits: Pat
     path.write_text(json.dumps(as_squad(lives(64)[::-1])))
     job = [*FLAGS, "--train", str(path), "--init", str(encoder), "--output", str(tmp_path / "student")]
     with pytest.raises(SystemExit, match=r"other features: the flags are the same, so the data or tokenizer\.json is"):
-        finetune_squad.main(finetune_squad.parse_args([*job, "--teacher-logits", str(logits)]))
+        finetune_squad.main(parse(SquadArguments, [*job, "--teacher-logits", str(logits)]))
 
 
 def test_a_directory_of_another_teacher_is_not_mixed(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
@@ -184,12 +186,12 @@ def test_a_directory_of_another_teacher_is_not_mixed(data: Path, teacher: Path, 
     weights = load_file(teacher / "model.safetensors")
     save_file(weights | {"qa_outputs.bias": weights["qa_outputs.bias"] + 1}, other / "model.safetensors")
     with pytest.raises(SystemExit, match=r"--output: .*logits-00000\.safetensors was written for other teacher"):
-        teach.main(teach.parse_args(flags_of_teacher(data, other, logits)))
+        teach.main(parse(TeachSquadArguments, flags_of_teacher(data, other, logits)))
 
 
 def test_an_encoder_without_a_head_teaches_nothing(data: Path, encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"has no tensor qa_outputs\.bias"):
-        teach.main(teach.parse_args(flags_of_teacher(data, encoder, tmp_path)))
+        teach.main(parse(TeachSquadArguments, flags_of_teacher(data, encoder, tmp_path)))
 
 
 def test_the_divergence_is_the_one_computed_by_hand() -> None:
@@ -233,9 +235,9 @@ def test_a_random_student_comes_close_to_its_teacher(data: Path, teacher: Path, 
     student, texts = write_encoder(tmp_path / "random", 7), tmp_path / "texts.json"
     texts.write_text(json.dumps(as_squad([example for example in lives(96)[64:]])))
     more = ["--unlabelled-share", "1.5", "--unlabelled", str(texts)]
-    teach.main(teach.parse_args(flags_of_teacher(data, teacher, tmp_path / "logits", *more)))
+    teach.main(parse(TeachSquadArguments, flags_of_teacher(data, teacher, tmp_path / "logits", *more)))
     job = [*FLAGS, "--train", str(data), "--init", str(student), "--output", str(tmp_path / "student"), *more, *STUDENT]
-    finetune_squad.main(finetune_squad.parse_args([*job, "--teacher-logits", str(tmp_path / "logits")]))
+    finetune_squad.main(parse(SquadArguments, [*job, "--teacher-logits", str(tmp_path / "logits")]))
     soft = losses(tmp_path / "student", "soft")
     assert soft[-1] < 0.1 * soft[0], soft
     models = [BertForQuestionAnswering.from_pretrained(path) for path in (teacher, tmp_path / "student")]
@@ -279,7 +281,7 @@ def test_a_distilled_run_of_two_processes_resumes_bit_for_bit(
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     with pytest.raises(SystemExit, match=r"other settings \(soft_share 0.8, now 0.5\)"):
-        finetune_squad.main(finetune_squad.parse_args([*job, "--soft-share", "0.5"]))
+        finetune_squad.main(parse(SquadArguments, [*job, "--soft-share", "0.5"]))
 
 
 def test_unlabelled_questions_go_to_other_paragraphs_of_their_article() -> None:
@@ -297,7 +299,7 @@ def test_unlabelled_questions_go_to_other_paragraphs_of_their_article() -> None:
 @pytest.mark.parametrize("flags", [["--unlabelled-share", "1"], ["--unlabelled", "x.json"], ["--soft-share", "1.1"]])
 def test_what_needs_a_teacher_is_refused_without_one(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        finetune_squad.parse_args(["--train", "t", "--output", "o", *flags])
+        parse(SquadArguments, ["--train", "t", "--output", "o", *flags])
     assert flags[0] in capsys.readouterr().err
 
 
@@ -336,11 +338,11 @@ def test_a_glue_student_learns_from_its_teacher(task: str, encoder: Path, tmp_pa
 
     def finetune_on(init: Path, output: str, *more: str) -> None:
         job = [*run, "--init", str(init), "--output", str(tmp_path / output), *more]
-        finetune_glue.main(finetune_glue.parse_args(job))
+        finetune_glue.main(parse(GlueArguments, job))
 
     finetune_on(encoder, "teacher", "--epochs", "8")
     files = ["--init", str(tmp_path / "teacher"), "--output", str(tmp_path / "logits")]
-    teach.main(teach.parse_args(["glue", *common, *files]))
+    teach.main(parse(TeachGlueArguments, [*common, *files]))
     taught = ["--teacher-logits", str(tmp_path / "logits"), "--soft-share", "1", "--epochs", "8"]
     finetune_on(write_encoder(tmp_path / "random", 3), "student", *taught)
     soft = losses(tmp_path / "student", "soft")
@@ -357,4 +359,4 @@ def test_logits_that_float16_cannot_hold_are_refused(
 
     monkeypatch.setattr("training.teach.predict", absurd)
     with pytest.raises(SystemExit, match="--output: the teacher gives logits that are NaN or too large for float16"):
-        teach.main(teach.parse_args(flags_of_teacher(data, teacher, tmp_path)))
+        teach.main(parse(TeachSquadArguments, flags_of_teacher(data, teacher, tmp_path)))

@@ -1,6 +1,5 @@
 """A checkpoint that training wrote: transformers reads it, and tokenizes as its tokenizer.json does."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from transformers import (
     RobertaConfig,
 )
 
+from bertqa.command import parse
 from tests.support.paths import CHECKPOINT as SHIPPED
 from training.encoders import (
     EncoderOptions,
-    add_encoder_arguments,
     attention_implementation,
     bert_flops,
     load_model,
@@ -41,7 +40,7 @@ from training.encoders import (
     write_checkpoint,
 )
 from training.finetune_squad import span_loss
-from training.loop import Precision
+from training.options import JobArguments, Precision
 from training.squad_features import Feature, collate
 
 WORDS = (
@@ -142,10 +141,7 @@ def test_the_attention_by_default(
 def test_dropout_of_attention_is_that_of_all_by_default(
     flags: list[str], dropout: float, attention_dropout: float
 ) -> None:
-    parser = argparse.ArgumentParser()
-    add_encoder_arguments(parser)
-    parser.set_defaults(precision="fp32")
-    options = EncoderOptions.of(parser.parse_args(flags))
+    options = EncoderOptions.of(parse(JobArguments, ["--precision", "fp32", *flags]))
     assert (options.dropout, options.attention_dropout, options.attention) == (dropout, attention_dropout, "sdpa")
 
 

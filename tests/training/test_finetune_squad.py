@@ -11,13 +11,15 @@ from tokenizers import Tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForQuestionAnswering
 
+from bertqa.command import parse
 from bertqa.manifest import Settings
 from bertqa.spans import Answer, Decoded
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
 from tests.support.lives import FLAGS, TOKENIZER, finetune, lives, write_encoder
 from training.encoders import bert_flops
-from training.finetune_squad import main, parse_args, span_loss
+from training.finetune_squad import main, span_loss
+from training.options import SquadArguments
 from training.squad_evaluation import as_report, fit_null_threshold
 from training.squad_features import Feature, collate, hold_back_articles, make_features, negatives
 
@@ -74,7 +76,10 @@ def test_squad_v2_is_trained_on_its_own_unanswerable_questions(data: Path, encod
     path, output = tmp_path / "v2.json", tmp_path / "checkpoint"
     path.write_text(json.dumps(as_squad(examples + negatives(examples, 0.5, seed=1))))
     main(
-        parse_args([*FLAGS, "--train", str(path), "--dev", str(path), "--init", str(encoder), "--output", str(output)])
+        parse(
+            SquadArguments,
+            [*FLAGS, "--train", str(path), "--dev", str(path), "--init", str(encoder), "--output", str(output)],
+        )
     )
     report = json.loads((output / "training_report.json").read_text())
     assert report["arguments"]["negatives"] == "0.0"
@@ -91,7 +96,7 @@ def test_no_epoch_measures_and_completes_what_there_is(
 ) -> None:
     output, given = tmp_path / "checkpoint", load_file(trained[0] / "model.safetensors")
     job = [*FLAGS, "--train", str(data), "--init", str(trained[0]), "--output", str(output), "--epochs", "0"]
-    main(parse_args(job))
+    main(parse(SquadArguments, job))
     written = load_file(output / "model.safetensors")
     assert written.keys() == given.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in given.items())
@@ -117,7 +122,7 @@ def test_what_cannot_be_trained_is_refused_with_its_flag(
 ) -> None:
     job = [*FLAGS, "--train", str(data), "--init", str(encoder), "--output", str(tmp_path), *flags]
     with pytest.raises(SystemExit, match=message):
-        main(parse_args(job))
+        main(parse(SquadArguments, job))
 
 
 def test_labels_mark_the_answer_in_the_window_that_holds_it() -> None:
@@ -234,5 +239,5 @@ def test_flops_are_those_of_the_matrix_products(encoder: Path) -> None:
 @pytest.mark.parametrize("flags", [["--batch-size", "0"], ["--epochs", "-1"], ["--negatives", "2"], ["--warmup", "1"]])
 def test_flags_out_of_range_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_args(["--train", "t", "--output", "o", *flags])
+        parse(SquadArguments, ["--train", "t", "--output", "o", *flags])
     assert flags[0] in capsys.readouterr().err

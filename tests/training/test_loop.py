@@ -3,7 +3,6 @@
 Started as a program this file is that job: ``horovodrun -np 2 python tests/training/test_loop.py --output DIR``.
 """
 
-import argparse
 import json
 import math
 import os
@@ -14,22 +13,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from bertqa.command import parse
 from tests.support.paths import ROOT
 from training.checkpoints import load_state
 from training.distributed import Alone, start_workers
-from training.loop import LoopOptions, Task, add_loop_arguments, micro_batches, train
+from training.loop import LoopOptions, Task, micro_batches, train
 from training.metrics import read_metrics
+from training.options import LoopArguments
 
 WORDS, LABELS, ROWS = 16, 4, 60
 
@@ -95,10 +97,17 @@ def toy_task(batch_size: int, **changes: Any) -> Task[int, ToyBatch]:
     return Task(**task | changes)
 
 
+TOY: dict[str, Any] = {"batch_size": 12, "learning_rate": 0.01, "precision": "fp32", "save_every": 10, "log_every": 5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyArguments(LoopArguments):
+    output: Annotated[Path, typer.Option()]
+    dropout: float = 0.0
+
+
 def toy_options(**changes: Any) -> LoopOptions:
-    parser = argparse.ArgumentParser()
-    add_loop_arguments(parser, batch_size=12, learning_rate=0.01, precision="fp32", save_every=10, log_every=5)
-    return LoopOptions.of(argparse.Namespace(**vars(parser.parse_args([])) | changes), changes.pop("steps", 40))
+    return LoopOptions(**{**TOY, "steps": 40, **changes})
 
 
 def toy_model(dropout: float = 0.0) -> Toy:
@@ -107,11 +116,8 @@ def toy_model(dropout: float = 0.0) -> Toy:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    add_loop_arguments(parser, batch_size=12, learning_rate=0.01, precision="fp32", save_every=10, log_every=5)
-    args = parser.parse_args(argv)
+    toy = [f"--{name.replace('_', '-')}={value}" for name, value in TOY.items()]
+    args = parse(ToyArguments, [*toy, *(sys.argv[1:] if argv is None else argv)])
     args.output.mkdir(parents=True, exist_ok=True)
     worker = f"{os.environ['HOROVOD_HOSTNAME']}-{os.environ['HOROVOD_LOCAL_RANK']}"
     (args.output / f"{worker}.pid").write_text(str(os.getpid()))
@@ -307,12 +313,12 @@ def test_an_evaluation_goes_into_the_records_when_it_is_due(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--batch-size", "0"], "--batch-size: must be at least 1, not 0"),
-        (["--micro-batch-size", "-1"], "--micro-batch-size: must be at least 1"),
-        (["--learning-rate", "0"], "--learning-rate: must be above 0"),
-        (["--max-gradient-norm", "inf"], "--max-gradient-norm: must be above 0"),
-        (["--warmup", "1"], "--warmup: must be a share"),
-        (["--precision", "int8"], "--precision: invalid choice"),
+        (["--batch-size", "0"], "'--batch-size': must be at least 1, not 0"),
+        (["--micro-batch-size", "-1"], "'--micro-batch-size': must be at least 1"),
+        (["--learning-rate", "0"], "'--learning-rate': must be above 0"),
+        (["--max-gradient-norm", "inf"], "'--max-gradient-norm': must be above 0"),
+        (["--warmup", "1"], "'--warmup': must be a share"),
+        (["--precision", "int8"], "Invalid value for '--precision'"),
     ],
 )
 def test_flags_out_of_range_are_refused(

@@ -18,11 +18,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering
 
+from bertqa.command import parse
 from tests.support.paths import ROOT
 from training.encoders import EncoderOptions, load_model
 from training.masked_lm import Item, Masked, MaskedBatch, MaskedPairs, collate
 from training.metrics import read_metrics
-from training.pretrain import PHASES, PretrainingBert, attention_of, main, parse_args
+from training.options import PHASES, PretrainArguments
+from training.pretrain import PretrainingBert, attention_of, main
 from training.shards import MANIFEST_FILE, Pair, ShardManifest, ShardSet, tokenizer_sha256, write_shard
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -94,7 +96,7 @@ def flags(shards: Path, output: Path, *more: object, start: Path | None = None) 
 
 def pretrain(*argv: Any) -> list[dict[str, Any]]:
     """Run the job in this process; returns its records."""
-    args = parse_args(flags(*argv))
+    args = parse(PretrainArguments, flags(*argv))
     main(args)
     return read_metrics(args.output / "metrics.jsonl")
 
@@ -231,7 +233,7 @@ def test_without_next_sentences_their_head_is_left_alone(shards: Path, config: P
     records = pretrain(shards, tmp_path / "run", "--config", config, "--no-nsp", "--weight-decay", 0.5)
     assert not [name for name in records[-1] if "nsp" in name]
     weights = load_file(tmp_path / "run" / "model.safetensors")
-    args = parse_args(flags(shards, tmp_path / "new", "--config", config))
+    args = parse(PretrainArguments, flags(shards, tmp_path / "new", "--config", config))
     torch.manual_seed(args.seed)
     new = PretrainingBert(BertConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text())))
     for name in ("bert.pooler.dense.weight", "cls.seq_relationship.weight"):
@@ -246,12 +248,12 @@ def test_shards_that_were_made_for_other_sequences_are_refused(shards: Path, con
     argv = flags(shards, tmp_path / "run", "--config", config)
     for flag, value, stored in (("--max-seq-len", 128, 24), ("--max-predictions-per-seq", 20, 4)):
         with pytest.raises(SystemExit, match=rf"{flag} {stored}.*{flag} {value}"):
-            main(parse_args([*argv, flag, str(value)]))
+            main(parse(PretrainArguments, [*argv, flag, str(value)]))
     longer = write_set(tmp_path / "longer", [range(30)], max_seq_len=32)
     (tmp_path / "short.json").write_text(json.dumps(SIZES | {"max_position_embeddings": 24}))
     argv = flags(longer, tmp_path / "run", "--max-seq-len", 32, "--config", tmp_path / "short.json")
     with pytest.raises(SystemExit, match=r"--max-seq-len 32.*max_position_embeddings is 24"):
-        main(parse_args(argv))
+        main(parse(PretrainArguments, argv))
     assert not (tmp_path / "run").exists()
 
 
@@ -261,17 +263,17 @@ def test_shards_of_another_vocabulary_are_refused(
     model = PretrainingBert(BertConfig(**SIZES, vocab_size=30522))
     model.save_pretrained(tmp_path / "bert")
     with pytest.raises(SystemExit, match=r"vocabulary of 45 tokens, the model's vocab_size is 30522"):
-        main(parse_args(flags(shards, tmp_path / "run", "--init", tmp_path / "bert")))
+        main(parse(PretrainArguments, flags(shards, tmp_path / "run", "--init", tmp_path / "bert")))
 
 
 def test_bad_flags_are_refused_by_their_name(shards: Path, config: Path, tmp_path: Path) -> None:
     argv = flags(shards, tmp_path / "run", "--config", config)
     with pytest.raises(SystemExit, match=r"--batch-size 401: 400 sequences are less"):
-        main(parse_args([*argv, "--batch-size", "401"]))
+        main(parse(PretrainArguments, [*argv, "--batch-size", "401"]))
     with pytest.raises(SystemExit, match=r"--held-out-shards 3: .* has 3 shards"):
-        main(parse_args([*argv, "--held-out-shards", "3"]))
+        main(parse(PretrainArguments, [*argv, "--held-out-shards", "3"]))
     with pytest.raises(SystemExit, match="--config gigantic: neither a file nor one of tiny"):
-        main(parse_args([*argv, "--config", "gigantic"]))
+        main(parse(PretrainArguments, [*argv, "--config", "gigantic"]))
     part = shards / "part-00001.parquet"
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -281,30 +283,30 @@ def test_bad_flags_are_refused_by_their_name(shards: Path, config: Path, tmp_pat
             content[len(content) // 2] ^= 1
         (broken / file.name).write_bytes(content)
     with pytest.raises(SystemExit, match=r"part-00001.parquet: corrupt"):
-        main(parse_args(flags(broken, tmp_path / "run", "--config", config)))
+        main(parse(PretrainArguments, flags(broken, tmp_path / "run", "--config", config)))
 
 
 # --- the recipe
 
 
 def test_phases_have_the_published_recipe() -> None:
-    args = parse_args(["--shards", "s", "--output", "o"])
+    args = parse(PretrainArguments, ["--shards", "s", "--output", "o"])
     assert (args.optimizer, args.decay, args.config) == ("lamb", "poly", "base")
     assert (args.max_seq_len, args.max_predictions_per_seq, args.steps) == (128, 20, 7038)
-    assert (args.batch_size, args.learning_rate, args.warmup) == (65536, pytest.approx(6e-3), 0.2843)
-    args = parse_args(["--shards", "s", "--output", "o", "--phase", "2", "--init", "phase1"])
+    assert (args.batch_size, args.learning_rate, args.warmup) == (65536, 6e-3, 0.2843)
+    args = parse(PretrainArguments, ["--shards", "s", "--output", "o", "--phase", "2", "--init", "phase1"])
     assert (args.max_seq_len, args.max_predictions_per_seq, args.steps, args.config) == (512, 80, 1563, None)
-    assert (args.batch_size, args.learning_rate, args.warmup) == (32768, pytest.approx(4e-3), 0.128)
+    assert (args.batch_size, args.learning_rate, args.warmup) == (32768, 4e-3, 0.128)
     assert PHASES[1].steps * PHASES[1].batch_size == pytest.approx(9 * PHASES[2].steps * PHASES[2].batch_size, rel=0.01)
 
 
 def test_the_learning_rate_follows_the_global_batch_unless_it_is_given() -> None:
     base = ["--shards", "s", "--output", "o", "--batch-size"]
-    assert parse_args([*base, "256"]).learning_rate == pytest.approx(6e-3 / 16)
-    assert parse_args([*base, "1024", "--optimizer", "adamw"]).learning_rate == pytest.approx(2e-4)
-    assert parse_args([*base, "1024", "--optimizer", "adamw"]).decay == "linear"
-    assert parse_args([*base, "256", "--learning-rate", "0.1"]).learning_rate == 0.1
-    assert parse_args([*base, "256", "--epochs", "2"]).steps is None
+    assert parse(PretrainArguments, [*base, "256"]).learning_rate == pytest.approx(6e-3 / 16)
+    assert parse(PretrainArguments, [*base, "1024", "--optimizer", "adamw"]).learning_rate == pytest.approx(2e-4)
+    assert parse(PretrainArguments, [*base, "1024", "--optimizer", "adamw"]).decay == "linear"
+    assert parse(PretrainArguments, [*base, "256", "--learning-rate", "0.1"]).learning_rate == 0.1
+    assert parse(PretrainArguments, [*base, "256", "--epochs", "2"]).steps is None
 
 
 @pytest.mark.parametrize(
@@ -313,7 +315,7 @@ def test_the_learning_rate_follows_the_global_batch_unless_it_is_given() -> None
 )
 def test_flags_that_contradict_each_other_are_refused(more: list[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_args(["--shards", "s", "--output", "o", *more])
+        parse(PretrainArguments, ["--shards", "s", "--output", "o", *more])
 
 
 # --- the model

@@ -1,6 +1,8 @@
 """Documents to pairs to shard sets: the same bytes whoever makes them, and no damage goes unseen."""
 
+import contextlib
 import hashlib
+import io
 import json
 import random
 import signal
@@ -21,10 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from bertqa.command import parse, status
 from tests.support.paths import ROOT
 from training import shards as shards_module
 from training.data import documents as documents_module
-from training.data.__main__ import main, parse_args
+from training.data.commands import ShardOptions, app
 from training.data.documents import DataError, Document, document_groups, write_documents
 from training.data.pairs import PairMaker, Sentence
 from training.data.sharding import PARTIAL_FILE, train_tokenizer, write_shard_set
@@ -483,7 +486,11 @@ def test_own_text_becomes_a_shard_set(tmp_path: Path) -> None:
 
 
 def run(command: list[str]) -> None:
-    main(parse_args(command))
+    """`bertqa train data`, in this process; raises what it says where it fails."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = status(app, command)
+    if code:
+        raise SystemExit(said.getvalue())
 
 
 def test_what_cannot_be_sharded_is_named(corpus: Path, tmp_path: Path) -> None:
@@ -492,8 +499,8 @@ def test_what_cannot_be_sharded_is_named(corpus: Path, tmp_path: Path) -> None:
         ([str(tmp_path / "nothing")], "nothing: holds no documents"),
         ([str(corpus / "one"), str(corpus / "one")], "one: is given twice"),
     ):
-        with pytest.raises(SystemExit, match=rf"training\.data: .*{problem}"):
-            run(["shard", "--documents", *documents, *flags])
+        with pytest.raises(SystemExit, match=rf"bertqa: error: .*{problem}"):
+            run(["shard", *(f"--documents={each}" for each in documents), *flags])
     write_documents(tmp_path / "single.parquet", documents_of_words(1))
     with pytest.raises(SystemExit, match="at least two documents are needed"):
         run(["shard", "--documents", str(tmp_path), *flags])
@@ -523,7 +530,7 @@ def without_mask(corpus: Path) -> str:
 )
 def test_flags_out_of_range_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_args(["shard", "--documents", "d", "--tokenizer", "t", "--output", "o", *flags])
+        parse(ShardOptions, ["--documents", "d", "--tokenizer", "t", "--output", "o", *flags])
     assert flags[0] in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """From the origins of text to documents: a server that breaks off, a dump, books, own text, SQuAD and GLUE."""
 
 import bz2
+import contextlib
 import hashlib
 import io
 import json
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,9 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertqa.command import parse, status
 from tests.support.paths import ROOT
 from training.data import benchmarks, books
-from training.data.__main__ import main, parse_args
+from training.data.commands import WikipediaOptions, app
 from training.data.documents import DataError, Document, document_groups, open_output, read_group, write_documents
 from training.data.downloads import Checksum, DownloadError, NotOnServer, download, http_client
 from training.data.text import convert_articles, convert_text
@@ -225,7 +227,7 @@ def test_whatever_breaks_the_file_is_whole(data: bytes, breaks: list[int]) -> No
 @pytest.mark.parametrize("text", ["md5:" + "0" * 32, "sha1:" + "0" * 39, "sha256:" + "g" * 64, "0" * 64])
 def test_a_malformed_checksum_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_args(["wikipedia", "--output", "o", "--url", "http://x/y", "--checksum", text])
+        parse(WikipediaOptions, ["--output", "o", "--url", "http://x/y", "--checksum", text])
     assert "--checksum" in capsys.readouterr().err
 
 
@@ -451,6 +453,14 @@ Section 1. General Terms of Use and Redistributing Project Gutenberg electronic 
 """
 
 
+def main(command: Sequence[str]) -> None:
+    """`bertqa train data`, in this process; raises what it says where it fails."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = status(app, command)
+    if code:
+        raise SystemExit(said.getvalue())
+
+
 def gutenberg(server: FileServer, **books_by_id: str) -> None:
     rows = ["Text#,Type,Issued,Title,Language,Authors,Subjects,LoCC,Bookshelves"]
     rows += ["9,Sound,2003,A reading,en,,,,", "12,Text,2003,Ein Buch,de,,,,"]
@@ -465,7 +475,7 @@ def test_books_come_without_licence_credits_and_headings(server: FileServer, tmp
     gutenberg(server, b11=BOOK.format(title="A River"), b10=BOOK.format(title="A Lake"), b13="<html>no book</html>")
     del server.files["/cache/epub/10/pg10.txt"]
     command = ["books", "--mirror", server.url, "--downloads", str(tmp_path), "--wait", "0", "--count", "3"]
-    main(parse_args([*command, "--output", str(tmp_path / "documents")]))
+    main([*command, "--output", str(tmp_path / "documents")])
     expected = Document(
         "gutenberg/11",
         "A River",
@@ -476,7 +486,7 @@ def test_books_come_without_licence_credits_and_headings(server: FileServer, tmp
     )
     assert documents_of(tmp_path / "documents") == [expected]  # 10 is not on the server, and 13 no book
     requests = len(server.requests)
-    main(parse_args([*command, "--output", str(tmp_path / "again"), "--ids", "11"]))
+    main([*command, "--output", str(tmp_path / "again"), "--ids", "11"])
     assert documents_of(tmp_path / "again") == [expected]
     assert len(server.requests) == requests
 
@@ -486,7 +496,7 @@ def test_a_book_that_was_asked_for_must_be_there(server: FileServer, tmp_path: P
     gutenberg(server, b13="<html>no book</html>")
     command = ["books", "--mirror", server.url, "--downloads", str(tmp_path), "--wait", "0", "--ids", book]
     with pytest.raises(SystemExit, match=problem):
-        main(parse_args([*command, "--output", str(tmp_path / "documents")]))
+        main([*command, "--output", str(tmp_path / "documents")])
     assert not list((tmp_path / "documents").glob("*.parquet"))
 
 
@@ -516,7 +526,7 @@ def test_another_source_is_a_line_in_the_registry(tmp_path: Path, monkeypatch: p
         return folder.name
 
     monkeypatch.setitem(books.SOURCES, "shelf", Shelf)
-    main(parse_args(["books", "--source", "shelf", "--output", str(tmp_path / "out"), "--downloads", str(tmp_path)]))
+    main(["books", "--source", "shelf", "--output", str(tmp_path / "out"), "--downloads", str(tmp_path)])
     assert [document.id for document in documents_of(tmp_path / "out")] == ["one", "two"]
 
 
@@ -535,8 +545,8 @@ def test_the_articles_of_a_squad_file_are_documents_of_paragraphs_that_stand_onc
     assert convert_articles(path, tmp_path / "out") == 1
     assert documents_of(tmp_path / "out") == [Document("Ada_Lovelace", "Ada Lovelace", ["A first one.", "A second."])]
     path.write_text("{}")
-    with pytest.raises(SystemExit, match=r"training\.data: .*squad\.json: .*data"):
-        main(parse_args(["articles", str(path), "--output", str(tmp_path / "other")]))
+    with pytest.raises(SystemExit, match=r"bertqa: error: .*squad\.json: .*data"):
+        main(["articles", str(path), "--output", str(tmp_path / "other")])
 
 
 def test_a_folder_of_text_is_a_document_for_each_file(tmp_path: Path) -> None:
@@ -617,8 +627,8 @@ def test_squad_is_downloaded_and_checked(server: FileServer, tmp_path: Path, mon
         f"{part}-v{version}.json" for part in ("train", "dev") for version in ("1.1", "2.0")
     }
     server.files |= {f"/{name}": name.encode() for name in benchmarks.SQUAD}
-    command = parse_args(["squad", "--mirror", server.url, "--output", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"training\.data: .*train-v1\.1\.json.*should be sha256:3527663986b8"):
+    command = ["squad", "--mirror", server.url, "--output", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"bertqa: error: .*train-v1\.1\.json.*should be sha256:3527663986b8"):
         main(command)
     right = {name: hashlib.sha256(name.encode()).hexdigest() for name in benchmarks.SQUAD}
     monkeypatch.setattr(benchmarks, "SQUAD", right)
@@ -639,7 +649,7 @@ def test_glue_is_unpacked_and_mrpc_laid_out_as_the_other_tasks(
     hashes = [hashlib.sha256(data).hexdigest() for data in contents]
     monkeypatch.setattr(benchmarks, "MRPC", dict(zip(benchmarks.MRPC, hashes, strict=True)))
     monkeypatch.setitem(benchmarks.GLUE, "RTE", ("glue/data/RTE.zip", hashlib.sha256(zipped).hexdigest()))
-    command = parse_args(["glue", "--mirror", server.url, "--output", str(tmp_path), "--tasks", "RTE", "MRPC"])
+    command = ["glue", "--mirror", server.url, "--output", str(tmp_path), "--tasks", "RTE,MRPC"]
     main(command)
     assert {path.name: path.read_text() for path in (tmp_path / "RTE").iterdir()} == {
         "train.tsv": "index\tsentence1\n0\ta\n",

@@ -4,7 +4,9 @@
 // answer. Text of the user or of the server only ever becomes a text node; nothing is parsed as HTML.
 
 const TOP_K = 5;
-const PATIENCE_MS = 60_000; // the server has its own, shorter deadline; this one is for a network that swallows requests
+const PATIENCE_MS = 60_000; // for a question with all its attempts; the service has its own, shorter deadline for each
+const BUSY = [429, 503]; // statuses that mean "not now"
+const WAITING = "The service is busy at the moment. Your question waits and is asked again by itself…";
 
 const SAMPLE = {
   text:
@@ -21,10 +23,12 @@ const SAMPLE = {
 };
 
 const HEADLINES = {
-  engine_unavailable: "The engine is not running.",
-  engine_overloaded: "The engine is busy.",
-  engine_timeout: "The engine took too long.",
-  engine_broken: "The engine gave no usable answer.",
+  engine_unavailable: "The service cannot answer right now.",
+  engine_overloaded: "The service is still busy.",
+  engine_timeout: "The answer took too long.",
+  engine_broken: "The service cannot answer right now.",
+  engine_mismatch: "The service cannot answer right now.",
+  stopping: "The service is being restarted.",
   body_too_large: "This is too much text.",
   unauthorized: "This service answers only with an API key.",
   rate_limited: "Too many questions with this API key.",
@@ -176,7 +180,32 @@ async function post(body, signal) {
   const reply = await response.json().catch(() => null);
   if (response.ok && Array.isArray(reply?.answers)) return { reply };
   const error = typeof reply?.error === "string" ? reply.error : `The service answered with status ${response.status}.`;
-  return { failure: { error, error_type: reply?.error_type, field: reply?.field } };
+  const wait = BUSY.includes(response.status) ? Math.max(Number(response.headers.get("retry-after")) || 0, 1) : null;
+  return { failure: { error, error_type: reply?.error_type, field: reply?.field }, wait };
+}
+
+// Asks again while the service is busy: after the seconds that it names and up to half as many more, so that all who
+// were refused do not come back together.
+async function postUntilAnswered(body, signal) {
+  const end = performance.now() + PATIENCE_MS;
+  for (;;) {
+    const outcome = await post(body, signal);
+    const wait = outcome.wait && 1000 * outcome.wait * (1 + Math.random() / 2);
+    if (!wait || performance.now() + wait > end) return outcome;
+    find("failure").replaceChildren(); // of an attempt before
+    find("waiting").textContent = WAITING;
+    await pause(wait, signal);
+  }
+}
+
+function pause(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    });
+  });
 }
 
 async function ask() {
@@ -191,7 +220,7 @@ async function ask() {
 
   let outcome;
   try {
-    outcome = await post(request.body, mine.signal);
+    outcome = await postUntilAnswered(request.body, mine.signal);
   } catch (reason) {
     if (reason.name === "TimeoutError") {
       const error = `No answer came within ${PATIENCE_MS / 1000} seconds.`;
@@ -215,6 +244,7 @@ async function ask() {
 function setBusy(busy) {
   panel.setAttribute("aria-busy", String(busy));
   find("submit").textContent = busy ? "Asking…" : "Ask";
+  find("waiting").textContent = "";
 }
 
 // ---- showing ----

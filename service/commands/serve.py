@@ -1,0 +1,91 @@
+"""``bertqa serve`` and ``python -m service``: start Triton and the REST service."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bertqa.command import CommandError, addresses, command, group
+from bertqa.manifest import MODEL_NAME, BundleMismatch
+from bertqa.repository import Repository
+from service.commands.options import LOOPBACK, PROJECT, Port, settings
+
+app = group("Serve a question-answering model over REST.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """What ``bertqa serve`` is asked to do."""
+
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = LOOPBACK
+    port: Port = 8000
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes of the REST service.")] = 1
+    repository: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            show_default="model_repository of the project",
+            help="Triton model repository with the engine.",
+        ),
+    ] = PROJECT / "model_repository"
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            show_default="any engine will do; if there is none, it is built from the one checkpoint in checkpoints/",
+            help="Build the engine from this directory if the repository has none of it.",
+        ),
+    ] = None
+    triton_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            callback=addresses,
+            show_default="start one",
+            help="gRPC address of a running Triton, or several separated by commas; then nothing is built.",
+        ),
+    ] = None
+    triton_grpc_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            metavar="PORT",
+            show_default="8001 or the next free one",
+            help="gRPC port of the Triton that is started; 0 takes any free one.",
+        ),
+    ] = None
+    log_dir: Annotated[Path, typer.Option(metavar="DIR", help="Directory for Triton's log.")] = Path("logs")
+
+
+@command(app, ServeOptions, extra="service")
+def serve(options: ServeOptions) -> int:
+    """Serve a question-answering model over REST.
+
+    Builds an engine if the repository has none, starts Triton and the REST service, restarts what dies, and ends both
+    in order on Ctrl-C or SIGTERM. docs/operations.md lists the settings, which are environment variables.
+    """
+    from service.runtime.launcher import launch  # noqa: PLC0415
+
+    _check_model(options)
+    return launch(options)
+
+
+def _check_model(options: ServeOptions) -> None:
+    """Refuse a default model that the repository does not have, before anything is started.
+
+    Raises:
+        CommandError: BERTQA_MODEL is none of its models, or must say which of them is the default.
+    """
+    wanted = settings().model
+    try:
+        names = [*Repository(options.repository).serving()]
+    except BundleMismatch:
+        return  # the launcher says what is wrong
+    if not options.triton_url and (options.checkpoint or not names):
+        names = [*dict.fromkeys([*names, MODEL_NAME])]  # is built
+    if wanted and names and wanted not in names:
+        raise CommandError(f"BERTQA_MODEL: must be one of {', '.join(names)}; got {wanted!r}")
+    if not wanted and len(names) > 1 and MODEL_NAME not in names:
+        raise CommandError(f"BERTQA_MODEL: must say which is the default of {', '.join(names)}")
