@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import BertConfig
+from transformers import AutoConfig
 
 from bertqa.manifest import TOKENIZER_FILE, WEIGHTS_FILE
 from training.checkpoints import CheckpointError, Tensors
@@ -82,8 +82,9 @@ def main(args: AverageArguments) -> None:
     for other in others:
         first.refuse_unlike(other)
     weights = mean([first.weights, *(other.weights for other in others)], args.weights)
+    config = AutoConfig.for_model(**{"model_type": "bert"} | first.config)
     try:
-        write_checkpoint(args.output, first.architecture, BertConfig.from_dict(first.config), weights, first.tokenizer)
+        write_checkpoint(args.output, first.architecture, config, weights, first.tokenizer)
     except (OSError, CheckpointError) as error:
         raise SystemExit(f"--output: {error}") from error
 

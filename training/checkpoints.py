@@ -89,7 +89,7 @@ def save_state(directory: Path, state: State, run: Mapping[str, object]) -> None
     record = {"step": state.step, "scaler": dict(state.scaler), "run": dict(run)}
     metadata = {"record": json.dumps(record, sort_keys=True)}
     newest = directory / STATE_FILE
-    _write(newest, tensors, metadata | {"sha256": _digest(tensors, metadata["record"])}, keep=PREVIOUS_STATE_FILE)
+    _write(newest, tensors, metadata | {"sha256": digest_of(tensors, metadata["record"])}, keep=PREVIOUS_STATE_FILE)
 
 
 def load_state(directory: Path, run: Mapping[str, object]) -> State | None:
@@ -121,7 +121,7 @@ def _read(path: Path, run: Mapping[str, object], remedy: str) -> State:
         expected = metadata["sha256"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: corrupt or truncated ({error}); {remedy}") from error
-    if _digest(tensors, metadata["record"]) != expected:
+    if digest_of(tensors, metadata["record"]) != expected:
         raise CheckpointError(f"{path}: corrupt, its contents have another SHA-256 than its header says; {remedy}")
     now = json.loads(json.dumps(dict(run)))  # tuples become lists
     if written != now:
@@ -133,7 +133,8 @@ def _read(path: Path, run: Mapping[str, object], remedy: str) -> State:
     return State(step, tensors, scaler)
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], record: str) -> str:
+def digest_of(tensors: Mapping[str, torch.Tensor], record: str) -> str:
+    """SHA-256 of a text and of tensors, by name, type, shape and value, in the order given."""
     digest = hashlib.sha256(record.encode())
     for name, tensor in tensors.items():
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

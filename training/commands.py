@@ -1,12 +1,25 @@
-"""``bertqa train``: fine-tune, pre-train, average checkpoints, and make the data."""
+"""``bertqa train``: fine-tune, pre-train, distil, average checkpoints, and make the data."""
 
 from bertqa.command import command, group
 from training.data.commands import app as data_app
-from training.options import AverageArguments, GlueArguments, PretrainArguments, SquadArguments
+from training.options import (
+    AverageArguments,
+    GlueArguments,
+    HardNegativesArguments,
+    ImportMpnetArguments,
+    PretrainArguments,
+    SquadArguments,
+    TeachGlueArguments,
+    TeachSquadArguments,
+)
 
-app = group("Train models: fine-tune, pre-train, average, and make the data.")
+app = group("Train models: fine-tune, pre-train, distil, average, and make the data.")
 app.add_typer(data_app, name="data")
 squad_app, glue_app = group("Fine-tune an encoder on SQuAD."), group("Fine-tune an encoder on a GLUE task.")
+teach_app = group("Write the soft labels of a teacher, for --teacher-logits.")
+app.add_typer(teach_app, name="teach")
+hard_negatives_app = group("Make unanswerable questions that look answerable.")
+import_mpnet_app = group("Make an encoder of all-mpnet-base-v2 that reads BERT's windows.")
 pretrain_app, average_app = group("Pre-train a BERT."), group("Average the weights of checkpoints.")
 
 
@@ -52,5 +65,48 @@ def pretrain(options: PretrainArguments) -> None:
 def average(options: AverageArguments) -> None:
     """Average the weights of checkpoints (a model soup)."""
     from training.average import main  # noqa: PLC0415
+
+    main(options)
+
+
+@command(teach_app, TeachSquadArguments, extra="training", name="squad")
+def teach_squad(options: TeachSquadArguments) -> None:
+    """Run a question-answering teacher over the windows of `bertqa train squad`.
+
+    On several processes: horovodrun -np 2 python -m training.teach squad, with the same options.
+    """
+    from training.teach import main  # noqa: PLC0415
+
+    main(options)
+
+
+@command(teach_app, TeachGlueArguments, extra="training", name="glue")
+def teach_glue(options: TeachGlueArguments) -> None:
+    """Run a teacher that classifies over the training set of `bertqa train glue`.
+
+    On several processes: horovodrun -np 2 python -m training.teach glue, with the same options.
+    """
+    from training.teach import main  # noqa: PLC0415
+
+    main(options)
+
+
+@command(hard_negatives_app, HardNegativesArguments, extra="training")
+@command(app, HardNegativesArguments, extra="training")
+def hard_negatives(options: HardNegativesArguments) -> None:
+    """Make unanswerable questions by exchanging names and numbers.
+
+    A file for --impossible of `bertqa train squad`.
+    """
+    from training.hard_negatives import main  # noqa: PLC0415
+
+    main(options)
+
+
+@command(import_mpnet_app, ImportMpnetArguments, extra="training")
+@command(app, ImportMpnetArguments, extra="training")
+def import_mpnet(options: ImportMpnetArguments) -> None:
+    """Make an encoder of all-mpnet-base-v2 that reads BERT's windows."""
+    from training.import_mpnet import main  # noqa: PLC0415
 
     main(options)

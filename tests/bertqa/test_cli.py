@@ -217,6 +217,8 @@ PACKAGES = [
 HELP = [
     *([name] for name in COMMANDS),
     *(["train", name] for name in ("squad", "glue", "pretrain", "average", "data")),
+    *(["train", name] for name in ("teach", "hard-negatives", "import-mpnet")),
+    *(["train", "teach", name] for name in ("squad", "glue")),
     *(["train", "data", name] for name in ("wikipedia", "books", "text", "articles", "tokenizer", "shard")),
     *(["models", name] for name in ("list", "load", "check", "switch", "rollback", "unload")),
     *(["keys", name] for name in ("new", "list", "revoke")),
@@ -261,6 +263,7 @@ def test_help_needs_no_package_but_typer(bare: dict[str, str]) -> None:
     [
         *("service", "engine_builder", "training.data", "loadtest.sweep"),
         *(f"training.{name}" for name in ("finetune_squad", "finetune_glue", "pretrain", "average")),
+        *(f"training.{name}" for name in ("teach", "hard_negatives", "import_mpnet")),
     ],
 )
 def test_modules_give_help_without_their_packages(bare: dict[str, str], module: str) -> None:

@@ -1,8 +1,10 @@
 """A checkpoint that training wrote: transformers reads it, and tokenizes as its tokenizer.json does."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,17 +14,34 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
-from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    DistilBertConfig,
+    ElectraConfig,
+    MPNetConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+)
 
 from bertqa.command import parse
 from tests.support.paths import CHECKPOINT as SHIPPED
 from training.encoders import (
     EncoderOptions,
     attention_implementation,
+    bert_flops,
+    load_model,
+    longest_input,
+    model_class,
     tokenizer_config,
     write_checkpoint,
 )
+from training.finetune_squad import span_loss
 from training.options import JobArguments, Precision
+from training.squad_features import Feature, collate
 
 WORDS = (
     "[PAD]",
@@ -124,3 +143,34 @@ def test_dropout_of_attention_is_that_of_all_by_default(
 ) -> None:
     options = EncoderOptions.of(parse(JobArguments, ["--precision", "fp32", *flags]))
     assert (options.dropout, options.attention_dropout, options.attention) == (dropout, attention_dropout, "sdpa")
+
+
+SIZES: dict[str, Any] = {"vocab_size": 32, "num_attention_heads": 2, "max_position_embeddings": 34}
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (BertConfig(**SIZES, hidden_size=16, num_hidden_layers=2, intermediate_size=24), 34),
+        (ElectraConfig(**SIZES, hidden_size=16, num_hidden_layers=2, intermediate_size=24, embedding_size=16), 34),
+        (DistilBertConfig(**SIZES, dim=16, n_layers=2, hidden_dim=24), 34),
+        (MPNetConfig(**SIZES, hidden_size=16, num_hidden_layers=2, intermediate_size=24), 32),
+        (RobertaConfig(**SIZES, hidden_size=16, num_hidden_layers=2, intermediate_size=24), 32),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else None,
+)
+def test_every_family_is_loaded_and_trained(config: PreTrainedConfig, positions: int, tmp_path: Path) -> None:
+    AutoModelForQuestionAnswering.from_config(config).save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
+    kind = model_class(str(tmp_path), "question answering")
+    model = load_model(kind, str(tmp_path), EncoderOptions(0.25, 0.125, "eager"), trained_head=True)
+    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert 0.25 in rates
+    assert rates <= {0.25, 0.125, 0.0}
+    assert longest_input(model.config) == positions
+    model.eval()  # type: ignore[no-untyped-call]
+    batch = collate([Feature(np.arange(4, 4 + 16, dtype=np.int32), 5, 6, 7)] * 3)
+    with FlopCounterMode(display=False) as counter:
+        loss = span_loss(model, batch)
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert loss.isfinite().all()
+    assert bert_flops(model.config, batch.lengths, 2 * 16 * 48) == counter.get_total_flops()

