@@ -42,7 +42,8 @@ from service.observability.metrics import Metrics
 from service.observability.readiness import ReadinessLog
 from service.runtime.shutdown import Shutdown, clean_up
 from service.settings import Settings, SettingsError
-from service.triton.client import Engine, ModelError, TritonModel, tls_credentials
+from service.triton.channels import Channels, EngineFactory
+from service.triton.errors import ModelError
 
 log = logging.getLogger("bertqa.service")
 
@@ -59,7 +60,7 @@ to a request that arrived whole has an `x-request-id`, the client's own if it se
 
 
 def create_app(
-    settings: Settings | None = None, *, engine: Engine | None = None, bundle: Bundle | None = None
+    settings: Settings | None = None, *, engine: EngineFactory | None = None, bundle: Bundle | None = None
 ) -> FastAPI:
     """Make the application; settings that are not given come from the environment, bundles and engines from those.
 
@@ -87,11 +88,7 @@ def create_app(
                 tracing.start(settings, own_version())
             except ImportError as error:
                 log.warning("no traces: %s; %s", error, tracing.INSTALL)
-        triton = engine or TritonModel(
-            settings.triton_urls,
-            watch_circuit=metrics.circuit,
-            tls=tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key),
-        )
+        triton = engine or Channels.from_settings(settings, watch_circuit=metrics.circuit)
         follower = Follower(Repository(settings.repository), triton, metrics, settings)
         if bundle:
             models = Models(bundle.model, {bundle.model: Served(bundle, triton, metrics, settings)})
@@ -272,7 +269,7 @@ async def _info(request: Request) -> Info:
     numbers = [name for name, field in Settings.model_fields.items() if field.annotation in (int, float)]
     triton: str | None = None
     with suppress(ModelError):
-        triton = await answerer.models[None].engine.server_version(deadline=time.monotonic() + PROBE_S)
+        triton = await answerer.models[None].admin.server_version(deadline=time.monotonic() + PROBE_S)
     return Info(
         model=bundle.manifest.identity,
         version=bundle.version,

@@ -5,7 +5,6 @@ Rows take the path of ``/v1/answer`` less HTTP, so that their answers and errors
 """
 
 import asyncio
-import copy
 import math
 import os
 import random
@@ -32,7 +31,10 @@ from service.inference.question import Question, Result
 from service.inference.registry import Models, Served
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.triton.client import Engine, Loaded, ModelError, ModelOverloaded, TritonModel, tls_credentials
+from service.triton.admin import EngineAdmin, Loaded
+from service.triton.channels import Channels, EngineFactory
+from service.triton.client import Engine
+from service.triton.errors import ModelError, ModelOverloaded
 
 ANSWER_COLUMNS = pa.schema(
     [
@@ -115,7 +117,7 @@ class PartAnswerer:
         output: Path,
         patience_s: float,
         *,
-        engine: Engine | None = None,
+        engine: EngineFactory | None = None,
     ) -> None:
         """Open the bundle; Triton is connected to when first needed.
 
@@ -139,17 +141,10 @@ class PartAnswerer:
         self._loop = asyncio.new_event_loop()
         self._loop.run_until_complete(self._connect(engine, _patient(settings, self._at_a_time)))
 
-    async def _connect(self, engine: Engine | None, settings: Settings) -> None:
+    async def _connect(self, engine: EngineFactory | None, settings: Settings) -> None:
         bundle, metrics = self._bundle, Metrics()
-        if engine is None:
-            engine = TritonModel(
-                settings.triton_urls,
-                model=bundle.model,
-                version=bundle.version,
-                tls=tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key),
-            )
-        self._engine = SteadyEngine(engine, self._patience_s)
-        self._served = Served(bundle, self._engine, metrics, settings)
+        self._engines = SteadyEngines(engine or Channels.from_settings(settings), self._patience_s)
+        self._served = Served(bundle, self._engines, metrics, settings)
         self._answerer = Answerer(Models(bundle.model, {bundle.model: self._served}), settings, metrics)
         self._suspects = asyncio.Lock()
 
@@ -164,7 +159,7 @@ class PartAnswerer:
 
     def close(self) -> None:
         """End the connections."""
-        self._loop.run_until_complete(self._engine.close())
+        self._loop.run_until_complete(self._engines.close())
         self._answerer.close()
         self._loop.close()
 
@@ -248,6 +243,45 @@ class PartAnswerer:
             await asyncio.sleep(pause)
 
 
+class SteadyEngines:
+    """Makes clients for callers who can wait, from those of another factory."""
+
+    def __init__(self, engines: EngineFactory, patience_s: float) -> None:
+        self._engines = engines
+        self._patience_s = patience_s
+
+    def engine(self, model: str, version: int) -> "SteadyEngine":
+        """Make the engine client for a version of a model."""
+        return SteadyEngine(self._engines.engine(model, version), self._patience_s)
+
+    def admin(self, model: str, version: int) -> "SteadyAdmin":
+        """Make the admin client for a version of a model."""
+        return SteadyAdmin(self._engines.admin(model, version))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._engines.close()
+
+
+class SteadyAdmin:
+    """An `EngineAdmin` each of whose calls has `CALL_S`, however late the deadline is."""
+
+    def __init__(self, admin: EngineAdmin) -> None:
+        self._admin = admin
+
+    async def check_ready(self, *, deadline: float) -> None:
+        """Return if the model can be called, as described in `EngineAdmin`."""
+        await self._admin.check_ready(deadline=_soon(deadline))
+
+    async def loaded(self, *, deadline: float) -> Loaded:
+        """Look up what the server has loaded, as described in `EngineAdmin`."""
+        return await self._admin.loaded(deadline=_soon(deadline))
+
+    async def server_version(self, *, deadline: float) -> str:
+        """Look up the version of the server, as described in `EngineAdmin`."""
+        return await self._admin.server_version(deadline=_soon(deadline))
+
+
 class SteadyEngine:
     """An engine for those who can wait: a window that is refused is asked again."""
 
@@ -263,28 +297,6 @@ class SteadyEngine:
             BatchStopped: windows have been refused, and none computed, for longer than the patience.
         """
         return await side_by_side([self._predict(window, deadline) for window in windows])
-
-    async def check_ready(self, *, deadline: float) -> None:
-        """As in `Engine`."""
-        await self._engine.check_ready(deadline=_soon(deadline))
-
-    async def loaded(self, *, deadline: float) -> Loaded:
-        """As in `Engine`."""
-        return await self._engine.loaded(deadline=_soon(deadline))
-
-    async def server_version(self, *, deadline: float) -> str:
-        """As in `Engine`."""
-        return await self._engine.server_version(deadline=_soon(deadline))
-
-    def at(self, model: str, version: int) -> "SteadyEngine":
-        """As in `Engine`."""
-        other = copy.copy(self)
-        other._engine = self._engine.at(model, version)
-        return other
-
-    async def close(self) -> None:
-        """As in `Engine`."""
-        await self._engine.close()
 
     async def _predict(self, window: Window, deadline: float) -> Logits:
         began = time.monotonic()

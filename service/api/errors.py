@@ -1,6 +1,6 @@
 """Everything that can go wrong with a request, and the one table from exception to HTTP status.
 
-The tree, beside `service.triton.client.ModelError` for the engine's side::
+The tree, beside `service.triton.errors.ModelError` for the engine's side::
 
     RequestError               what the client can mend
     ├── MalformedHttp          400, not HTTP
@@ -38,7 +38,7 @@ from bertqa.spans import InvalidLogits
 from service.api.schemas import Problem
 from service.observability import readiness
 from service.observability.request_context import current_record, route_of
-from service.triton.client import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
 
 log = logging.getLogger("bertqa.service")
 

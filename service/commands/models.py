@@ -111,8 +111,8 @@ def unload(options: UnloadOptions) -> None:
 def _take(options: StepOptions, step: "Callable[[Rollout], object]") -> None:
     from bertqa.manifest import BundleMismatch  # noqa: PLC0415
     from bertqa.repository import ChangeRefused, Repository  # noqa: PLC0415
-    from service.commands.rollout import Rollout  # noqa: PLC0415
-    from service.commands.triton_admin import RolloutFailed, Servers, tls_of  # noqa: PLC0415
+    from service.commands.rollout import Rollout, RolloutFailed, tls_of  # noqa: PLC0415
+    from service.triton.servers import Servers, ServerUnreachable  # noqa: PLC0415
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a load that is stopped is taken back
     try:
@@ -121,7 +121,7 @@ def _take(options: StepOptions, step: "Callable[[Rollout], object]") -> None:
             step(Rollout(Repository(options.repository), servers, timeout_s=options.timeout, report=say))
         finally:
             servers.close()
-    except (RolloutFailed, ChangeRefused, BundleMismatch) as error:
+    except (RolloutFailed, ServerUnreachable, ChangeRefused, BundleMismatch) as error:
         raise CommandError(str(error), Exit.NO) from error
 
 

@@ -15,18 +15,24 @@ from typing import Any
 from bertqa.manifest import QUESTIONS_FILE, Bundle, BundleMismatch, changed_files, rebuild
 from bertqa.repository import ChangeRefused, Repository
 from bertqa.spans import InvalidLogits
-from service.commands.triton_admin import UNKNOWN, RolloutFailed, Servers, State
 from service.inference.pipeline import Answerer
 from service.inference.question import Question
 from service.inference.registry import Models, Served
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.triton.client import ModelError
+from service.triton.channels import tls_from
+from service.triton.errors import ModelError
+from service.triton.replica import TlsCredentials
+from service.triton.servers import UNKNOWN, Servers, ServerUnreachable, VersionState
 
 QUIET_S = 3.0
 """A version that answered nothing for so long is asked no more; services look for another one every second."""
 _LOOK_S = 0.2
 _STALE_S = 10.0  # after so long, a failure that Triton tells is one of ours
+
+
+class RolloutFailed(Exception):
+    """The new version did not come up or did not answer as it should; what answered before still does."""
 
 
 class Rollout:
@@ -44,7 +50,7 @@ class Rollout:
         """Load a version beside those that are, and check it.
 
         Raises:
-            RolloutFailed, BundleMismatch, ChangeRefused: it is not loaded.
+            RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: it is not loaded.
         """
         bundle = self._whole(model, version)
         loaded_before = version in self._repository.served(model).loaded
@@ -62,7 +68,7 @@ class Rollout:
         """See that the bundle is whole, and that each Triton answers its questions with it as when it was built.
 
         Raises:
-            RolloutFailed, BundleMismatch: it is not, or they do not.
+            RolloutFailed, ServerUnreachable, BundleMismatch: it is not, or they do not.
         """
         bundle = self._whole(model, version)
         for url, state in self._servers.states(model, version).items():
@@ -77,7 +83,7 @@ class Rollout:
         """Let a loaded version answer, after a check.
 
         Raises:
-            RolloutFailed, BundleMismatch, ChangeRefused: what answered before still does.
+            RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: what answered before still does.
         """
         if version not in self._repository.served(model).loaded:
             raise ChangeRefused(
@@ -92,7 +98,7 @@ class Rollout:
         """Let the version answer that did before, loading it again if need be.
 
         Raises:
-            RolloutFailed, BundleMismatch, ChangeRefused: there is none, or it cannot answer; nothing has changed.
+            RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: there is none, or it cannot answer; nothing has changed.
         """
         serving = self._repository.served(model)
         if serving.previous is None:
@@ -105,7 +111,7 @@ class Rollout:
         """Have every Triton drop a version, once nobody asks it any more.
 
         Raises:
-            RolloutFailed: it is still being asked.
+            RolloutFailed, ServerUnreachable: it is still being asked, or a server does not answer.
             ChangeRefused: it is the active one.
         """
         if version == self._repository.served(model).active:
@@ -133,7 +139,7 @@ class Rollout:
         """A table of all versions, with a line of headings."""
         try:
             servers = self._servers.all_states()
-        except RolloutFailed as error:
+        except ServerUnreachable as error:
             self._report(str(error))
             servers = {}
         rows: list[tuple[str, ...]] = [("MODEL", "VERSION", "SERVED", "TRITON", "F1", "BUILT", "IDENTITY")]
@@ -163,7 +169,7 @@ class Rollout:
             raise BundleMismatch(f"{directory / changed[0]}: not as it was published; {fix}")
         return bundle
 
-    def _until_ready(self, model: str, version: int, before: Mapping[str, State]) -> None:
+    def _until_ready(self, model: str, version: int, before: Mapping[str, VersionState]) -> None:
         """Wait until every server has the version; a failure that was told before is not ours until it is repeated."""
         began = time.monotonic()
         tried = set[str]()
@@ -217,9 +223,9 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
     Raises:
         RolloutFailed: it does not answer, has loaded another engine, or gives another answer.
     """
-    triton = servers.model(url, bundle.model, bundle.version)
+    channels = servers.channels(url)
     metrics, settings = Metrics(), Settings()
-    served = Served(bundle, triton, metrics, settings)
+    served = Served(bundle, channels, metrics, settings)
     answerer = Answerer(Models(bundle.model, {bundle.model: served}), settings, metrics)
     seconds = []
     try:
@@ -238,5 +244,17 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
         raise RolloutFailed(f"{bundle.model} {bundle.version} at {url}: {error}") from error
     finally:
         answerer.close()
-        await triton.close()
+        await channels.close()
     return seconds
+
+
+def tls_of(settings: Settings) -> TlsCredentials | None:
+    """Read the TLS files that the service would connect to Triton with.
+
+    Raises:
+        RolloutFailed: a file cannot be read.
+    """
+    try:
+        return tls_from(settings)
+    except ValueError as error:
+        raise RolloutFailed(str(error)) from None

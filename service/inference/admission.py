@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from service.inference.fair_queue import FairQueue
-from service.triton.client import ModelError, ModelOverloaded, ModelTimeout
+from service.triton.errors import ModelError, ModelOverloaded, ModelTimeout
 
 SLOTS_AT_FIRST = 4
 """Engine calls at one time before the server has said how many it computes."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.triton.client import ModelOverloaded
+from service.triton.errors import ModelOverloaded
 
 
 class MemoryBudget:

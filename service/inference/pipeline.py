@@ -1,7 +1,7 @@
 """The path of a question, whichever API it came through: tokens -> engine -> ranked spans.
 
 Knows no HTTP: a `Question` goes in, a `Result` comes out, and errors are those of `service.api.errors` and
-`service.triton.client`.
+`service.triton.errors`.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from service.observability import tracing
 from service.observability.metrics import Metrics
 from service.observability.request_context import current_record
 from service.settings import Settings
-from service.triton.client import ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import ModelOverloaded, ModelTimeout, ModelUnavailable
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class Answerer:
             InvalidLogits: it answers nonsense.
         """
         try:
-            await model.engine.check_ready(deadline=deadline)
+            await model.admin.check_ready(deadline=deadline)
             await model.compare(deadline=deadline)  # a probe is the moment to notice that Triton has another loaded
         except ModelUnavailable:
             model.verified = False  # it may come back as another

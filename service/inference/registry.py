@@ -20,7 +20,7 @@ from service.inference.readiness import Readiness
 from service.inference.worker_pool import Watchman
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from service.triton.client import Engine
+from service.triton.channels import EngineFactory
 
 FOLLOW_S = 1.0
 """Seconds between two looks at the repository."""
@@ -33,9 +33,10 @@ log = logging.getLogger("bertqa.service")
 class Served:
     """One version of a model: its bundle, the engine that Triton has loaded from it, and whether those agree."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, metrics: Metrics, settings: Settings) -> None:
+    def __init__(self, bundle: Bundle, engines: EngineFactory, metrics: Metrics, settings: Settings) -> None:
         self.bundle = bundle
-        self.engine = engine
+        self.engine = engines.engine(bundle.model, bundle.version)
+        self.admin = engines.admin(bundle.model, bundle.version)
         self.admission = Admission(settings.max_wait_s, settings.max_in_flight)
         self.readiness = Readiness()
         self.count = metrics.questions(bundle.model, bundle.version)
@@ -54,7 +55,7 @@ class Served:
 
     async def compare(self, *, deadline: float) -> None:
         """Compare them now, whatever is known; errors as in `verify`."""
-        loaded = await self.engine.loaded(deadline=deadline)
+        loaded = await self.admin.loaded(deadline=deadline)
         identity = loaded.parameters.get(f"identity_{self.bundle.version}", "an engine without identity")
         expected = self.bundle.manifest.identity
         if identity != expected:
@@ -111,17 +112,17 @@ class Models:
 class Follower:
     """Keeps `Models` at what the repository says."""
 
-    def __init__(self, repository: Repository, engine: Engine, metrics: Metrics, settings: Settings) -> None:
+    def __init__(self, repository: Repository, engines: EngineFactory, metrics: Metrics, settings: Settings) -> None:
         """Name the parts.
 
         Args:
             repository: read only.
-            engine: any of the servers' models; others are made of it.
+            engines: makes the clients of each version.
             metrics: of the application.
             settings: likewise.
         """
         self._repository = repository
-        self._engine = engine
+        self._engines = engines
         self._metrics = metrics
         self._settings = settings
         self._watchman = Watchman("repository")
@@ -196,7 +197,7 @@ class Follower:
                 self._metrics.serves(each.bundle for each in models)
 
     def _served(self, bundle: Bundle) -> Served:
-        return Served(bundle, self._engine.at(bundle.model, bundle.version), self._metrics, self._settings)
+        return Served(bundle, self._engines, self._metrics, self._settings)
 
     def _say(self, name: str, problem: str) -> None:
         """Log a problem once, not every second."""

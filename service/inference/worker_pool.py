@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from service.triton.client import ModelOverloaded, ModelTimeout
+from service.triton.errors import ModelOverloaded, ModelTimeout
 
 T = TypeVar("T")
 Check = Callable[[], None]

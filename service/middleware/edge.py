@@ -18,7 +18,6 @@ from service.observability.metrics import Metrics
 from service.observability.request_context import RequestRecord, current_record, route_of
 from service.runtime.shutdown import Shutdown
 from service.settings import Settings
-from service.triton.client import request_id as triton_request_id
 
 log = logging.getLogger("bertqa.service")
 access_log = logging.getLogger("bertqa.access")
@@ -58,7 +57,6 @@ class Edge:
             return
         started = time.perf_counter()
         request_id, announced = _read_headers(scope)
-        triton_request_id.set(request_id.decode())  # this task is the request's own
         record = RequestRecord(request_id.decode(), keeps_texts=self.log_texts)
         current_record.set(record)
         status = received = sent = 0

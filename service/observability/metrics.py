@@ -8,6 +8,7 @@ the start. What these files cannot do is forget: a version that answers no longe
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,6 @@ from prometheus_client.samples import Sample
 
 from bertqa.manifest import Bundle
 from service.inference.cache import Cache, Source
-from service.triton.circuit_breaker import State
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 LAG_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -156,12 +156,12 @@ class Metrics:
                 else:
                     gauge.remove(*labels.values())
 
-    def circuit(self, replica: str, model: str, version: str) -> Callable[[State], None]:
-        """What is told the states of a circuit that begins now, closed."""
+    def circuit(self, replica: str, model: str, version: str) -> Callable[[IntEnum], None]:
+        """Add a circuit that begins closed; returns what to call with each later `circuit_breaker.State`."""
         labels = replica, model, version
-        self._circuits.labels(*labels).set(State.CLOSED)
+        self._circuits.labels(*labels).set(0)
 
-        def change(state: State) -> None:
+        def change(state: IntEnum) -> None:
             self._circuits.labels(*labels).set(state)
             self._transitions.labels(*labels, state.name.lower()).inc()
 

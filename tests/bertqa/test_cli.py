@@ -26,7 +26,7 @@ from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, TOKENIZER_FILE, Bundle, s
 from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad
 from service.batch_worker import IN_FLIGHT
-from service.triton.client import ModelOverloaded
+from service.triton.errors import ModelOverloaded
 from tests.support.paths import ROOT
 from tests.support.toy_model import FakeEngine
 

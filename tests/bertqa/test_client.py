@@ -15,7 +15,7 @@ import pytest
 
 from bertqa.backoff import pauses, retry_after_s, spread
 from bertqa.client import AnswerRequest, Client, Refused, ServerFailed, Unreachable
-from service.triton.client import ModelOverloaded
+from service.triton.errors import ModelOverloaded
 from tests.support.toy_model import FakeEngine
 
 ASKED: AnswerRequest = {"question": "who?", "context": "It was made by «Uber»."}

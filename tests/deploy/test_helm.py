@@ -19,7 +19,7 @@ from service.observability.metrics import Metrics
 from service.runtime import triton as triton_command
 from service.runtime.triton_process import FLAGS
 from service.settings import Settings
-from service.triton.client import CALLS_PER_WINDOW
+from service.triton.admin import CALLS_PER_WINDOW
 from tests.support.paths import ROOT
 
 CHART = ROOT / "deploy" / "helm" / "bertqa"

@@ -34,7 +34,7 @@ from engine_builder.publish import BuildRefused, Publication, publish
 from engine_builder.targets import openvino
 from engine_builder.targets.openvino_model import Engine, engine_sha256
 from service.runtime.triton_process import FLAGS, EmbeddedTriton
-from service.triton.client import TritonModel
+from service.triton.channels import Channels
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import ROOT
 from tests.support.ports import triton_ports
@@ -371,16 +371,16 @@ def test_windows_of_one_length_are_computed_together(options: BuildOptions, tmp_
     alone = openvino.load(options.repository / "bert_qa" / "1" / "engine.xml", "fp32", (64, 128), 1)
 
     async def ask(url: str) -> tuple[list[Logits], Any]:
-        engine = TritonModel([url])
+        channels = Channels([url])
         channel = grpc.aio.insecure_channel(url)
         try:
-            await engine.loaded(deadline=time.monotonic() + 30)
-            logits = await engine.predict(windows, deadline=time.monotonic() + 30)
+            await channels.admin().loaded(deadline=time.monotonic() + 30)
+            logits = await channels.engine().predict(windows, deadline=time.monotonic() + 30)
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             statistics = await stub.ModelStatistics(service_pb2.ModelStatisticsRequest(name="bert_qa"))
             return logits, statistics.model_stats[0]
         finally:
-            await engine.close()
+            await channels.close()
             await channel.close()
 
     with EmbeddedTriton(options.repository, ports=triton_ports(), log_dir=tmp_path / "logs") as triton:

@@ -11,7 +11,7 @@ from bertqa.repository import Repository
 from bertqa.spans import Decoded, decode
 from loadtest.sleeping_engine import write_repository
 from service.runtime.triton_process import EmbeddedTriton
-from service.triton.client import TritonModel
+from service.triton.channels import Channels
 from tests.support.ports import triton_ports
 from tests.support.repositories import publish_toy_bundle
 
@@ -31,15 +31,15 @@ def test_it_sleeps_and_answers_with_the_first_word(bundle: Bundle, tmp_path: Pat
     assert len(windows.windows) > 1
 
     async def ask(url: str) -> tuple[Decoded, float]:
-        engine = TritonModel([url])
+        channels = Channels([url])
         try:
-            loaded = await engine.loaded(deadline=time.monotonic() + 30)
+            loaded = await channels.admin().loaded(deadline=time.monotonic() + 30)
             assert loaded.parameters["identity_1"] == served.manifest.identity
             began = time.monotonic()
-            logits = await engine.predict(windows.windows, deadline=began + 30)
+            logits = await channels.engine().predict(windows.windows, deadline=began + 30)
             return decode([windows], [logits]), time.monotonic() - began
         finally:
-            await engine.close()
+            await channels.close()
 
     with EmbeddedTriton(root, ports=triton_ports(), log_dir=tmp_path / "logs") as triton:
         decoded, seconds = asyncio.run(ask(triton.url))

@@ -13,7 +13,7 @@ from service.api.errors import MalformedBody
 from service.api.exchange import MAX_VALUES, parse_json
 from service.app import create_app
 from service.settings import Settings
-from service.triton.client import ModelBroken, ModelTimeout
+from service.triton.errors import ModelBroken, ModelTimeout
 from tests.chaos import bad_input, who_may_ask
 from tests.chaos.bad_input import Reply, Service, application, check_refusal
 from tests.chaos.report import table

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.triton.client import ModelUnavailable
+from service.triton.errors import ModelUnavailable
 from tests.support.toy_model import FakeEngine
 
 CONTEXT = "😀 e\u0301 Horovod was made at «Uber»."

@@ -21,7 +21,7 @@ from service.keys import new_key
 from service.observability.metrics import Metrics
 from service.runtime.http_protocol import MAX_HEAD_BYTES, SMALL_BODY_BYTES, BoundedProtocol
 from service.settings import Settings
-from service.triton.client import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
 from tests.support.asking import ASKED
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine, toy_bundle

@@ -32,7 +32,7 @@ from bertqa.manifest import Bundle
 from service.app import create_app
 from service.keys import new_key
 from service.settings import Settings
-from service.triton.client import ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from service.inference.admission import Admission, Call
-from service.triton.client import ModelOverloaded, ModelTimeout
+from service.triton.errors import ModelOverloaded, ModelTimeout
 
 INSTANCES, SLOTS = 2, 4
 CALL_S = 0.3

@@ -23,7 +23,7 @@ from bertqa.windows import WindowMaker
 from service.app import create_app
 from service.inference import readiness
 from service.settings import Settings
-from service.triton.client import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
 from tests.support.asking import ASKED, problem
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine

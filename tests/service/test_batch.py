@@ -39,7 +39,8 @@ from service.batch_worker import ANSWER_COLUMNS, MODEL_KEY, Asking, Part, PartAn
 from service.commands.batch import BatchOptions, app
 from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
-from service.triton.client import Engine, ModelUnavailable
+from service.triton.channels import EngineFactory
+from service.triton.errors import ModelUnavailable
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import ROOT
 from tests.support.ports import triton_ports
@@ -176,7 +177,7 @@ def answerer(
     output: Path,
     asking: Asking = ASKING,
     patience_s: float = 60.0,
-    engine: Engine | None = None,
+    engine: EngineFactory | None = None,
     **settings: Any,
 ) -> Iterator[PartAnswerer]:
     at = Settings(triton_url=url or "none", **settings)

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from service.inference.cache import Cache
 from service.inference.registry import Served
 from service.settings import Settings
-from service.triton.client import ModelUnavailable
+from service.triton.errors import ModelUnavailable
 from tests.support.paths import ROOT
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine

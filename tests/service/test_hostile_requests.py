@@ -31,7 +31,7 @@ from service.inference.question import Question
 from service.inference.worker_pool import THREADS
 from service.keys import Keyring, new_key
 from service.settings import Settings
-from service.triton.client import ModelUnavailable
+from service.triton.errors import ModelUnavailable
 from tests.support.paths import CHECKPOINT
 from tests.support.repositories import publish_toy_bundle
 from tests.support.servers import serving

@@ -35,7 +35,7 @@ import asyncio, os, threading, warnings
 import service.inference.pipeline as answering
 from tests.support.toy_model import FakeEngine
 from service.app import create_app
-from service.triton.client import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
 
 known = {"unavailable": ModelUnavailable, "late": ModelTimeout, "shed": ModelOverloaded}
 decode = answering.decode
@@ -48,7 +48,7 @@ def faulty(documents, logits, **options):
     text = documents[0].context
     fault = text.split()[0]
     if fault == "broken":
-        raise ModelBroken("as asked", told=text)
+        raise ModelBroken("as asked", detail=text)
     if fault in known:
         raise known[fault]("as asked")
     if fault == "bug":

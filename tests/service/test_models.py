@@ -18,7 +18,8 @@ from bertqa.windows import Window
 from service.app import create_app
 from service.inference import registry as followed
 from service.settings import Settings
-from service.triton.client import Loaded, ModelUnavailable
+from service.triton.admin import Loaded
+from service.triton.errors import ModelUnavailable
 from tests.support.repositories import publish_toy_bundle
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
@@ -38,8 +39,10 @@ class FakeTriton(FakeEngine):
         self.hold = False  # lets the first version wait with its answers
         self.held, self.go_on = threading.Event(), threading.Event()
 
-    def at(self, model: str, version: int) -> FakeEngine:
+    def engine(self, model: str, version: int) -> FakeEngine:
         return FakeVersion(self, model, version)
+
+    admin = engine
 
 
 class FakeVersion(FakeEngine):

@@ -23,9 +23,10 @@ import pytest
 from bertqa.command import status
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
-from service.commands import doctor, models, triton_admin
+from service.commands import doctor, models
 from service.runtime.triton_process import EmbeddedTriton
-from service.triton.client import TritonModel
+from service.triton import servers as triton_servers
+from service.triton.channels import Channels
 from tests.support.bundles import CONTEXT, break_engine, expect_another_answer, flip, publish
 from tests.support.certificates import certificates, tls_flags
 from tests.support.paths import ROOT
@@ -192,11 +193,12 @@ def test_a_version_that_is_asked_is_not_unloaded(product: Product, capsys: pytes
 
     def ask() -> None:
         async def scenario() -> None:
-            model = TritonModel([product.triton.url], version=other)
+            channels = Channels([product.triton.url])
+            engine = channels.engine(version=other)
             (window,) = product.repository.open(version=other).maker("Who wrote it?", CONTEXT).windows
             while not done.is_set():
-                await model.predict([window], deadline=time.monotonic() + 10)
-            await model.close()
+                await engine.predict([window], deadline=time.monotonic() + 10)
+            await channels.close()
 
         asyncio.run(scenario())
 
@@ -323,7 +325,7 @@ def test_models_and_doctor_speak_tls(
             assert (checked, looked) == (1, 1), said
             assert len(re.findall(reason, said)) == 2, said
         monkeypatch.setattr(
-            triton_admin, "_host", lambda url: "localhost.test"
+            triton_servers, "_host", lambda url: "localhost.test"
         )  # a name that is not in the certificate
         assert told(ca="ca.pem", **own)[:2] == (1, 1)
 

@@ -14,7 +14,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from bertqa.manifest import MODEL_NAME, Bundle, Manifest
 from bertqa.spans import Logits
 from bertqa.windows import Window, WindowMaker
-from service.triton.client import Loaded, ModelError
+from service.triton.admin import Loaded
+from service.triton.errors import ModelError
 
 _PIECES = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "«", "»"),
@@ -121,7 +122,10 @@ class FakeEngine:
             raise self.failure
         return "2.51.0"
 
-    def at(self, model: str, version: int) -> "FakeEngine":
+    def engine(self, model: str, version: int) -> "FakeEngine":
+        return self
+
+    def admin(self, model: str, version: int) -> "FakeEngine":
         return self
 
     async def close(self) -> None:

@@ -8,10 +8,10 @@ from bertqa.manifest import QUESTIONS_FILE, Bundle
 from bertqa.repository import Repository
 from service.commands.doctor.finding import Finding
 from service.commands.doctor.triton_installation import check_triton_version
-from service.commands.rollout import ask
-from service.commands.triton_admin import RolloutFailed, Servers, tls_of
+from service.commands.rollout import RolloutFailed, ask, tls_of
 from service.runtime.ports import LOOPBACK
 from service.settings import Settings
+from service.triton.servers import Servers, ServerUnreachable
 
 
 def check_running_triton(
@@ -21,7 +21,7 @@ def check_running_triton(
     manifests = {f"{each.model} {each.version}": each.manifest for each in loaded}
     try:
         running = Servers([url.strip() for url in urls], tls_of(settings))
-    except RolloutFailed as error:
+    except (RolloutFailed, ServerUnreachable) as error:
         yield Finding("FAIL", "Triton", str(error))
         return
     try:
@@ -39,7 +39,7 @@ def check_running_triton(
                     continue
                 seconds = asyncio.run(ask(running, url, bundle, questions))
                 yield Finding("ok", subject, f"answers {len(seconds)} questions as when it was built")
-    except RolloutFailed as error:
+    except (RolloutFailed, ServerUnreachable) as error:
         yield Finding("FAIL", "Triton", str(error))
     finally:
         running.close()
@@ -50,7 +50,7 @@ def is_triton_at(grpc_port: int) -> bool:
     servers = Servers([f"{LOOPBACK}:{grpc_port}"])
     try:
         return bool(servers.versions())
-    except RolloutFailed:
+    except ServerUnreachable:
         return False
     finally:
         servers.close()

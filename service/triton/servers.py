@@ -1,4 +1,4 @@
-"""Ask Triton servers what they have loaded, and how far they are."""
+"""Every Triton that serves a model repository, one by one, for operators: states, counts of calls, versions."""
 
 import socket
 from collections.abc import Sequence
@@ -9,40 +9,41 @@ import grpc
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from service.settings import Settings
-from service.triton.client import TritonModel, tls_credentials, tls_options
+from service.triton.channels import Channels
+from service.triton.replica import TlsCredentials, tls_options
 
 _CALL_S = 5.0
 
 
-class RolloutFailed(Exception):
-    """The new version did not come up or did not answer as it should; what answered before still does."""
+class ServerUnreachable(Exception):
+    """A Triton does not answer, or its address cannot be looked up."""
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class VersionState:
     """What a Triton says of a version."""
 
     name: str  # READY, LOADING, UNLOADING or UNAVAILABLE
     reason: str = ""  # e.g. why it could not be loaded
 
 
-UNKNOWN = State("UNAVAILABLE")
+UNKNOWN = VersionState("UNAVAILABLE")
+"""State of a version that a Triton does not know."""
 
 
 class Servers:
-    """Every Triton that serves the repository; a name with several addresses stands for as many."""
+    """Every Triton that serves the repository; a name with several addresses is that number of servers."""
 
-    def __init__(self, urls: Sequence[str], tls: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(self, urls: Sequence[str], tls: TlsCredentials | None = None) -> None:
         """Look up the addresses.
 
         Args:
             urls: gRPC addresses host:port.
-            tls: as `service.triton.client.tls_credentials` gives it; a certificate must have the name by which a server
-                was looked up, not its address.
+            tls: from `service.triton.replica.tls_credentials`. A certificate must have the name by which the server was
+                looked up, not its address.
 
         Raises:
-            RolloutFailed: one cannot be looked up.
+            ServerUnreachable: an address cannot be looked up.
         """
         self._tls = tls
         self._names = {address: _host(url) for url in urls for address in _addresses(url)}
@@ -55,27 +56,27 @@ class Servers:
         }
 
     def close(self) -> None:
-        """End the connections."""
+        """Close the connections."""
         for client in self._clients.values():
             client.close()
 
-    def states(self, model: str, version: int) -> dict[str, State]:
-        """What each server says of the version.
+    def states(self, model: str, version: int) -> dict[str, VersionState]:
+        """Ask each server for the state of a version.
 
         Raises:
-            RolloutFailed: one does not answer.
+            ServerUnreachable: a server does not answer.
         """
         return {url: states.get((model, version), UNKNOWN) for url, states in self.all_states().items()}
 
-    def all_states(self) -> dict[str, dict[tuple[str, int], State]]:
-        """What each server says of every version that it knows, by model and version.
+    def all_states(self) -> dict[str, dict[tuple[str, int], VersionState]]:
+        """Ask each server for the state of every version it knows, by model and version.
 
         Raises:
-            RolloutFailed: one does not answer.
+            ServerUnreachable: a server does not answer.
         """
         return {
             url: {
-                (entry.name, int(entry.version)): State(entry.state, entry.reason)
+                (entry.name, int(entry.version)): VersionState(entry.state, entry.reason)
                 for entry in self._ask(url, "get_model_repository_index").models
                 if entry.version
             }
@@ -83,10 +84,10 @@ class Servers:
         }
 
     def answered(self, model: str, version: int) -> int:
-        """Engine calls that the version has answered on all servers together; 0 on those that do not have it.
+        """Count the engine calls that a version has answered on all servers together; 0 where it is not loaded.
 
         Raises:
-            RolloutFailed: one does not answer.
+            ServerUnreachable: a server does not answer.
         """
         count = 0
         for url, state in self.states(model, version).items():
@@ -96,37 +97,25 @@ class Servers:
         return count
 
     def versions(self) -> dict[str, str]:
-        """The version of each Triton.
+        """Ask each Triton for its version.
 
         Raises:
-            RolloutFailed: one does not answer.
+            ServerUnreachable: a server does not answer.
         """
         return {url: self._ask(url, "get_server_metadata").version for url in self.urls}
 
-    def model(self, url: str, model: str, version: int) -> TritonModel:
-        """A version of a model at one of the servers, for a running event loop."""
-        return TritonModel([url], model=model, version=version, tls=self._tls, tls_name=self._names[url])
+    def channels(self, url: str) -> Channels:
+        """Open channels to one of the servers alone, inside a running event loop."""
+        return Channels([url], tls=self._tls, tls_name=self._names[url])
 
     def _ask(self, url: str, method: str, *arguments: str) -> Any:
         try:
             return getattr(self._clients[url], method)(*arguments, client_timeout=_CALL_S)
         except (InferenceServerException, grpc.RpcError) as error:
             over = " over TLS" if self._tls else ""
-            raise RolloutFailed(
+            raise ServerUnreachable(
                 f"Triton at {url} does not answer{over}: {error}; give its address with --triton-url"
             ) from None
-
-
-def tls_of(settings: Settings) -> grpc.ChannelCredentials | None:
-    """What the service would speak TLS to Triton with.
-
-    Raises:
-        RolloutFailed: a file cannot be read.
-    """
-    try:
-        return tls_credentials(settings.triton_tls_ca, settings.triton_tls_cert, settings.triton_tls_key)
-    except ValueError as error:
-        raise RolloutFailed(str(error)) from None
 
 
 def _host(url: str) -> str:
@@ -138,7 +127,7 @@ def _addresses(url: str) -> list[str]:
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:
-        raise RolloutFailed(f"--triton-url {url}: {error}") from None
+        raise ServerUnreachable(f"--triton-url {url}: {error}") from None
     addresses = dict.fromkeys(str(address[0]) for *_, address in found)
     if host == "localhost":  # one server with two addresses, and it may listen on one of them only
         return [url]

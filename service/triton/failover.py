@@ -1,0 +1,164 @@
+"""Which replica is called next, and what happens when a call fails.
+
+Calls go round the replicas. A call that fails goes at once to a replica that has not been tried, and after a pause to
+one that has. Each version of a model has a circuit breaker at each replica. Calling twice is harmless, because
+inference changes nothing.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import TypeVar
+
+from service.triton.circuit_breaker import TRIAL_S, Circuit, State
+from service.triton.errors import (
+    ModelError,
+    ModelNotLoaded,
+    ModelOverloaded,
+    ModelTimeout,
+    ModelUnavailable,
+)
+from service.triton.replica import PASSED, Replica
+
+RETRIES = 2
+"""Most calls after the first one."""
+_RETRY_S = 0.1  # mean pause before the first retry; doubled for the next
+
+WatchCircuit = Callable[[str, str, str], Callable[[State], None]]
+"""Takes address, model and version of a new circuit; returns what is called with each of its later states."""
+
+T = TypeVar("T")
+
+
+class Link:
+    """A version of a model at one replica, with its circuit."""
+
+    def __init__(self, replica: Replica, circuit: Circuit) -> None:
+        self.replica = replica
+        self.circuit = circuit
+
+    def note(self, failure: ModelError, sent: float) -> None:
+        """Tell the circuit of a call, sent at that `time.monotonic` time, that failed."""
+        match failure:
+            case ModelNotLoaded() | ModelOverloaded():
+                self.circuit.unknown()  # the server works
+            case ModelTimeout():
+                self.circuit.silent(sent, f"Triton at {self.replica.url} is silent.")
+            case _:
+                self.circuit.failed(sent, failure.plain)
+
+
+class Failover:
+    """Calls one version of a model at whichever replica works; for one event loop, without locks."""
+
+    def __init__(
+        self, replicas: Sequence[Replica], model: str, version: str, watch_circuit: WatchCircuit | None = None
+    ) -> None:
+        """Begin with all circuits closed.
+
+        Args:
+            replicas: at least one.
+            model: name of the model.
+            version: empty for the highest that a server has loaded.
+            watch_circuit: follows the states of the circuits.
+        """
+        self.model = model
+        self.version = version
+        self.description = f"model {model!r}" + (version and f" version {version}")
+        """Model and version, for messages."""
+        watch = watch_circuit or (lambda *_: lambda state: None)
+        self._links = [Link(replica, Circuit(watch(replica.url, model, version))) for replica in replicas]
+        self._turns = count()
+
+    async def call(
+        self, method: str, request: bytes, deadline: float, read: Callable[[bytes], T], *, proves_engine: bool = False
+    ) -> T:
+        """Call a method of Triton's gRPC service, at most `RETRIES` times again.
+
+        Args:
+            method: name of the method.
+            request: serialized message.
+            deadline: in `time.monotonic` seconds.
+            read: makes the result from the serialized reply; raises `ModelBroken` where it is unusable.
+            proves_engine: whether a result proves that the engine works, and closes its circuit.
+
+        Raises:
+            ModelError: the last failure, when there is no replica or no time left to try.
+        """
+        turn = next(self._turns)
+        tried: list[Link] = []
+        failure: ModelError | None = None
+        for attempt in range(RETRIES + 1):
+            link = await self._next_link(turn, tried, deadline)
+            if link is None:
+                raise failure or self._all_open()
+            tried.append(link)
+            if deadline <= time.monotonic():
+                link.circuit.unknown()
+                raise failure or ModelTimeout(PASSED)
+            try:
+                return await self._try(link, len(tried), method, request, deadline, read, proves_engine)
+            except ModelError as error:
+                failure = error
+            is_untried = len(tried) < len(self._links)
+            pause = 0 if is_untried else random.uniform(0.5, 1.5) * _RETRY_S * 2**attempt
+            is_worth_it = is_untried or isinstance(failure, ModelUnavailable)
+            if not is_worth_it or isinstance(failure, ModelOverloaded) or time.monotonic() + pause >= deadline:
+                break
+            await asyncio.sleep(pause)
+        assert failure
+        raise failure
+
+    async def _try(
+        self,
+        link: Link,
+        attempt: int,
+        method: str,
+        request: bytes,
+        deadline: float,
+        read: Callable[[bytes], T],
+        proves_engine: bool,
+    ) -> T:
+        """Call one replica, once, and tell its circuit; ``attempt`` counts from 1."""
+        sent = time.monotonic()
+        timeout_s = deadline - sent
+        if link.circuit.state is not State.CLOSED and attempt < len(self._links):
+            timeout_s /= 2  # a trial leaves time for a replica that works
+        try:
+            result = read(await link.replica.call(method, request, timeout_s, self.description))
+        except ModelError as error:
+            link.note(error, sent)
+            raise
+        except BaseException:
+            link.circuit.unknown()
+            raise
+        if proves_engine:
+            link.circuit.succeeded()
+        else:
+            link.circuit.unknown()
+        return result
+
+    async def _next_link(self, turn: int, tried: Sequence[Link], deadline: float) -> Link | None:
+        """Find the next replica whose circuit allows a call: first those not tried, from the one whose turn it is.
+
+        If none does but one is on trial, wait for the outcome. Otherwise a request of several windows would fail by its
+        own trial.
+        """
+        begin = turn % len(self._links)
+        if not tried and self._links[begin].circuit.allows():
+            return self._links[begin]
+        order = sorted(self._links[begin:] + self._links[:begin], key=tried.count)
+        until = min(deadline, time.monotonic() + TRIAL_S)
+        while True:
+            for link in order:
+                if link.circuit.allows():
+                    return link
+            on_trial = [link.circuit for link in order if link.circuit.state is State.HALF_OPEN]
+            if not on_trial or not await on_trial[0].trial_ends(until - time.monotonic()):
+                return None
+
+    def _all_open(self) -> ModelUnavailable:
+        reasons = " ".join(link.circuit.reason for link in self._links)
+        return ModelUnavailable(f"Triton failed several times in a row and is left alone for a moment. {reasons}")
