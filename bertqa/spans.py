@@ -183,7 +183,7 @@ def best_of_each_window(
 def are_real(values: FloatArray) -> bool:
     """Whether a model can have meant these logits, one or more: none is NaN, infinite, or of an absurd size."""
     # argmin and argmax find the first NaN, which no comparison holds for, and cost a quarter of min and max.
-    return -_UNREAL < values.item(values.argmin()) and values.item(values.argmax()) < _UNREAL
+    return values.item(values.argmin()) > -_UNREAL and values.item(values.argmax()) < _UNREAL
 
 
 _Place = tuple[int, int, int]

@@ -98,7 +98,8 @@ class Rollout:
         """Let the version answer that did before, loading it again if need be.
 
         Raises:
-            RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: there is none, or it cannot answer; nothing has changed.
+            RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: there is none, or it cannot answer; nothing
+                has changed.
         """
         serving = self._repository.served(model)
         if serving.previous is None:

@@ -15,7 +15,7 @@ from service.triton.replica import Replica
 from service.triton.wire import NOT_A_MESSAGE
 
 CALLS_PER_WINDOW = 2
-"""Engine calls at one time for each window that the engine computes at one time: that one, and one that waits for it."""
+"""Engine calls at one time for each window that the engine computes at one time: that one, and one that waits."""
 
 
 @dataclass(frozen=True, slots=True)
