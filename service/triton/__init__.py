@@ -1,1 +1,1 @@
-"""The only importer of gRPC: windows in, logits out."""
+"""The engine in Triton: windows in, logits out. No other package of the service imports gRPC."""

@@ -1,6 +1,6 @@
-"""A circuit breaker: what has failed several times in a row is left alone, but for a trial now and then.
+"""A circuit breaker: after several failures in a row there are no more calls, except for a trial now and then.
 
-The pattern is Nygard's (Release It!, 2nd edition 2018, section 5.2) and the names are its own::
+Pattern and names are Nygard's (Release It!, 2nd edition 2018, section 5.2)::
 
     closed ── failures in a row ──▶ open ── a pause ──▶ half-open ── success ──▶ closed
                                       ▲                     │
@@ -15,15 +15,15 @@ from enum import IntEnum
 FAILURES = 5
 """Failures in a row that open a circuit."""
 PAUSE_S = 0.25
-"""Seconds between two trials: a server that is back waits no longer than that for its first call."""
+"""Seconds between two trials, and so the longest wait for the first call of a server that is back."""
 TRIAL_S = 1.0
-"""Seconds that a trial keeps other calls away at most."""
+"""Longest time, in seconds, for which a trial blocks other calls."""
 SILENCE_S = 0.5
-"""Seconds of silence that count as a failure; a deadline may be shorter than any engine can be."""
+"""Seconds without a reply that count as a failure; a deadline may be shorter than any engine needs."""
 
 
 class State(IntEnum):
-    """Of a circuit; the numbers are those of the metrics."""
+    """State of a circuit; metrics show its number."""
 
     CLOSED = 0
     HALF_OPEN = 1
@@ -31,13 +31,14 @@ class State(IntEnum):
 
 
 class Circuit:
-    """The state between this process and one other; for one event loop, without locks.
+    """Whether calls to one server are allowed; for one event loop, without locks.
 
-    Whoever gets True from `allows` must tell how the call went, by exactly one of the other methods.
+    After `allows` returns True, report the outcome of the call by exactly one of `succeeded`, `failed`, `silent` and
+    `unknown`.
     """
 
     def __init__(self, report: Callable[[State], None] = lambda state: None) -> None:
-        """Begin closed; ``report`` is called with every state that follows."""
+        """Begin closed; ``report`` is called with each later state."""
         self._report = report
         self._state = State.CLOSED
         self._failures = 0
@@ -45,15 +46,15 @@ class Circuit:
         self._next_trial = 0.0
         self._trial_over = asyncio.Event()
         self.reason = ""
-        """The latest failure, as a sentence."""
+        """Sentence about the latest failure."""
 
     @property
     def state(self) -> State:
-        """The state at this moment."""
+        """Current state."""
         return self._state
 
     def allows(self) -> bool:
-        """Whether a call may be made now; where the circuit is not closed, such a call is the trial."""
+        """Say whether a call may be made now; if the circuit is not closed, that call is the trial."""
         if self._state is State.CLOSED:
             return True
         now = time.monotonic()
@@ -65,7 +66,7 @@ class Circuit:
         return True
 
     async def trial_ends(self, timeout_s: float) -> bool:
-        """Wait until a trial that is under way has ended, whatever came of it; False if the time runs out."""
+        """Wait for the end of the trial in progress; returns False if the time runs out first."""
         try:
             await asyncio.wait_for(self._trial_over.wait(), max(timeout_s, 0))
         except asyncio.TimeoutError:
@@ -73,16 +74,20 @@ class Circuit:
         return True
 
     def succeeded(self) -> None:
-        """The call gave what it should."""
+        """Report a call with a usable reply."""
         self._succeeded = time.monotonic()
         self._failures = 0
         self._trial_over.set()
         self._become(State.CLOSED)
 
     def failed(self, sent: float, reason: str) -> None:
-        """The call, sent at that moment by `time.monotonic`, failed.
+        """Report a call that failed.
 
-        Calls that were under way together and fail together, as those of one connection do, are one failure.
+        Calls in progress at the same time that fail together, as those of one connection do, count as one failure.
+
+        Args:
+            sent: when the call began, in `time.monotonic` seconds.
+            reason: sentence for `reason`.
         """
         if sent < max(self._failed, self._succeeded):
             return
@@ -95,14 +100,14 @@ class Circuit:
             self._become(State.OPEN)
 
     def silent(self, sent: float, reason: str) -> None:
-        """The call, sent at that moment, got no answer in its time: a failure if nobody got one and it was long."""
+        """Report a call without a reply before its deadline: a failure if it waited for at least `SILENCE_S`."""
         if time.monotonic() - sent >= SILENCE_S:
             self.failed(sent, reason)
         else:
             self.unknown()
 
     def unknown(self) -> None:
-        """The call says nothing about the other side, e.g. because it was cancelled; a trial may follow at once."""
+        """Report a call that proves nothing, e.g. because it was cancelled; the next call may be a trial at once."""
         if self._state is State.HALF_OPEN:
             self._next_trial = 0.0
             self._trial_over.set()
