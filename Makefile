@@ -38,8 +38,8 @@ endef
 export CHECK_VERSION CHECK_PYTHON
 
 # What runs with the service's packages alone: no Triton, no builder, no Ray, no collector of traces.
-FAST := tests/bertqa $(filter-out %/test_batch.py %/test_doctor.py %/test_rollout.py %/test_tracing.py %/test_triton.py %/test_workers.py, \
-	$(wildcard tests/service/test_*.py))
+FAST := tests/bertqa $(filter-out %/test_batch.py %/test_doctor.py %/test_rollout.py %/test_tracing.py %/test_workers.py, \
+	$(wildcard tests/service/test_*.py)) tests/service/triton
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-fast chaos lint audit bench bench-peers loadtest train-env finetune constraints clean
