@@ -1,4 +1,4 @@
-"""What the launcher makes sure of before it starts anything; its processes are in runtime/test_launcher_processes.py."""
+"""What the launcher checks before it starts anything; its processes are in runtime/test_launcher_processes.py."""
 
 import threading
 from collections.abc import Callable
