@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tests.chaos import bad_input, corrupt_files, faults, overload, replicas, who_may_ask
+from tests.chaos import bad_input, corrupt_files, faults, overload, replicas, search, who_may_ask
 from tests.chaos.faults import Scenario
 from tests.chaos.product import Layout, Product
 from tests.chaos.report import Row, Size, table
@@ -17,6 +17,7 @@ OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = (
     bad_input.bad_input,
     who_may_ask.who_may_ask,
     corrupt_files.corrupt_files,
+    search.searches,
 )
 """What needs no product of ours to be there: a function of a module of this package, which gives its rows."""
 
@@ -63,6 +64,8 @@ def main(args: argparse.Namespace) -> int:
         for problem in row.problems:
             print(f"    {problem}", file=sys.stderr, flush=True)
     print(table(found))
+    for note in (note for row in found for note in row.notes):
+        print(f"- {note}")
     broken = [row.fault for row in found if not row.is_kept]
     print(
         f"\n{sum(row.requests for row in found):,} requests, {sum(row.injected for row in found):,} faults; broken: "

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,7 +24,6 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 import hypothesis
-import numpy as np
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase
@@ -33,18 +31,13 @@ from hypothesis import strategies as st
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
 from schemathesis.engine.recorder import ScenarioRecorder
-from tokenizers import Tokenizer
 
-from bertqa.spans import Logits
-from bertqa.windows import Window
-from service.app import create_app
-from service.settings import Settings
 from tests.chaos.report import Row, Size
+from tests.chaos.toy_service import application
 from tests.support.invariants import wrong_offsets, wrong_scores
-from tests.support.paths import CHECKPOINT, ROOT
+from tests.support.paths import ROOT
 from tests.support.servers import serving
 from tests.support.texts import SURROGATES, TEXTS
-from tests.support.toy_model import FakeEngine, toy_bundle
 
 ROUND = 2_000
 """Inputs of one run of hypothesis, which becomes slow beyond."""
@@ -52,25 +45,6 @@ REFUSALS = {400: "malformed_json", 413: "body_too_large", 415: "not_json", 422: 
 
 T = TypeVar("T")
 Json = Any
-
-
-class RandomEngine(FakeEngine):
-    """Its logits are random, always the same for the same window: any span may be the best."""
-
-    async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
-        return [self.logits(window) for window in windows]
-
-    @staticmethod
-    def logits(window: Window) -> Logits:
-        random = np.random.default_rng(zlib.crc32(window.input_ids.tobytes()))
-        start, end = random.normal(scale=4, size=(2, 1, window.length)).astype(np.float32)
-        return start, end
-
-
-def application(**settings: object) -> FastAPI:
-    """The service over the shipped tokenizer, with windows so short that most texts need several."""
-    bundle = toy_bundle(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")))
-    return create_app(Settings(**settings), engine=RandomEngine(bundle.manifest.identity), bundle=bundle)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

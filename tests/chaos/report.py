@@ -35,17 +35,20 @@ class Row:
     slowest_s: float = 0.0
     lost: int = 0  # no answer, too late, cut off, or an error that is none of the API's
     wrong: int = 0  # 200 with another answer
+    hung: int = 0  # no answer at all until the client gave up
+    over: int = 0  # beyond a bound on time, holds of the event loop, bytes or memory
     ready_s: float | None = None  # the longest from the engine's return until every replica was ready again
     leaked: str = ""  # tasks or file descriptors that stayed
     problems: list[str] = field(default_factory=list)  # the first few of what is lost or wrong, and broken promises
+    notes: list[str] = field(default_factory=list)  # what is worth knowing though nothing is broken
 
     @property
     def is_kept(self) -> bool:
-        """Whether nothing was lost, wrong or leaked, and no promise broken."""
-        return not (self.lost or self.wrong or self.leaked or self.problems)
+        """Whether nothing was lost, wrong, hung, over its bounds or leaked, and no promise broken."""
+        return not (self.lost or self.wrong or self.hung or self.over or self.leaked or self.problems)
 
 
-_HEAD = ("fault", "requests", "faults", "right", "refused", "slowest s", "lost", "wrong", "ready s", "leaked")
+_HEAD = ("fault", "requests", "faults", "right", "refused", "slowest s", "lost", "wrong", "hung", "over", "ready s", "leaked")
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -57,7 +60,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     refused = ", ".join(f"{count:,} × {what}" for what, count in row.refused.most_common()) or "0"
     ready = "" if row.ready_s is None else f"{row.ready_s:.2f}"
     counts = (f"{row.requests:,}", f"{row.injected:,}", f"{row.right:,}", refused, f"{row.slowest_s:.2f}")
-    return (row.fault, *counts, f"{row.lost:,}", f"{row.wrong:,}", ready, row.leaked or "0")
+    broken = (f"{row.lost:,}", f"{row.wrong:,}", f"{row.hung:,}", f"{row.over:,}")
+    return (row.fault, *counts, *broken, ready, row.leaked or "0")
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:

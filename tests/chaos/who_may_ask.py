@@ -25,7 +25,6 @@ from tests.chaos.bad_input import (
     Reply,
     Service,
     Targets,
-    application,
     check,
     check_refusal,
     described,
@@ -33,6 +32,7 @@ from tests.chaos.bad_input import (
     generate,
 )
 from tests.chaos.report import Row, Size
+from tests.chaos.toy_service import application
 
 GUARDED = {**REFUSALS, 401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 429: "rate_limited"}
 CROSS_ORIGIN = {**GUARDED, 400: "cross_origin"}

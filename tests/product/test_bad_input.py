@@ -15,8 +15,9 @@ from service.app import create_app
 from service.settings import Settings
 from service.triton.errors import ModelBroken, ModelTimeout
 from tests.chaos import bad_input, who_may_ask
-from tests.chaos.bad_input import Reply, Service, application, check_refusal
+from tests.chaos.bad_input import Reply, Service, check_refusal
 from tests.chaos.report import table
+from tests.chaos.toy_service import application
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine, toy_bundle
 
