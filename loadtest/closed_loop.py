@@ -48,6 +48,8 @@ async def closed_loop(
     *,
     until: Callable[[int], bool],
     timeout_s: float = 60.0,
+    retries: bool = True,
+    pace_s: float = 0.0,
 ) -> Load:
     """Keep so many clients busy.
 
@@ -59,13 +61,19 @@ async def closed_loop(
         until: asked before each request with the number of those sent; true ends the run, once all are answered.
         timeout_s: for one attempt, after which the connection is made anew, and for one question with all its attempts:
             a client that is told ``retry-after`` waits that long, and a little longer, and asks the same again.
+        retries: without, a refusal is the reply, and the next question follows.
+        pace_s: from one request of a client to its next, at least; clients begin spread over it.
     """
     load, sent = Load(), 0
 
-    async def client() -> None:
+    async def client(number: int) -> None:
         nonlocal sent
         connection = _Connection(host, port)
+        next_at = time.perf_counter() + number / clients * pace_s
         while not until(sent):
+            if pace_s:
+                await asyncio.sleep(max(next_at - time.perf_counter(), 0))
+                next_at = max(next_at + pace_s, time.perf_counter())
             sent += 1
             key, request = next(requests)
             began, shed = time.perf_counter(), 0
@@ -76,7 +84,7 @@ async def closed_loop(
                     connection.close()
                     status, wait_s, body = 0, None, repr(error).encode()
                     await asyncio.sleep(0.05)  # a dead server must not make this a busy loop
-                if status not in RETRIED_STATUSES or wait_s is None:
+                if not retries or status not in RETRIED_STATUSES or wait_s is None:
                     break
                 wait_s = spread(wait_s)
                 if time.perf_counter() + wait_s - began > timeout_s:
@@ -87,7 +95,7 @@ async def closed_loop(
         connection.close()
 
     cpu, began = time.process_time(), time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
+    await asyncio.gather(*map(client, range(clients)))
     load.seconds, load.client_cpu = time.perf_counter() - began, time.process_time() - cpu
     return load
 

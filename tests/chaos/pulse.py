@@ -15,7 +15,7 @@ TICK_S = 0.005
 
 
 def waited_s(process: str | int) -> float:
-    """Seconds that a process's threads have been ready to run while others had the cores; 0 where Linux does not say."""
+    """Seconds that a process's threads were ready to run and others had the cores; 0 where Linux does not say."""
     waited = 0
     for file in Path(f"/proc/{process}/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):  # the thread has ended
@@ -38,8 +38,8 @@ def memory_mib(process: int, name: str = "VmRSS") -> float:
 class Pulse:
     """Asks for a process's liveness all the time, on a connection of its own.
 
-    A look's hold is the time that it took, less what the process's threads and this one waited for a core meanwhile: of a
-    busy machine nothing is left but what Linux does not know of, as the time that a hypervisor takes.
+    A look's hold is the time that it took, less what the process's threads and this one waited for a core meanwhile. Of
+    a busy machine nothing is left but what Linux does not know of, as the time that a hypervisor takes.
     """
 
     def __init__(self, address: Address, process: int) -> None:

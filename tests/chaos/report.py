@@ -48,7 +48,20 @@ class Row:
         return not (self.lost or self.wrong or self.hung or self.over or self.leaked or self.problems)
 
 
-_HEAD = ("fault", "requests", "faults", "right", "refused", "slowest s", "lost", "wrong", "hung", "over", "ready s", "leaked")
+_HEAD = (
+    "fault",
+    "requests",
+    "faults",
+    "right",
+    "refused",
+    "slowest s",
+    "lost",
+    "wrong",
+    "hung",
+    "over",
+    "ready s",
+    "leaked",
+)
 
 
 def table(rows: Iterable[Row]) -> str:

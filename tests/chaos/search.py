@@ -1,7 +1,7 @@
 """A search for requests that cost much: hypothesis changes what it sends so that time, holds, replies and memory grow.
 
-The service is a process of its own behind a real socket, with default settings and an engine that costs nothing, so that
-what is found is the service's own cost. Every request has a deadline of a second.
+The service is a process of its own behind a real socket, with default settings and an engine that costs nothing: what
+is found is the service's own cost. Every request has a deadline of a second.
 """
 
 import json
@@ -50,11 +50,44 @@ class Sent:
 # ---- what is sent --------------------------------------------------------------------------------------------------
 
 UNITS = (
-    *("a", "I", " ", ".", "\n", "\r\n", "\r", "\t", "\0", "\x01", "\x85", '"', "\\", "{", "[", ",", "1", "1,", "1.", "-"),
+    *(
+        "a",
+        "I",
+        " ",
+        ".",
+        "\n",
+        "\r\n",
+        "\r",
+        "\t",
+        "\0",
+        "\x01",
+        "\x85",
+        '"',
+        "\\",
+        "{",
+        "[",
+        ",",
+        "1",
+        "1,",
+        "1.",
+        "-",
+    ),
     *("a ", "a b ", ". ", "##a", "[CLS]", "[SEP] ", "the ", "a" * 100 + " ", "b" * 1_000 + " ", " " * 1_000 + "a"),
     *("\u203c\u200d", "\u203c", "\u200d", "\u0301", "e\u0301", "\u0323\u0307", "\ufe0f", "\u20e3", "1\ufe0f\u20e3"),
     *("\U0001f1e6", "\U0001f1f0\U0001f1f7", "👩\u200d", "👨\u200d👩\u200d👧\u200d👦", "👍🏽", "🏽", "😀", "\U000e0067"),
-    *("각", "한국어", "ᄀ", "\u1100\u1161\u11a8", "\u1100\u1161", "漢", "か\u3099", "กำ", "\u0e33", "क्षि", "\u094d\u0937"),
+    *(
+        "각",
+        "한국어",
+        "ᄀ",
+        "\u1100\u1161\u11a8",
+        "\u1100\u1161",
+        "漢",
+        "か\u3099",
+        "กำ",
+        "\u0e33",
+        "क्षि",
+        "\u094d\u0937",
+    ),
     *("\u0600", "\u0903", "\u202e", "\ufeff", "\u00ad", "\u2028", "\u3000", "ﷺ", "İ", "ß", "ﬁ", "𝒳", "\U0010ffff", "é"),
 )
 MOST_CHARS = 201_000
@@ -129,10 +162,41 @@ def asked(draw: st.DrawFn) -> Sent:
 
 
 JSON_PIECES = (
-    *(b"[", b"{}", b"[],", b"{},", b'"",', b'{"a":', b'"a":1,', b'[{"a":"[,"},', b'"\\"",', b'"\\u0301', b"\\ud83d\\ude00"),
-    *(b"9", b"1,", b"-1e9,", b"0." + b"1" * 30 + b",", b"null,", b"true,", b" ", b"\n", b"\xff", b"\xe2\x80\x8d", b"NaN,"),
+    *(
+        b"[",
+        b"{}",
+        b"[],",
+        b"{},",
+        b'"",',
+        b'{"a":',
+        b'"a":1,',
+        b'[{"a":"[,"},',
+        b'"\\"",',
+        b'"\\u0301',
+        b"\\ud83d\\ude00",
+    ),
+    *(
+        b"9",
+        b"1,",
+        b"-1e9,",
+        b"0." + b"1" * 30 + b",",
+        b"null,",
+        b"true,",
+        b" ",
+        b"\n",
+        b"\xff",
+        b"\xe2\x80\x8d",
+        b"NaN,",
+    ),
 )
-WRAPS = (b"", b'{"question": "who", "context": ', b'{"question": "who", "contexts": [', b'{"questions": [', b'{"inputs": [', b"[")
+WRAPS = (
+    b"",
+    b'{"question": "who", "context": ',
+    b'{"question": "who", "contexts": [',
+    b'{"questions": [',
+    b'{"inputs": [',
+    b"[",
+)
 ENDS = (b"", b"]", b"}", b"1]}", b'""]}', b'"]}', b"{}]}")
 
 
@@ -143,8 +207,8 @@ def structures(draw: st.DrawFn) -> Sent:
     wrap, end = draw(st.sampled_from(WRAPS)), draw(st.sampled_from(ENDS))
     body = (wrap + piece * (count // len(piece)) + end)[: (2 << 20) + 1]
     how = draw(st.sampled_from(("/v1/answer", "/v1/answers", "/", "/predict")))
-    told = f"POST {how} {wrap.decode()} {ascii(piece.decode(errors='replace'))} × {count // len(piece):,} {end.decode()}"
-    return Sent(_post(how, body), told)
+    told = f"{wrap.decode()} {piece.decode(errors='replace')!a} × {count // len(piece):,} {end.decode()}"
+    return Sent(_post(how, body), f"POST {how} {told}")
 
 
 @st.composite

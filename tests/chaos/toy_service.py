@@ -3,11 +3,14 @@
 A process of its own, as the launcher starts one: ``uvicorn tests.chaos.toy_service:create --factory``.
 """
 
+import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +21,31 @@ from bertqa.spans import Logits
 from bertqa.windows import Window
 from service.app import create_app
 from service.settings import Settings
+from tests.chaos.wire import Address, get
 from tests.support.paths import CHECKPOINT, ROOT
 from tests.support.ports import free_port
 from tests.support.toy_model import FakeEngine, toy_bundle
 from tests.support.waiting import until
 
+CALL_S = "CHAOS_CALL_S"
+"""Variable of the environment with the seconds of an engine call."""
+INSTANCES = 2
+
 
 class RandomEngine(FakeEngine):
     """Its logits are random, always the same for the same window: any span may be the best."""
 
+    def __init__(self, identity: str, call_s: float = 0.0) -> None:
+        super().__init__(identity)
+        self._call_s = call_s
+        if call_s:
+            self.concurrency = 2 * INSTANCES
+        self._instances = asyncio.Semaphore(INSTANCES)
+
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
+        if self._call_s:
+            async with self._instances:
+                await asyncio.sleep(self._call_s)
         return [self.logits(window) for window in windows]
 
     @staticmethod
@@ -37,28 +55,37 @@ class RandomEngine(FakeEngine):
         return start, end
 
 
-def application(**settings: object) -> FastAPI:
+def application(call_s: float = 0.0, **settings: object) -> FastAPI:
     """The service over the shipped tokenizer, with windows so short that most texts need several."""
     bundle = toy_bundle(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")))
-    return create_app(Settings(**settings), engine=RandomEngine(bundle.manifest.identity), bundle=bundle)  # type: ignore[arg-type]
+    engine = RandomEngine(bundle.manifest.identity, call_s)
+    return create_app(Settings(**settings), engine=engine, bundle=bundle)  # type: ignore[arg-type]
 
 
 def create() -> FastAPI:
-    """The application with default settings."""
-    return application()
+    """The application with the settings of the environment."""
+    settings = Settings.from_environment(os.environ)
+    return application(
+        float(os.environ[CALL_S]), **{each.name: getattr(settings, each.name) for each in fields(settings)}
+    )
 
 
 @contextlib.contextmanager
-def toy_service(log: Path) -> Iterator[tuple[tuple[str, int], int]]:
-    """Run it with the flags of `bertqa serve`; gives host and port, and the process id."""
-    from tests.chaos.wire import get
+def toy_service(log: Path, call_s: float = 0.0, **settings: object) -> Iterator[tuple[Address, int]]:
+    """Run it with the flags of `bertqa serve`; gives host and port, and the process id.
 
+    Args:
+        log: for what it says.
+        call_s: seconds of an engine call, of which `INSTANCES` run at one time; 0: none at all.
+        settings: of the service.
+    """
     address = "127.0.0.1", free_port()
     command = [sys.executable, "-m", "uvicorn", "tests.chaos.toy_service:create", "--factory", f"--port={address[1]}"]
     command += ["--loop=uvloop", "--http=service.protocol:BoundedProtocol"]
     command += ["--no-access-log", "--no-server-header", "--log-level=warning"]
+    variables = {CALL_S: str(call_s), **{f"BERTQA_{name.upper()}": str(value) for name, value in settings.items()}}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, **variables})
     try:
         until(lambda: process.poll() is not None or get(address, "/health/ready").status == 200, f"not up: see {log}")
         assert process.poll() is None, log.read_text()

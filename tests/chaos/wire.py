@@ -1,5 +1,6 @@
 """HTTP as bytes: what no client library would send, and how long it takes until the last byte of the reply."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -47,10 +48,8 @@ def exchange(address: Address, sent: bytes, timeout: float = 30.0) -> Reply:
     began = time.monotonic()
     try:
         with socket.create_connection(address, timeout) as connection:
-            try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # before all was read: the reply says why
                 connection.sendall(sent)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # refused before it was read: the reply says why
             return read_reply(connection, began)
     except (OSError, http.client.HTTPException, ValueError) as error:
         return Reply(0, body=repr(error).encode(), seconds=time.monotonic() - began)
