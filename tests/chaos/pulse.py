@@ -14,19 +14,38 @@ TICK_S = 0.005
 """Seconds between two looks."""
 
 
-def waited_s(process: str | int) -> float:
-    """Seconds that a process's threads were ready to run and others had the cores; 0 where Linux does not say."""
-    waited = 0
-    for file in Path(f"/proc/{process}/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # the thread has ended
-            waited += int(file.read_bytes().split()[1])
-    return waited / 1e9
+class Times:
+    """What Linux knows of a process's threads, or of one thread: seconds on a core, and ready but without one."""
 
+    def __init__(self, process: int, thread: int | str = "*") -> None:
+        self._files = f"task/{thread}/schedstat"
+        self._process = Path(f"/proc/{process}")
+        self.begin()
 
-def cpu_s(process: int) -> float:
-    """Seconds of CPU time that a process has taken."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    def begin(self) -> None:
+        """Count from now on."""
+        self._before = self._read()
+
+    def _read(self) -> dict[str, tuple[int, int]]:
+        found = {}
+        for file in self._process.glob(self._files):
+            with contextlib.suppress(OSError, ValueError):  # the thread has ended
+                ran, waited, _ = map(int, file.read_bytes().split())
+                found[file.parent.name] = ran, waited
+        return found
+
+    def _since(self, which: int) -> list[float]:
+        return [(now[which] - self._before.get(name, (0, 0))[which]) / 1e9 for name, now in self._read().items()]
+
+    @property
+    def ran_s(self) -> float:
+        """CPU time of all threads."""
+        return sum(self._since(0))
+
+    @property
+    def waited_s(self) -> float:
+        """Of the thread that waited for a core for longest."""
+        return max(self._since(1), default=0.0)
 
 
 def memory_mib(process: int, name: str = "VmRSS") -> float:
@@ -38,8 +57,7 @@ def memory_mib(process: int, name: str = "VmRSS") -> float:
 class Pulse:
     """Asks for a process's liveness all the time, on a connection of its own.
 
-    A look's hold is the time that it took, less what the process's threads and this one waited for a core meanwhile. Of
-    a busy machine nothing is left but what Linux does not know of, as the time that a hypervisor takes.
+    A look's hold is the time that it took, less what one of the process's threads and this one waited for a core.
     """
 
     def __init__(self, address: Address, process: int) -> None:
@@ -74,9 +92,10 @@ class Pulse:
 
     def _beat(self) -> None:
         connection = http.client.HTTPConnection(*self._address, timeout=60)
+        theirs, own = Times(self._process), Times(os.getpid(), threading.get_native_id())
         while not self._done.wait(TICK_S):
-            own = f"{os.getpid()}/task/{threading.get_native_id()}"
-            others, ours = waited_s(self._process), _waited_s(own)
+            theirs.begin()
+            own.begin()
             began = time.monotonic()
             try:
                 connection.request("GET", "/health/live")
@@ -85,15 +104,8 @@ class Pulse:
                 connection.close()
                 self.failures.append(f"/health/live after {time.monotonic() - began:.2f} s: {error!r}")
             ended = time.monotonic()
-            waited = waited_s(self._process) - others + _waited_s(own) - ours
+            waited = theirs.waited_s + own.waited_s
             with self._lock:
                 hold = max(ended - max(began, self._since) - waited, 0.0)
                 self._looks, self._longest = self._looks + 1, max(self._longest, hold)
         connection.close()
-
-
-def _waited_s(thread: str) -> float:
-    try:
-        return int(Path(f"/proc/{thread}/schedstat").read_bytes().split()[1]) / 1e9
-    except OSError:
-        return 0.0

@@ -19,7 +19,7 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, target
 from hypothesis import strategies as st
 
-from tests.chaos.pulse import Pulse, cpu_s, memory_mib, waited_s
+from tests.chaos.pulse import Pulse, Times, memory_mib
 from tests.chaos.report import Row, Size
 from tests.chaos.toy_service import toy_service
 from tests.chaos.wire import Address, Reply, exchange, request
@@ -246,7 +246,8 @@ class Cost:
 
     sent: Sent
     reply: Reply
-    seconds: float
+    seconds: float  # until the whole reply was there
+    cpu: float  # seconds of the whole process until it was quiet
     hold: float  # of the event loop, seconds
     after: float  # seconds of work after the reply
     grown: float  # MiB of resident memory
@@ -254,15 +255,15 @@ class Cost:
     @property
     def measures(self) -> dict[str, float]:
         """What is made large."""
-        each = {"seconds": self.seconds, "hold": self.hold, "reply bytes": float(len(self.reply.body))}
-        each["memory"] = max(self.grown, 0.0)
+        each = {"seconds": self.seconds, "CPU": self.cpu, "hold": self.hold}
+        each |= {"bytes": float(len(self.reply.body)), "memory": max(self.grown, 0.0)}
         size = max(len(self.sent.content), FLOOR) / 1000
         return {**each, **{f"{name} per KB": value / size for name, value in each.items()}}
 
     def __str__(self) -> str:
         return (
-            f"{self.seconds:.2f} s, hold {self.hold * 1000:.0f} ms, {len(self.sent.content):,} bytes -> "
-            f"{self.reply.status}, {len(self.reply.body):,} bytes, {self.grown:+.0f} MiB: {self.sent.told}"
+            f"{self.seconds:.2f} s, {self.cpu:.2f} s of CPU, hold {self.hold * 1000:.0f} ms, "
+            f"{len(self.sent.content):,} bytes -> {self.reply.status}, {len(self.reply.body):,} bytes, {self.grown:+.0f} MiB: {self.sent.told}"
         )
 
 
@@ -276,26 +277,24 @@ class Searched:
 
     def cost(self, sent: Sent) -> Cost:
         """Send a request and wait until nothing is done any more."""
-        memory, waited = memory_mib(self.process), waited_s(self.process)
+        memory, times = memory_mib(self.process), Times(self.process)
         self._pulse.begin()
         self._idle.begin()
         reply = exchange(self._address, sent.content)
-        waited = waited_s(self.process) - waited
+        seconds = max(reply.seconds - times.waited_s, 0.0)
         after = self._until_quiet()
-        hold = self._pulse.longest()
+        cpu, hold = times.ran_s, self._pulse.longest()
         self.noise_s = max(self.noise_s, self._idle.longest())
-        seconds = max(reply.seconds - waited, 0.0)
-        return Cost(sent, reply, seconds, hold, after, memory_mib(self.process) - memory)
+        return Cost(sent, reply, seconds, cpu, hold, after, memory_mib(self.process) - memory)
 
     def _until_quiet(self) -> float:
         """Seconds until the process does no more than to say that it lives."""
-        began = time.monotonic()
+        began, times = time.monotonic(), Times(self.process)
         while (passed := time.monotonic() - began) < 10:
-            used = cpu_s(self.process)
-            waited = waited_s(self.process)
+            times.begin()
             time.sleep(0.05)
-            if cpu_s(self.process) - used + waited_s(self.process) - waited < 0.03:
-                return passed
+            if times.ran_s + times.waited_s < 0.03:
+                break
         return passed
 
 
