@@ -7,16 +7,22 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tests.chaos import bad_input, corrupt_files, faults, overload, replicas, search, who_may_ask
+from tests.chaos import bad_input, corrupt_files, faults, hostile, overload, replicas, search, who_may_ask
 from tests.chaos.faults import Scenario
 from tests.chaos.product import Layout, Product
 from tests.chaos.report import Row, Size, table
 
-SCENARIOS: tuple[tuple[Layout, Scenario], ...] = (*faults.SCENARIOS, *replicas.SCENARIOS, *overload.SCENARIOS)
+SCENARIOS: tuple[tuple[Layout, Scenario], ...] = (
+    *faults.SCENARIOS,
+    *replicas.SCENARIOS,
+    *overload.SCENARIOS,
+    *hostile.SCENARIOS,
+)
 OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = (
     bad_input.bad_input,
     who_may_ask.who_may_ask,
     corrupt_files.corrupt_files,
+    hostile.hostile,
     search.searches,
 )
 """What needs no product of ours to be there: a function of a module of this package, which gives its rows."""

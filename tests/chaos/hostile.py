@@ -1,8 +1,8 @@
 """Requests that once held the service up, locked users out or filled its memory, each against a running server.
 
 The server is a process of its own behind a real socket, with API keys and the cache, the shipped tokenizer, and an
-engine that computes nothing, or sleeps. What needs Triton or HAProxy is among `SCENARIOS`. A row for each fault; a bound
-that depends on the machine is stretched by `Size.patience`.
+engine that computes nothing, or sleeps. What needs Triton or HAProxy is among `SCENARIOS`. A row for each fault; bounds
+that depend on the machine are stretched by `Size.patience`.
 """
 
 import asyncio
@@ -335,7 +335,7 @@ def many_values(server: Server, size: Size) -> Row:
     """Structure, windows and questions at their limits."""
     row = Row(fault="8, 9: 2 MiB of {}, more windows than allowed, many questions")
     sent = request("POST", "/v1/answer", b"[" + b"{}," * 699_000 + b"{}]", server.headers)
-    windows = {"question": "who", "context": "가 " * 40_000, "overlap": 40}
+    windows = {"question": "who", "context": "가 " * 60_000, "overlap": 40}
     several = {"questions": [{**ASKED, "question": f"Who {number}?"} for number in range(TOGETHER)]}
     too_many = {"questions": [*several["questions"], ASKED]}
     for asked, statuses in (

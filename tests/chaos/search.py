@@ -262,8 +262,8 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"{self.seconds:.2f} s, {self.cpu:.2f} s of CPU, hold {self.hold * 1000:.0f} ms, "
-            f"{len(self.sent.content):,} bytes -> {self.reply.status}, {len(self.reply.body):,} bytes, {self.grown:+.0f} MiB: {self.sent.told}"
+            f"{self.seconds:.2f} s, {self.cpu:.2f} s of CPU, hold {self.hold * 1000:.0f} ms, {self.grown:+.0f} MiB, "
+            f"{len(self.sent.content):,} bytes -> {self.reply.status}, {len(self.reply.body):,} bytes: {self.sent.told}"
         )
 
 
@@ -315,12 +315,18 @@ def broken_bounds(cost: Cost, noise_s: float, patience: float) -> list[str]:
     return found
 
 
-def search(size: Size, seed: int) -> Row:
-    """Send what hypothesis thinks of; tell the worst by each measure."""
+def search(size: Size, seed: int, *, planted_s: float = 0.0) -> Row:
+    """Send what hypothesis thinks of; tell the worst by each measure.
+
+    Args:
+        size: how much, and how patiently.
+        seed: finds the same again.
+        planted_s: seconds for which an engine call holds the event loop, a fault to be found.
+    """
     row = Row(fault="slow and large requests, searched for")
     worst: dict[str, Cost] = {}
     with tempfile.TemporaryDirectory(prefix="bertqa-search-") as directory, ExitStack() as stack:
-        address, process = stack.enter_context(toy_service(Path(directory) / "service.log"))
+        address, process = stack.enter_context(toy_service(Path(directory) / "service.log", planted_s=planted_s))
         quiet = stack.enter_context(toy_service(Path(directory) / "idle.log"))
         pulse, idle = (stack.enter_context(Pulse(*each).beating()) for each in ((address, process), quiet))
         service = Searched(address, process, pulse, idle)

@@ -8,6 +8,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -27,25 +28,28 @@ from tests.support.ports import free_port
 from tests.support.toy_model import FakeEngine, toy_bundle
 from tests.support.waiting import until
 
-CALL_S = "CHAOS_CALL_S"
-"""Variable of the environment with the seconds of an engine call."""
+CALL_S, PLANTED_S = "CHAOS_CALL_S", "CHAOS_PLANTED_S"
+"""Variables of the environment with the seconds of an engine call, and those for which it holds the event loop."""
 INSTANCES = 2
 
 
 class RandomEngine(FakeEngine):
     """Its logits are random, always the same for the same window: any span may be the best."""
 
-    def __init__(self, identity: str, call_s: float = 0.0) -> None:
+    def __init__(self, identity: str, call_s: float = 0.0, planted_s: float = 0.0) -> None:
         super().__init__(identity)
-        self._call_s = call_s
+        self._call_s, self._planted_s = call_s, planted_s
         if call_s:
             self.concurrency = 2 * INSTANCES
         self._instances = asyncio.Semaphore(INSTANCES)
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
+        time.sleep(self._planted_s)
         if self._call_s:
             async with self._instances:
                 await asyncio.sleep(self._call_s)
+        else:
+            await asyncio.sleep(0)  # as every real one lets others have their turn
         return [self.logits(window) for window in windows]
 
     @staticmethod
@@ -55,35 +59,41 @@ class RandomEngine(FakeEngine):
         return start, end
 
 
-def application(call_s: float = 0.0, **settings: object) -> FastAPI:
+def application(call_s: float = 0.0, planted_s: float = 0.0, **settings: object) -> FastAPI:
     """The service over the shipped tokenizer, with windows so short that most texts need several."""
     bundle = toy_bundle(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")))
-    engine = RandomEngine(bundle.manifest.identity, call_s)
+    engine = RandomEngine(bundle.manifest.identity, call_s, planted_s)
     return create_app(Settings(**settings), engine=engine, bundle=bundle)  # type: ignore[arg-type]
 
 
 def create() -> FastAPI:
     """The application with the settings of the environment."""
     settings = Settings.from_environment(os.environ)
-    return application(
-        float(os.environ[CALL_S]), **{each.name: getattr(settings, each.name) for each in fields(settings)}
-    )
+    named = {each.name: getattr(settings, each.name) for each in fields(settings)}
+    return application(float(os.environ[CALL_S]), float(os.environ[PLANTED_S]), **named)
 
 
 @contextlib.contextmanager
-def toy_service(log: Path, call_s: float = 0.0, **settings: object) -> Iterator[tuple[Address, int]]:
+def toy_service(
+    log: Path, call_s: float = 0.0, planted_s: float = 0.0, **settings: object
+) -> Iterator[tuple[Address, int]]:
     """Run it with the flags of `bertqa serve`; gives host and port, and the process id.
 
     Args:
         log: for what it says.
         call_s: seconds of an engine call, of which `INSTANCES` run at one time; 0: none at all.
+        planted_s: seconds for which each holds the event loop, as nothing may.
         settings: of the service.
     """
     address = "127.0.0.1", free_port()
     command = [sys.executable, "-m", "uvicorn", "tests.chaos.toy_service:create", "--factory", f"--port={address[1]}"]
     command += ["--loop=uvloop", "--http=service.protocol:BoundedProtocol"]
     command += ["--no-access-log", "--no-server-header", "--log-level=warning"]
-    variables = {CALL_S: str(call_s), **{f"BERTQA_{name.upper()}": str(value) for name, value in settings.items()}}
+    variables = {
+        CALL_S: str(call_s),
+        PLANTED_S: str(planted_s),
+        **{f"BERTQA_{name.upper()}": str(value) for name, value in settings.items()},
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, **variables})
     try:
