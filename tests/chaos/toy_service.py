@@ -41,6 +41,8 @@ class RandomEngine(FakeEngine):
         self._call_s, self._planted_s = call_s, planted_s
         if call_s:
             self.concurrency = 2 * INSTANCES
+        if planted_s:
+            self.concurrency = 1  # so that a deadline ends what is left
         self._instances = asyncio.Semaphore(INSTANCES)
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
