@@ -343,10 +343,12 @@ def search(size: Size, seed: int, *, planted_s: float = 0.0) -> Row:
         @hypothesis.given(REQUESTS)
         def run(sent: Sent) -> None:
             cost = service.cost(sent)
-            for again in range(2):  # what is the machine's does not come three times
-                if broken_bounds(cost, service.noise_s, size.patience):
-                    cost = min(cost, service.cost(sent), key=lambda each: (each.hold, again))
-            _note(row, cost, broken_bounds(cost, service.noise_s, size.patience))
+            broken = broken_bounds(cost, service.noise_s, size.patience)
+            for _ in range(2):  # what is the machine's does not come three times
+                if broken:
+                    cost = service.cost(sent)
+                    broken = broken_bounds(cost, service.noise_s, size.patience)
+            _note(row, cost, broken)
             for name, value in cost.measures.items():
                 target(value, label=name)
                 if name not in worst or value > worst[name].measures[name]:

@@ -89,7 +89,7 @@ def toy_service(
     """
     address = "127.0.0.1", free_port()
     command = [sys.executable, "-m", "uvicorn", "tests.chaos.toy_service:create", "--factory", f"--port={address[1]}"]
-    command += ["--loop=uvloop", "--http=service.protocol:BoundedProtocol"]
+    command += ["--loop=uvloop", "--http=service.runtime.http_protocol:BoundedProtocol"]
     command += ["--no-access-log", "--no-server-header", "--log-level=warning"]
     variables = {
         CALL_S: str(call_s),
