@@ -93,15 +93,16 @@ def main(args: argparse.Namespace) -> None:
 class Product:
     """The launcher, with the service and Triton, on free ports."""
 
-    def __init__(self, repository: Path) -> None:
+    def __init__(self, repository: Path, **environment: str) -> None:
         self.repository = repository
+        self._environment = {"BERTQA_DEADLINE_S": "60", **environment}
         self.bundle = Repository(repository).open()
         self._lines: list[str] = []
 
     def __enter__(self) -> "Product":
         self._process = subprocess.Popen(
             [sys.executable, "-m", "service", "--port=0", "--triton-grpc-port=0", f"--repository={self.repository}"],
-            cwd=PROJECT, stderr=subprocess.PIPE, text=True, env=os.environ | {"BERTQA_DEADLINE_S": "60"},
+            cwd=PROJECT, stderr=subprocess.PIPE, text=True, env=os.environ | self._environment,
         )  # fmt: skip
         try:
             address = urlsplit(self._find(r"ready at (http://\S+)"))

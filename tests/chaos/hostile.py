@@ -490,7 +490,8 @@ def waiting_clients(product: Product, size: Size) -> Row:
     service = product.services[0]
     seconds = max(min(size.requests / 40, 45), 6)
     with product.watched(row, size), product.faults.on("slow", seconds=SLOW_S):
-        admission = Admission(HOST, service.port, _one_window(), SLOW_S)
+        instances = product.layout.instances
+        admission = Admission(HOST, service.port, _one_window(), call_s=SLOW_S, instances=instances)
 
         async def ask() -> tuple[Outcome, list[Outcome], Outcome]:
             few = await admission.few(max(size.requests // 2, 3 * CLIENTS))
