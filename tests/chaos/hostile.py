@@ -62,9 +62,15 @@ class Server:
         """With the key that stays."""
         return {"x-api-key": self.key}
 
-    def sent(self, body: object, timeout_ms: int = 10_000, target: str = "/v1/answer", **headers: str) -> bytes:
+    def sent(
+        self,
+        body: object,
+        timeout_ms: int = 10_000,
+        target: str = "/v1/answer",
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
         """A request with the key."""
-        return question(body, {**self.headers, "x-timeout-ms": str(timeout_ms), **headers}, target)
+        return question(body, {**self.headers, "x-timeout-ms": str(timeout_ms), **(headers or {})}, target)
 
     def ask(self, body: object, timeout_ms: int = 10_000, target: str = "/v1/answer") -> Reply:
         """Ask, and wait for the reply."""
@@ -219,7 +225,7 @@ def hammered_readiness(server: Server, size: Size) -> Row:
 def upgrades(server: Server, size: Size) -> Row:
     row = Row(fault="5: Upgrade, as Java's client and curl --http2 send it; the body with it, or after it")
     offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQCAAAAAAIAAAAA"}
-    whole = server.sent(ASKED, **offer)
+    whole = server.sent(ASKED, headers=offer)
     head = whole.index(b"\r\n\r\n") + 4
     for cut in (len(whole), head, head + 5, head - 1, 20):
         row.injected += 1
@@ -317,7 +323,7 @@ def cached_answers(server: Server, size: Size) -> Row:
     row = Row(fault="6: large answers that the cache is to keep")
     for number in range(40):
         row.injected += 1
-        asked = {**LARGE, "context": LARGE["context"] + str(number)}
+        asked = {**LARGE, "context": f"{LARGE['context']}{number}"}
         judge(row, server.ask(asked), within_s=10 + LATE_S * size.patience)
     return _bounded(row, server)
 
@@ -449,7 +455,7 @@ def serving(call_s: float) -> Iterator[Server]:
         keys = directory / "keys"
         new_key(keys, "first", None, None)
         settings = {"api_keys_file": keys, "cache_mb": 16, "arrival_s": ARRIVAL_S}
-        address, process = stack.enter_context(toy_service(directory / "service.log", call_s, **settings))
+        address, process = stack.enter_context(toy_service(directory / "service.log", settings, call_s=call_s))
         quiet = stack.enter_context(toy_service(directory / "idle.log"))
         pulse, idle = (stack.enter_context(Pulse(*each).beating()) for each in ((address, process), quiet))
         yield Server(address, process, keys, pulse, idle)

@@ -129,8 +129,8 @@ def questions(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
     asked, told_asked = draw(st.just(("who", "'who'")) | texts(1_000))
     body: dict[str, Any] = {
         "question": asked,
-        "top_k": draw(st.sampled_from((1, 2, 14, 100))),
-        "max_answer_tokens": draw(st.sampled_from((1, 15, 200))),
+        "top_k": draw(st.sampled_from((1, 2, 100, 100))),
+        "max_answer_tokens": draw(st.sampled_from((1, 15, 200, 200))),
         "overlap": draw(st.sampled_from((None, 0, 16, 40, 45, 59))),
         "explain": draw(st.booleans()),
         "offset_unit": draw(st.sampled_from(("codepoint", "utf16", "byte"))),

@@ -10,8 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,31 +60,33 @@ class RandomEngine(FakeEngine):
         return start, end
 
 
-def application(call_s: float = 0.0, planted_s: float = 0.0, **settings: object) -> FastAPI:
+def application(**settings: object) -> FastAPI:
     """The service over the shipped tokenizer, with windows so short that most texts need several."""
-    bundle = toy_bundle(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")))
-    engine = RandomEngine(bundle.manifest.identity, call_s, planted_s)
-    return create_app(Settings(**settings), engine=engine, bundle=bundle)  # type: ignore[arg-type]
+    return _application(Settings(**settings))  # type: ignore[arg-type]
 
 
 def create() -> FastAPI:
-    """The application with the settings of the environment."""
-    settings = Settings.from_environment(os.environ)
-    named = {each.name: getattr(settings, each.name) for each in fields(settings)}
-    return application(float(os.environ[CALL_S]), float(os.environ[PLANTED_S]), **named)
+    """The application with the settings and the engine of the environment."""
+    call_s, planted_s = (float(os.environ[name]) for name in (CALL_S, PLANTED_S))
+    return _application(Settings.from_environment(os.environ), call_s, planted_s)
+
+
+def _application(settings: Settings, call_s: float = 0.0, planted_s: float = 0.0) -> FastAPI:
+    bundle = toy_bundle(Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")))
+    return create_app(settings, engine=RandomEngine(bundle.manifest.identity, call_s, planted_s), bundle=bundle)
 
 
 @contextlib.contextmanager
 def toy_service(
-    log: Path, call_s: float = 0.0, planted_s: float = 0.0, **settings: object
+    log: Path, settings: Mapping[str, object] | None = None, *, call_s: float = 0.0, planted_s: float = 0.0
 ) -> Iterator[tuple[Address, int]]:
     """Run it with the flags of `bertqa serve`; gives host and port, and the process id.
 
     Args:
         log: for what it says.
+        settings: of the service.
         call_s: seconds of an engine call, of which `INSTANCES` run at one time; 0: none at all.
         planted_s: seconds for which each holds the event loop, as nothing may.
-        settings: of the service.
     """
     address = "127.0.0.1", free_port()
     command = [sys.executable, "-m", "uvicorn", "tests.chaos.toy_service:create", "--factory", f"--port={address[1]}"]
