@@ -92,11 +92,8 @@ def toy_service(
     command = [sys.executable, "-m", "uvicorn", "tests.chaos.toy_service:create", "--factory", f"--port={address[1]}"]
     command += ["--loop=uvloop", "--http=service.runtime.http_protocol:BoundedProtocol"]
     command += ["--no-access-log", "--no-server-header", "--log-level=warning"]
-    variables = {
-        CALL_S: str(call_s),
-        PLANTED_S: str(planted_s),
-        **{f"BERTQA_{name.upper()}": str(value) for name, value in settings.items()},
-    }
+    variables = {f"BERTQA_{name.upper()}": str(value) for name, value in (settings or {}).items()}
+    variables |= {CALL_S: str(call_s), PLANTED_S: str(planted_s)}
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, **variables})
     try:

@@ -1,5 +1,4 @@
-"""The measurement of admission, with a service whose engine sleeps: what it tells of a service as it is, and of one that
-turns everybody away."""
+"""What the measurement of admission tells of a service whose engine sleeps, and of one that turns everybody away."""
 
 import asyncio
 from collections.abc import Iterator
