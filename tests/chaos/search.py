@@ -6,7 +6,6 @@ is found is the service's own cost. Every request has a deadline of a second.
 
 import json
 import secrets
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -361,7 +360,7 @@ def search(size: Size, seed: int, *, planted_s: float = 0.0) -> Row:
         row.over += 1
         row.problems.append(f"memory came to {peak:.0f} MiB; at most {MEMORY_MIB}")
     row.fault += f": hold of an idle process {service.noise_s * 1000:.0f} ms, peak of memory {peak:.0f} MiB"
-    row.notes = [f"worst by {name}: {cost}" for name, cost in worst.items()]
+    row.notes = [f"seed {seed}", *(f"worst by {name}: {cost}" for name, cost in worst.items())]
     return row
 
 
@@ -381,7 +380,5 @@ def _note(row: Row, cost: Cost, broken: list[str]) -> None:
 
 
 def searches(size: Size) -> Iterator[Row]:
-    """The row, and the seed with which it is found again."""
-    seed = secrets.randbelow(1 << 31)
-    print(f"search: seed {seed}", file=sys.stderr)
-    yield search(size, seed)
+    """The row; its notes name the seed with which the same is sent again."""
+    yield search(size, secrets.randbelow(1 << 31))
