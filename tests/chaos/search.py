@@ -248,6 +248,7 @@ class Cost:
     seconds: float  # until the whole reply was there
     cpu: float  # seconds of the whole process until it was quiet
     hold: float  # of the event loop, seconds
+    noise: float  # of that, as much as an idle process showed meanwhile
     after: float  # seconds of work after the reply
     grown: float  # MiB of resident memory
 
@@ -283,8 +284,9 @@ class Searched:
         seconds = max(reply.seconds - times.waited_s, 0.0)
         after = self._until_quiet()
         cpu, hold = times.ran_s, self._pulse.longest()
-        self.noise_s = max(self.noise_s, self._idle.longest())
-        return Cost(sent, reply, seconds, cpu, hold, after, memory_mib(self.process) - memory)
+        noise = self._idle.longest()
+        self.noise_s = max(self.noise_s, noise)
+        return Cost(sent, reply, seconds, cpu, hold, noise, after, memory_mib(self.process) - memory)
 
     def _until_quiet(self) -> float:
         """Seconds until the process does no more than to say that it lives."""
@@ -297,9 +299,9 @@ class Searched:
         return passed
 
 
-def broken_bounds(cost: Cost, noise_s: float, patience: float) -> list[str]:
+def broken_bounds(cost: Cost, patience: float) -> list[str]:
     """What a request did that none may do."""
-    late_s, hold_s = LATE_S * patience, HOLD_S * patience + noise_s
+    late_s, hold_s = LATE_S * patience, HOLD_S * patience + cost.noise
     found = []
     if cost.reply.status not in STATUSES:
         found.append(f"status {cost.reply}")
@@ -342,11 +344,11 @@ def search(size: Size, seed: int, *, planted_s: float = 0.0) -> Row:
         @hypothesis.given(REQUESTS)
         def run(sent: Sent) -> None:
             cost = service.cost(sent)
-            broken = broken_bounds(cost, service.noise_s, size.patience)
+            broken = broken_bounds(cost, size.patience)
             for _ in range(2):  # what is the machine's does not come three times
                 if broken:
                     cost = service.cost(sent)
-                    broken = broken_bounds(cost, service.noise_s, size.patience)
+                    broken = broken_bounds(cost, size.patience)
             _note(row, cost, broken)
             for name, value in cost.measures.items():
                 target(value, label=name)
