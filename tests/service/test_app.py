@@ -387,8 +387,8 @@ def test_the_circuit_of_a_lost_engine_is_seen_in_the_metrics(bundle: Bundle) -> 
         text = client.get("/metrics").text
     for replica in ("127.0.0.1:1", "127.0.0.1:2"):
         labels = f'model="bert_qa",replica="{replica}"'
-        assert f'bertqa_circuit_state{{{labels},version=""}} 2.0' in text
-        assert f'bertqa_circuit_transitions_total{{{labels},to="open",version=""}} ' in text
+        assert f'bertqa_circuit_state{{{labels},version="7"}} 2.0' in text
+        assert f'bertqa_circuit_transitions_total{{{labels},to="open",version="7"}} ' in text
 
 
 def test_a_repository_without_a_version_is_refused(tmp_path: Path, engine: FakeEngine) -> None:
