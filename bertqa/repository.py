@@ -102,7 +102,7 @@ class Repository:
         """The configuration of a model that is served like that.
 
         Raises:
-            ValueError: one model cannot be.
+            InvalidArgument: its loaded versions cannot be one model.
             BundleMismatch: the manifest of a loaded version is broken; another one is no hindrance.
         """
         manifests = {}

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from bertqa.errors import InvalidArgument
 from bertqa.graphemes import widen_to_graphemes
 from bertqa.windows import IntArray, Window, Windows
 
@@ -101,13 +102,13 @@ def decode(
 
     Raises:
         InvalidLogits: a logit is NaN, infinite or above 1e30, or a shape differs from its window's.
-        ValueError: ``top_k`` or ``max_answer_tokens`` is below 1, or the answers hold more than ``max_answer_chars``,
-            found before their texts are made; the message begins with the name of the argument, ``top_k`` for these.
+        InvalidArgument: ``top_k`` or ``max_answer_tokens`` is below 1, or the answers hold more than
+            ``max_answer_chars``, found before their texts are made; that names ``top_k``.
     """
     if top_k < 1:
-        raise ValueError(f"top_k: must be at least 1; got {top_k}")
+        raise InvalidArgument(("top_k",), f"must be at least 1; got {top_k}")
     if max_answer_tokens < 1:
-        raise ValueError(f"max_answer_tokens: must be at least 1; got {max_answer_tokens}")
+        raise InvalidArgument(("max_answer_tokens",), f"must be at least 1; got {max_answer_tokens}")
 
     null = np.inf
     for windows, rows in zip(documents, logits, strict=True):
@@ -132,9 +133,10 @@ def decode(
             normaliser = normaliser * float(np.exp(before - highest)) + float(band.sum(dtype=np.float64))
     chars = sum(end - start for _, start, end in best)
     if max_answer_chars is not None and chars > max_answer_chars:
-        raise ValueError(
-            f"top_k: the best {len(best)} answers hold {chars:,} characters together; "
-            f"at most {max_answer_chars:,} are allowed"
+        raise InvalidArgument(
+            ("top_k",),
+            f"the best {len(best)} answers hold {chars:,} characters together; "
+            f"at most {max_answer_chars:,} are allowed",
         )
     best_logit = next(iter(best.values()))
     return Decoded(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bertqa.errors import InvalidArgument
 from bertqa.manifest import Manifest
 from bertqa.targets import ServedTarget
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
@@ -47,8 +48,8 @@ def model_config(model: str, manifests: Mapping[int, Manifest], serving: Serving
         serving: which of them are loaded.
 
     Raises:
-        ValueError: the loaded versions run on different targets, or on a GPU with different buckets, which one model
-            cannot.
+        InvalidArgument: the loaded versions run on different targets, or on a GPU with different buckets, and so cannot
+            be one model.
     """
     pb = _messages()
     loaded = [manifests[version] for version in serving.loaded]
@@ -108,11 +109,12 @@ def _messages() -> Any:
 def _common_target(loaded: Sequence[Manifest]) -> ServedTarget:
     targets = {manifest.target for manifest in loaded}
     if len(targets) != 1:
-        raise ValueError(f"loaded: versions for {' and '.join(sorted(targets))} cannot be one model")
+        raise InvalidArgument(("loaded",), f"versions for {' and '.join(sorted(targets))} cannot be one model")
     buckets = {manifest.buckets for manifest in loaded}
     if loaded[0].served.has_profiles and len(buckets) != 1:  # the profiles are named once for all versions
-        raise ValueError(
-            f"loaded: versions with the buckets {' and '.join(map(str, sorted(buckets)))} cannot be one model"
+        raise InvalidArgument(
+            ("loaded",),
+            f"versions with the buckets {' and '.join(map(str, sorted(buckets)))} cannot be one model",
         )
     return loaded[0].served
 

@@ -17,6 +17,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from bertqa.errors import InvalidArgument
+
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 """The engine's inputs, in order; each int32 of shape (1, length)."""
 OUTPUT_NAMES = ("start_logits", "end_logits")
@@ -101,11 +103,12 @@ class WindowMaker:
         """Bind a tokenizer and the limits, in tokens.
 
         Raises:
-            ValueError: the tokenizer has no [CLS], [SEP] or [PAD], or a limit is out of range.
+            InvalidArgument: a limit is out of range.
+            ValueError: the tokenizer has no [CLS], [SEP] or [PAD].
         """
         self.buckets = tuple(sorted(buckets))
         if not self.buckets or self.buckets[0] < 1:
-            raise ValueError(f"buckets must be positive lengths, not {tuple(buckets)}")
+            raise InvalidArgument(("buckets",), f"must be positive lengths; got {tuple(buckets)}")
         self.max_seq_len = max_seq_len
         self.max_question_tokens = max_question_tokens
         self.overlap = overlap
@@ -185,9 +188,9 @@ class WindowMaker:
                 milliseconds with the tokenizers of BERT. Others tokenize a text in one step, without holding the GIL.
 
         Raises:
-            ValueError: a text is not valid Unicode (lone surrogates), the question holds no token, a limit is out of
-                range, or the context comes to more than ``max_windows``; the message begins with the name of the
-                argument. For too many windows that is ``overlap`` if one was given, else ``context``.
+            InvalidArgument: a text is not valid Unicode (lone surrogates), the question holds no token, a limit is out
+                of range, or the context needs more than ``max_windows``; that names ``overlap`` if one was given, else
+                ``context``.
         """
         max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
         if max_question_tokens is None:
@@ -198,24 +201,25 @@ class WindowMaker:
 
         question_ids = self._tokens(question, check)[0]
         if not len(question_ids):
-            raise ValueError("question: holds no token that the model knows")
+            raise InvalidArgument(("question",), "holds no token that the model knows")
         kept = question_ids[:max_question_tokens]
         head = np.array([self._cls, *kept, self._sep], dtype=np.int32)
         room = max_seq_len - len(head) - 1
         given, overlap = overlap, min(self.overlap, room // 2) if overlap is None else overlap
         if not 0 <= overlap < room:
-            raise ValueError(
-                f"overlap: must be from 0 to {room - 1}, the context tokens that a window of {max_seq_len} holds "
-                f"beside this question, less one; got {overlap!r:.40}"
+            raise InvalidArgument(
+                ("overlap",),
+                f"must be from 0 to {room - 1}, the context tokens that a window of {max_seq_len} holds "
+                f"beside this question, less one; got {overlap!r:.40}",
             )
 
         ids, starts, ends, words = self._tokens(context, check)
         firsts = range(0, max(len(ids) - overlap, 1), room - overlap) if len(ids) else range(0)
         if max_windows is not None and len(firsts) > max_windows:
-            field = "context" if given is None else "overlap"
-            raise ValueError(
-                f"{field}: a text of {len(ids):,} tokens comes to {len(firsts):,} windows that hold {room} of them and "
-                f"share {overlap}; at most {max_windows:,} are allowed"
+            raise InvalidArgument(
+                ("context" if given is None else "overlap",),
+                f"a text of {len(ids):,} tokens comes to {len(firsts):,} windows that hold {room} of them and "
+                f"share {overlap}; at most {max_windows:,} are allowed",
             )
         return Windows(
             context=context,
@@ -284,14 +288,15 @@ class WindowMaker:
     def _check_limits(self, max_seq_len: int, max_question_tokens: int) -> None:
         shortest = SPECIAL_TOKENS + 2  # one token of the question and one of the context
         if not shortest <= max_seq_len <= self.buckets[-1]:
-            raise ValueError(
-                f"max_seq_len: must be from {shortest} to {self.buckets[-1]}, the longest bucket; "
-                f"got {max_seq_len!r:.40}"
+            raise InvalidArgument(
+                ("max_seq_len",),
+                f"must be from {shortest} to {self.buckets[-1]}, the longest bucket; got {max_seq_len!r:.40}",
             )
         if not 1 <= max_question_tokens <= max_seq_len - SPECIAL_TOKENS - 1:
-            raise ValueError(
-                f"max_question_tokens: must be from 1 to max_seq_len - {SPECIAL_TOKENS + 1} = "
-                f"{max_seq_len - SPECIAL_TOKENS - 1}; got {max_question_tokens!r:.40}"
+            raise InvalidArgument(
+                ("max_question_tokens",),
+                f"must be from 1 to max_seq_len - {SPECIAL_TOKENS + 1} = "
+                f"{max_seq_len - SPECIAL_TOKENS - 1}; got {max_question_tokens!r:.40}",
             )
 
     def _special(self, token: str) -> int:
@@ -354,9 +359,9 @@ def check_unicode(name: str, text: str) -> None:
     """Refuse a text with lone surrogates, which no UTF-8 text can hold.
 
     Raises:
-        ValueError: the message begins with ``name`` and gives the place.
+        InvalidArgument: of that name; the reason gives the character.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: not valid Unicode, lone surrogate at character {error.start}") from None
+        raise InvalidArgument((name,), f"not valid Unicode, lone surrogate at character {error.start}") from None

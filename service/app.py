@@ -26,6 +26,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from bertqa.errors import InvalidArgument
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
 from service.api import errors, hugging_face, v1
@@ -161,7 +162,7 @@ def create_app(
 
     operate("/", _page, response_class=HTMLResponse)
     operate("/health/live", _live, response_model=Health)
-    operate("/health/ready", _ready, errors.InvalidField, errors.Stopping, *errors.ENGINE, response_model=Health)
+    operate("/health/ready", _ready, InvalidArgument, errors.Stopping, *errors.ENGINE, response_model=Health)
     operate("/info", _info, response_model=Info)
     if settings.metrics != "off":
         operate("/metrics", _metrics, response_class=PlainTextResponse)

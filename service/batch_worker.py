@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from bertqa.backoff import pauses
+from bertqa.errors import InvalidArgument
 from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import Bundle, BundleMismatch, sha256_of
 from bertqa.spans import InvalidLogits, Logits
 from bertqa.windows import Window
-from service.api.errors import InvalidField, first_problem
+from service.api.errors import first_problem
 from service.api.schemas import AnswerRequest, AnswerResponse
 from service.api.v1 import to_question, to_response
 from service.inference.pipeline import Answerer, side_by_side
@@ -192,22 +193,25 @@ class PartAnswerer:
             result = await self._result(to_question(query, self._served))
         except ValidationError as error:
             return {"error": str(self._in_words_of_the_file(first_problem(error.errors())))}
-        except InvalidField as error:
+        except InvalidArgument as error:
             return {"error": str(self._in_words_of_the_file(error))}
         except _FAILURES as error:
             return {"error": f"engine: {error}"}
         return _columns(to_response(query, result))
 
-    def _in_words_of_the_file(self, error: InvalidField) -> InvalidField:
-        context = self._asking.context_column
-        names = {"context": context, "contexts": context, "contexts[0]": context}
-        return error.renamed({**names, "question": self._asking.question_column})
+    def _in_words_of_the_file(self, error: InvalidArgument) -> InvalidArgument:
+        match error.location:
+            case ("context",) | ("contexts", *_):
+                return error.at(self._asking.context_column)
+            case ("question",):
+                return error.at(self._asking.question_column)
+        return error
 
     async def _result(self, question: Question) -> Result:
         """Answer a question, however often the engine is away meanwhile, or find that it fails on this one alone.
 
         Raises:
-            InvalidField: the question is outside the limits.
+            InvalidArgument: the question is outside the limits.
             ModelError, InvalidLogits: the engine fails on it, time and again right after a harmless one.
             BundleMismatch: Triton has loaded another engine.
             BatchStopped: the engine has been away for longer than the patience.
@@ -410,11 +414,11 @@ def _bytes(column: pa.Array) -> list[bytes | None]:
 
 def _text(field: str, raw: bytes | None) -> str:
     if raw is None:
-        raise InvalidField(field, "must not be null")
+        raise InvalidArgument((field,), "must not be null")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidField(field, f"not valid UTF-8 at byte {error.start}") from None
+        raise InvalidArgument((field,), f"not valid UTF-8 at byte {error.start}") from None
 
 
 def _columns(response: AnswerResponse) -> dict[str, Any]:

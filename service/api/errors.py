@@ -1,6 +1,7 @@
 """Everything that can go wrong with a request, and the one table from exception to HTTP status.
 
-The tree, beside `service.triton.errors.ModelError` for the engine's side::
+Fields that are not acceptable are `bertqa.errors.InvalidArgument`, 422, wherever they are found; errors of the engine's
+side are `service.triton.errors.ModelError`. The rest is this tree::
 
     RequestError               what the client can mend
     ├── MalformedHttp          400, not HTTP
@@ -11,7 +12,6 @@ The tree, beside `service.triton.errors.ModelError` for the engine's side::
     ├── SlowRequest            408, did not arrive in time
     ├── BodyTooLarge           413
     ├── NotJson                415, content type or encoding say so
-    ├── InvalidField           422, a field is missing, unknown, of the wrong type or out of range
     ├── RateLimited            429, a key is used more often than it may be
     ├── HeadTooLarge           431
     ├── BodiesOverloaded       503
@@ -22,7 +22,7 @@ import json
 import logging
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -33,6 +33,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
 
+from bertqa.errors import InvalidArgument, Location, render
 from bertqa.manifest import BundleMismatch
 from bertqa.spans import InvalidLogits
 from service.api.schemas import Problem
@@ -130,30 +131,6 @@ class Stopping(Exception):
     """The process has been told to end; said by the readiness probe alone."""
 
 
-class InvalidField(RequestError):
-    """A field of the request is not acceptable."""
-
-    def __init__(self, field: str, problem: str) -> None:
-        """Name the field as a client would write it, e.g. ``contexts[3]``, and say what is wrong with its value."""
-        super().__init__(f"{field}: {problem}")
-        self.field = field
-        self.problem = problem
-
-    @classmethod
-    def from_value_error(cls, error: ValueError) -> "InvalidField":
-        """Take over an error of the core, whose messages begin with the name of the argument."""
-        field, _, problem = str(error).partition(": ")
-        return cls(field, problem)
-
-    def renamed(self, names: Mapping[str, str]) -> "InvalidField":
-        """The same problem in the words of another API."""
-        return InvalidField(names.get(self.field, self.field), self.problem)
-
-    def inside(self, place: str) -> "InvalidField":
-        """The same problem with a field of an object that lies inside the request."""
-        return InvalidField(f"{place}.{self.field}", self.problem)
-
-
 STATUS: Mapping[type[Exception], tuple[int, str]] = {
     MalformedHttp: (400, "malformed_http"),
     MalformedBody: (400, "malformed_json"),
@@ -163,7 +140,7 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
     SlowRequest: (408, "slow_request"),
     BodyTooLarge: (413, "body_too_large"),
     NotJson: (415, "not_json"),
-    InvalidField: (422, "validation"),
+    InvalidArgument: (422, "validation"),
     RateLimited: (429, "rate_limited"),
     HeadTooLarge: (431, "head_too_large"),
     ClientDisconnect: (499, "client_disconnected"),  # nobody reads it, but the metrics count it
@@ -188,7 +165,7 @@ QUESTIONS: tuple[type[Exception], ...] = (
     BodyTooLarge,
     BodiesOverloaded,
     NotJson,
-    InvalidField,
+    InvalidArgument,
     *ENGINE,
 )
 """What a route raises that takes questions."""
@@ -246,7 +223,7 @@ def described(*raised: type[Exception]) -> dict[int | str, dict[str, Any]]:
 
 
 def _example(error_type: str, text: str) -> dict[str, str | None]:
-    field = "top_k" if error_type == STATUS[InvalidField][1] else None
+    field = "top_k" if error_type == STATUS[InvalidArgument][1] else None
     return {
         "error": f"{field}: must be at most 100; got 500" if field else text,
         "error_type": error_type,
@@ -270,7 +247,8 @@ def respond(scope: Scope, error: Exception) -> Response:
     """Answer an exception of the table, and let metrics and log know."""
     status, error_type = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
     scope["error_type"] = error_type  # for the metrics
-    field, headers = getattr(error, "field", None), getattr(error, "headers", None)
+    field = render(error.location) if isinstance(error, InvalidArgument) else None
+    headers = getattr(error, "headers", None)
     if isinstance(error, ModelOverloaded):  # counted, but not logged one by one: refusing must stay cheap
         headers = {"retry-after": str(max(math.ceil(error.retry_after_s), 1))}
     elif status >= 500 and not isinstance(error, BodiesOverloaded) and route_of(scope) != readiness.ROUTE:
@@ -297,17 +275,16 @@ async def _http(request: Request, error: Exception) -> Response:
     return error_response(error.status_code, error_type, message, headers=headers)
 
 
-def first_problem(errors: Iterable[Any]) -> InvalidField:
+def first_problem(errors: Iterable[Any]) -> InvalidArgument:
     """Say the first of pydantic's findings in a plain sentence that names the field as a client would write it."""
     found = next(iter(errors))
-    field = field_name(found["loc"])
+    location: Location = found["loc"]
+    if location[:1] == ("body",):  # FastAPI's own, for the parameter
+        location = location[1:]
     kind, limits, value = found["type"], found.get("ctx", {}), found.get("input")
-    if kind == "value_error":  # ours, from a validator
-        own = str(limits["error"])
-        if ": " not in own:
-            return InvalidField(field, own)
-        inner = InvalidField.from_value_error(limits["error"])
-        return inner if field == "body" else inner.inside(field)
+    if kind == "value_error":  # raised by a validator of ours
+        own = limits["error"]
+        return own.within(*location) if isinstance(own, InvalidArgument) else InvalidArgument(location, str(own))
     shown = _SHORT.repr(value)
     problems = {
         "missing": "required",
@@ -329,16 +306,8 @@ def first_problem(errors: Iterable[Any]) -> InvalidField:
         "string_too_short": "must not be empty",
         "too_short": "must not be empty",
     }
-    return InvalidField(field, problems.get(kind, found["msg"]))
+    return InvalidArgument(location, problems.get(kind, found["msg"]))
 
 
 _SHORT = reprlib.Repr()  # a client's value may be large, or nested more deeply than `repr` can follow
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 40, 40, 40
-
-
-def field_name(location: Sequence[str | int]) -> str:
-    """Turn pydantic's location into the path that a client would write: ``questions[2].top_k``."""
-    name = ""
-    for part in location[1:] if location[:1] == ("body",) else location:
-        name += f"[{part}]" if isinstance(part, int) else f".{part:.60}" if part else '.""'  # unknown ones may be long
-    return name.removeprefix(".") or "body"

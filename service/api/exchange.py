@@ -13,7 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api.errors import InvalidField, MalformedBody, NotJson
+from bertqa.errors import InvalidArgument
+from service.api.errors import MalformedBody, NotJson
 from service.inference.memory import Account
 from service.inference.pipeline import Answerer
 from service.inference.question import Result
@@ -207,13 +208,13 @@ def deadline_of(request: Request, longest_s: float) -> float:
     """The moment, in `time.monotonic` seconds, by which a request that came just now must be answered.
 
     Raises:
-        InvalidField: the client's own limit in ``x-timeout-ms`` is not a positive whole number.
+        InvalidArgument: the client's own limit in ``x-timeout-ms`` is not a positive whole number.
     """
     wish = request.headers.get(DEADLINE_HEADER)
     if wish is not None:
         if not (wish.isascii() and wish.isdigit() and len(wish) < 10 and int(wish)):
-            raise InvalidField(
-                DEADLINE_HEADER,
+            raise InvalidArgument(
+                (DEADLINE_HEADER,),
                 f"must be a whole number of milliseconds from 1 to {MAX_TIMEOUT_MS:,}; got {wish!r:.40}",
             )
         longest_s = min(longest_s, int(wish) / 1000)

@@ -16,9 +16,10 @@ from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
+from bertqa.errors import InvalidArgument, Location
 from bertqa.spans import Answer
 from bertqa.windows import SPECIAL_TOKENS
-from service.api.errors import QUESTIONS, InvalidField, NoSuchModel, described, first_problem
+from service.api.errors import QUESTIONS, NoSuchModel, described, first_problem
 from service.api.exchange import (
     DEADLINE_PARAMETER,
     JsonRoute,
@@ -35,13 +36,15 @@ from service.inference.registry import Served
 MAX_ANSWER_LEN = 15
 """Default answer limit of the ``transformers`` pipeline, in tokens."""
 
-_OWN_NAMES = {
-    "contexts": "context",
-    "contexts[0]": "context",
+_PARAMETERS = {
+    "top_k": "top_k",
     "overlap": "doc_stride",
     "max_answer_tokens": "max_answer_len",
+    "max_seq_len": "max_seq_len",
     "max_question_tokens": "max_question_len",
+    "align_to_words": "align_to_words",
 }
+"""Names of `Question`'s fields among `Parameters`."""
 
 
 _AS_TEXT = {"integer": r"^-?[0-9]{1,9}$", "boolean": "^(true|false|True|False)$"}
@@ -179,19 +182,22 @@ async def question_answering(body: HuggingFaceRequest, request: Request) -> Resp
 async def _answer(body: HuggingFaceRequest, request: Request, model: Served) -> Response:
     answerer = answerer_of(request)
     if (body.inputs is None) == (not body.instances):
-        raise InvalidField("inputs", "required; exactly one of `inputs` and `instances` must be given")
+        raise InvalidArgument(("inputs",), "required; exactly one of `inputs` and `instances` must be given")
     if len(body.instances or ()) > answerer.settings.max_questions:
-        raise InvalidField("instances", f"must be at most {answerer.settings.max_questions}")
+        raise InvalidArgument(("instances",), f"must be at most {answerer.settings.max_questions}")
     parameters = body.parameters or _of_query(request)
-    asked = [body.inputs] if body.inputs is not None else body.instances or []
-    questions = [to_question(each, parameters, model) for each in asked]
+    if body.inputs is not None:
+        questions = [to_question(body.inputs, parameters, model, ("inputs",))]
+    else:
+        questions = [
+            to_question(each, parameters, model, ("instances", number))
+            for number, each in enumerate(body.instances or ())
+        ]
     work = answerer.answer_all(questions, deadline=deadline_of(request, answerer.settings.deadline_s))
     try:
         results = await unless_gone(request, work)
-    except InvalidField as error:
-        if parameters.doc_stride is None:  # then the overlap came of the length
-            error = error.renamed({"questions[0].overlap": "max_seq_len"})
-        raise _renamed(error, single=body.inputs is not None) from None
+    except InvalidArgument as error:
+        raise _as_sent(error, parameters) from None
 
     def write() -> bytes:
         # One by one: each call into C is a short one.
@@ -205,8 +211,11 @@ async def _answer(body: HuggingFaceRequest, request: Request, model: Served) -> 
     return Response(text, headers=reply_headers(results), media_type="application/json")
 
 
-def to_question(inputs: Inputs, parameters: Parameters, model: Served) -> Question:
-    """Translate a request. Values that the client gave are kept or refused later; defaults adapt to them."""
+def to_question(inputs: Inputs, parameters: Parameters, model: Served, location: Location = ()) -> Question:
+    """Translate a request, or the part of one at a location.
+
+    Values that the client gave are kept or refused later; defaults adapt to them.
+    """
     manifest = model.bundle.manifest
     wanted = parameters.max_seq_len or manifest.max_seq_len
     max_seq_len = min(max(wanted, min(manifest.buckets)), manifest.max_seq_len)
@@ -223,6 +232,7 @@ def to_question(inputs: Inputs, parameters: Parameters, model: Served) -> Questi
         max_seq_len=max_seq_len,
         max_question_tokens=question_len,
         align_to_words=parameters.align_to_words is not False,
+        location=location,
     )
 
 
@@ -258,18 +268,20 @@ def _of_query(request: Request) -> Parameters:
         return Parameters()
     given = request.query_params.multi_items()
     if twice := [name for name, count in Counter(name for name, _ in given).items() if count > 1]:
-        raise InvalidField(f"{twice[0]:.60}", "stands twice in the query string")
+        raise InvalidArgument((twice[0],), "stands twice in the query string")
     try:
         return Parameters.model_validate(dict(given))
     except ValidationError as error:
         raise first_problem(error.errors()) from None
 
 
-def _renamed(error: InvalidField, *, single: bool) -> InvalidField:
-    """The field in this API's words: ``questions[2].overlap`` is ``parameters.doc_stride`` of any instance."""
-    place, _, field = error.field.rpartition(".")
-    name = _OWN_NAMES.get(field, field)
-    if name in Parameters.model_fields:
-        return InvalidField(f"parameters.{name}", error.problem)
-    where = "inputs" if single else place.replace("questions", "instances")
-    return InvalidField(f"{where}.{name}" if place else name, error.problem)
+def _as_sent(error: InvalidArgument, parameters: Parameters) -> InvalidArgument:
+    """Name the field as this API does: an ``overlap`` is ``parameters.doc_stride``, of whichever instance."""
+    match error.location:
+        case (*place, "contexts") | (*place, "contexts", int()):
+            return error.at(*place, "context")
+        case (*_, "overlap") if parameters.doc_stride is None:  # then it follows from the length of a window
+            return error.at("parameters", "max_seq_len")
+        case (*_, str(field)) if field in _PARAMETERS:
+            return error.at("parameters", _PARAMETERS[field])
+    return error

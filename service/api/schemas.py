@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bertqa.errors import InvalidArgument
 from bertqa.graphemes import OffsetUnit
 from bertqa.spans import MAX_ANSWER_TOKENS
 
@@ -91,7 +92,7 @@ class AnswerRequest(BaseModel):
     def _one_of_both(self) -> "AnswerRequest":
         if (self.context is None) == (self.contexts is None):
             given = "neither" if self.context is None else "both"
-            raise ValueError(f"context: exactly one of `context` and `contexts` must be given, not {given}")
+            raise InvalidArgument(("context",), f"exactly one of `context` and `contexts` must be given, not {given}")
         return self
 
     @property

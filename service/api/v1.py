@@ -9,10 +9,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from bertqa.errors import InvalidArgument, Location
 from bertqa.graphemes import offset_in
 from bertqa.manifest import Bundle, Manifest
 from bertqa.spans import best_of_each_window
-from service.api.errors import QUESTIONS, InvalidField, described
+from service.api.errors import QUESTIONS, described
 from service.api.exchange import (
     DEADLINE_PARAMETER,
     JsonRoute,
@@ -50,8 +51,8 @@ async def answer(query: AnswerRequest, request: Request) -> Response:
     try:
         question = to_question(query, answerer.models[query.model])
         result = await unless_gone(request, answerer.answer(question, deadline=deadline))
-    except InvalidField as error:
-        raise _renamed(error, query) from None
+    except InvalidArgument as error:
+        raise _as_sent(error, query) from None
 
     def write(check: Check) -> bytes:
         response = to_response(query, result, check)
@@ -68,20 +69,19 @@ async def answers(query: AnswersRequest, request: Request) -> Response:
     answerer = answerer_of(request)
     settings = answerer.settings
     if len(query.questions) > settings.max_questions:
-        raise InvalidField("questions", f"must be at most {settings.max_questions}; got {len(query.questions)}")
+        raise InvalidArgument(("questions",), f"must be at most {settings.max_questions}; got {len(query.questions)}")
     deadline = deadline_of(request, settings.deadline_s)
     questions = []
     for number, each in enumerate(query.questions):
+        place = ("questions", number)
         try:
-            questions.append(to_question(each, answerer.models[each.model]))
-        except InvalidField as error:
-            raise error.inside(f"questions[{number}]") from None
+            questions.append(to_question(each, answerer.models[each.model], place))
+        except InvalidArgument as error:
+            raise error.within(*place) from None
     try:
         results = await unless_gone(request, answerer.answer_all(questions, deadline=deadline))
-    except InvalidField as error:
-        place, _, field = error.field.partition(".")
-        number = int(place.removeprefix("questions[").removesuffix("]"))
-        raise _renamed(InvalidField(field, error.problem), query.questions[number]).inside(place) from None
+    except InvalidArgument as error:
+        raise _as_sent(error, query) from None
     pairs = list(zip(query.questions, results, strict=True))
 
     def write(check: Check) -> bytes:
@@ -107,8 +107,8 @@ def _item(bundle: Bundle) -> ModelItem:
     return ModelItem(**{**facts, "name": bundle.model, "checkpoint": manifest.name, "version": bundle.version})
 
 
-def to_question(query: AnswerRequest, model: Served) -> Question:
-    """Translate a request."""
+def to_question(query: AnswerRequest, model: Served, location: Location = ()) -> Question:
+    """Translate a request, or the part of one at a location."""
     return Question(
         model=model,
         question=query.question,
@@ -116,6 +116,7 @@ def to_question(query: AnswerRequest, model: Served) -> Question:
         top_k=query.top_k,
         max_answer_tokens=query.max_answer_tokens,
         overlap=query.overlap,
+        location=location,
     )
 
 
@@ -171,9 +172,14 @@ def _explain(query: AnswerRequest, result: Result, manifest: Manifest, check: Ch
     )
 
 
-def _renamed(error: InvalidField, query: AnswerRequest) -> InvalidField:
-    """Name the one text as the client did."""
-    return error if query.context is None else error.renamed({"contexts": "context", "contexts[0]": "context"})
+def _as_sent(error: InvalidArgument, query: AnswerRequest | AnswersRequest) -> InvalidArgument:
+    """Name the text of a question ``context`` where the client did."""
+    match query, error.location:
+        case AnswerRequest(context=str()), ("contexts", *_):
+            return error.at("context")
+        case AnswersRequest(), ("questions", int(number), *field):
+            return _as_sent(error.at(*field), query.questions[number]).within("questions", number)
+    return error
 
 
 def _timings(results: Sequence[Result]) -> Timings:

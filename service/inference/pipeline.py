@@ -6,14 +6,14 @@ Knows no HTTP: a `Question` goes in, a `Result` comes out, and errors are those 
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from bertqa.errors import InvalidArgument, Location
 from bertqa.spans import Logits, decode
 from bertqa.windows import Window, Windows
-from service.api.errors import InvalidField
 from service.inference.admission import Call
 from service.inference.cache import Cache
 from service.inference.memory import Account, MemoryBudget
@@ -103,11 +103,8 @@ class Answerer:
         return max(model.admission.expected_wait(self._pool.abandoned) for model in self.models)
 
     async def answer(self, question: Question, *, deadline: float) -> Result:
-        """Answer one question; arguments and errors as in `answer_all`, but fields are named without their place."""
-        try:
-            return (await self.answer_all([question], deadline=deadline))[0]
-        except InvalidField as error:
-            raise InvalidField(error.field.removeprefix("questions[0]."), error.problem) from None
+        """Answer one question; arguments and errors as in `answer_all`."""
+        return (await self.answer_all([question], deadline=deadline))[0]
 
     async def answer_all(self, questions: Sequence[Question], *, deadline: float) -> list[Result]:
         """Answer the questions of one call side by side, all or none.
@@ -117,7 +114,7 @@ class Answerer:
             deadline: `time.monotonic` seconds.
 
         Raises:
-            InvalidField: a question is outside the limits; ``questions[i].`` and a field of `Question` are named.
+            InvalidArgument: a question is outside the limits; its location ends with a field of `Question`.
             BundleMismatch: as in `Served.verify`.
             ModelOverloaded: it would have to wait too long for the engine, or there is no memory for it.
             ModelError: the engine did not answer.
@@ -151,9 +148,9 @@ class Answerer:
             if len(new) > 1:
                 # All or none are admitted and valid; then each is a computation of its own, for others to join.
                 self._check_room(new, call)
-                tokenized = await self._prepare(new, [places[question] for question in new], call, account)
+                tokenized = await self._prepare(new, call, account)
                 ready = dict(zip(new, tokenized, strict=True))
-            work = [self._look_up(question, place, ready.get(question), call) for question, place in places.items()]
+            work = [self._look_up(question, ready.get(question), call) for question in places]
             found = dict(zip(places, [await work[0]] if len(work) == 1 else await side_by_side(work), strict=True))
         results = []
         for number, question in enumerate(questions):
@@ -166,11 +163,11 @@ class Answerer:
                 self.metrics.looked_up(result.source, caches)
         return results
 
-    async def _look_up(self, question: Question, place: int, tokenized: Tokenized | None, call: Call) -> Result:
+    async def _look_up(self, question: Question, tokenized: Tokenized | None, call: Call) -> Result:
         async def compute() -> Result:
             if tokenized is None:
                 self._check_room([question], call)
-                return (await self._answer([question], call))[0]
+                return (await self._answer([replace(question, location=())], call))[0]  # for whoever joins
             return await self._infer(tokenized, call)
 
         try:
@@ -178,9 +175,8 @@ class Answerer:
             found, source = await self._cache_of(question.model).get(question, compute, deadline=call.deadline)
         except TimeoutError:
             raise ModelTimeout("The deadline passed before somebody else's same question was answered.") from None
-        except InvalidField as error:  # perhaps of somebody who asked it in another place
-            field = error.field.removeprefix("questions[0].")
-            raise InvalidField(field, error.problem).inside(f"questions[{place}]") from None
+        except InvalidArgument as error:
+            raise error.within(*question.location) from None
         if source == "hit":
             found = replace(found, tokenize_s=0.0, infer_s=0.0, decode_s=0.0)
         return replace(found, source=source)
@@ -197,25 +193,25 @@ class Answerer:
 
     async def _answer(self, questions: Sequence[Question], call: Call) -> list[Result]:
         with self.memory.account() as account:
-            tokenized = await self._prepare(questions, range(len(questions)), call, account)
+            tokenized = await self._prepare(questions, call, account)
             if len(tokenized) == 1:
                 return [await self._infer(tokenized[0], call)]
             return await side_by_side([self._infer(each, call) for each in tokenized])
 
-    async def _prepare(
-        self, questions: Sequence[Question], places: Sequence[int], call: Call, account: Account
-    ) -> list[Tokenized]:
-        """Tokenize all before the engine hears of any; ``places`` are theirs among all that were asked."""
+    async def _prepare(self, questions: Sequence[Question], call: Call, account: Account) -> list[Tokenized]:
+        """Tokenize all before the engine hears of any."""
         tokenized: list[Tokenized] = []
         room, quick_s = MAX_WINDOWS, INLINE_S
         with ExitStack() as arriving:
             for model in {question.model for question in questions}:
                 arriving.enter_context(model.admission.arriving())
                 await model.verify(deadline=call.deadline)
-            for question, place in zip(questions, places, strict=True):
-                with _named(place):
-                    quick_s -= tokenizing_s(question.question, *question.contexts)
+            for question in questions:
+                quick_s -= tokenizing_s(question.question, *question.contexts)
+                try:
                     tokenized.append(await self._tokenize(question, room, quick_s >= 0, call))
+                except InvalidArgument as error:
+                    raise error.within(*question.location) from None
                 room -= tokenized[-1].windows
                 account.add(tokenized[-1].bytes)
         return tokenized
@@ -237,8 +233,8 @@ class Answerer:
         tokenized = Tokenized(question, documents, time.perf_counter() - started)
         if tokenized.tokens * question.max_answer_tokens > MAX_SPANS:
             limit = MAX_SPANS // tokenized.tokens
-            raise InvalidField(
-                "max_answer_tokens", f"must be at most {limit} for texts of {tokenized.tokens:,} tokens together"
+            raise InvalidArgument(
+                ("max_answer_tokens",), f"must be at most {limit} for texts of {tokenized.tokens:,} tokens together"
             )
         self.metrics.tokenized(tokenized.seconds, tokenized.windows, documents[0].question_truncated)
         identity = question.model.bundle.manifest.identity
@@ -261,8 +257,8 @@ class Answerer:
                         max_windows=max_windows,
                     )
                 )
-            except ValueError as error:
-                raise InvalidField.from_value_error(error).renamed({"context": f"contexts[{number}]"}) from None
+            except InvalidArgument as error:
+                raise error.at("contexts", number) if error.location == ("context",) else error from None
             max_windows -= len(documents[-1].windows)
         return tuple(documents)
 
@@ -322,36 +318,28 @@ class Answerer:
         """Hold a question against the limits, before anything is made of it."""
         settings = self.settings
         if len(question.question) > settings.max_question_chars:
-            raise _too_many("question", settings.max_question_chars, "characters", len(question.question))
+            raise _too_many(("question",), settings.max_question_chars, "characters", len(question.question))
         if len(question.contexts) > settings.max_contexts:
-            raise _too_many("contexts", settings.max_contexts, "texts", len(question.contexts))
+            raise _too_many(("contexts",), settings.max_contexts, "texts", len(question.contexts))
         chars = question.chars
         if chars > settings.max_context_chars:
-            raise _too_many("contexts", settings.max_context_chars, "characters together", chars)
-        for field, text in (("question", question.question), *_numbered(question.contexts)):
-            if not text or text.isspace():
-                raise InvalidField(field, "must hold more than white space")
+            raise _too_many(("contexts",), settings.max_context_chars, "characters together", chars)
+        if not question.question or question.question.isspace():
+            raise InvalidArgument(("question",), _EMPTY)
+        for number, context in enumerate(question.contexts):
+            if not context or context.isspace():
+                raise InvalidArgument(("contexts", number), _EMPTY)
 
 
-def _numbered(contexts: Sequence[str]) -> list[tuple[str, str]]:
-    return [(f"contexts[{number}]", context) for number, context in enumerate(contexts)]
+_EMPTY = "must hold more than white space"
 
 
-def _too_many(field: str, limit: int, unit: str, got: int) -> InvalidField:
-    return InvalidField(field, f"must be at most {limit:,} {unit}; got {got:,}")
+def _too_many(location: Location, limit: int, unit: str, got: int) -> InvalidArgument:
+    return InvalidArgument(location, f"must be at most {limit:,} {unit}; got {got:,}")
 
 
 def _no_check() -> None:
     """Let work go on to its end."""
-
-
-@contextmanager
-def _named(place: int) -> Iterator[None]:
-    """Name the question in which a field is not as it must be."""
-    try:
-        yield
-    except InvalidField as error:
-        raise error.inside(f"questions[{place}]") from None
 
 
 async def side_by_side(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,9 +1,10 @@
 """What is asked, and what becomes of it: a `Question` becomes `Tokenized`, and that a `Result`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from sys import getsizeof
 
+from bertqa.errors import Location
 from bertqa.spans import MAX_ANSWER_TOKENS, Answer, Decoded, Logits
 from bertqa.windows import Window, Windows
 from service.inference.cache import Source
@@ -25,6 +26,7 @@ class Question:
     max_seq_len: int | None = None  # tokens
     max_question_tokens: int | None = None
     align_to_words: bool = True
+    location: Location = field(default=(), compare=False)  # of the question in the client's request, for errors
 
     @property
     def chars(self) -> int:

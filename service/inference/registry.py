@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+from bertqa.errors import InvalidArgument
 from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch
 from bertqa.repository import SERVING_FILE, Repository
-from service.api.errors import InvalidField
 from service.inference.admission import Admission
 from service.inference.cache import Cache
 from service.inference.readiness import Readiness
@@ -93,12 +93,12 @@ class Models:
         """The model of that name; without one, the default.
 
         Raises:
-            InvalidField: there is none; the message names those that there are.
+            InvalidArgument: there is none; the message names those that there are.
         """
         try:
             return self._served[self.default if name is None else name]
         except KeyError:
-            raise InvalidField("model", f"must be one of {', '.join(self.names)}; got {name!r:.100}") from None
+            raise InvalidArgument(("model",), f"must be one of {', '.join(self.names)}; got {name!r:.100}") from None
 
     def put(self, served: Served) -> None:
         """Let a version answer in place of the one that did."""

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from bertqa.errors import InvalidArgument
 from bertqa.manifest import Bundle, Manifest
 from bertqa.repository import Repository
 from bertqa.spans import Logits
@@ -96,7 +97,7 @@ class Stuck:
     def __call__(self, *arguments: object, **options: object) -> None:
         self.begun.release()
         self.go_on.wait(60)
-        raise ValueError("question: was let go")
+        raise InvalidArgument(("question",), "was let go")
 
 
 @contextmanager
