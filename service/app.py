@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,13 @@ from bertqa.errors import InvalidArgument
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
 from service.api import errors, hugging_face, v1
-from service.api.exchange import DEADLINE_HEADER, answerer_of
+from service.api.exchange import DEADLINE_HEADER, pipeline_of
 from service.api.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
-from service.inference.pipeline import Answerer
-from service.inference.registry import Follower, Models, Served
+from service.inference.cache import CachedPipeline
+from service.inference.pipeline import Pipeline
+from service.inference.probe import check_ready, is_ready
+from service.inference.registry import ModelRegistry, ServedModel
+from service.inference.watcher import RepositoryWatcher
 from service.inference.worker_pool import Watchman
 from service.keys import Guard, Keyring, KeysError, needs_key
 from service.middleware.edge import Edge
@@ -90,12 +94,14 @@ def create_app(
             except ImportError as error:
                 log.warning("no traces: %s; %s", error, tracing.INSTALL)
         triton = engine or Channels.from_settings(settings, watch_circuit=metrics.circuit)
-        follower = Follower(Repository(settings.repository), triton, metrics, settings)
+        watcher = RepositoryWatcher(Repository(settings.repository), triton, metrics, settings)
         if bundle:
-            models = Models(bundle.model, {bundle.model: Served(bundle, triton, metrics, settings)})
+            models = ModelRegistry(bundle.model, {bundle.model: ServedModel(bundle, triton, metrics, settings)})
         else:
-            models = follower.start(settings.model or None)
-        app.state.answerer = answerer = Answerer(models, settings, metrics)
+            models = watcher.start(settings.model or None)
+        app.state.pipeline = pipeline = Pipeline(models, settings, metrics)
+        cached = CachedPipeline(pipeline, settings.cache_mb << 20, metrics) if settings.cache_mb else None
+        app.state.answering = cached or pipeline
         metrics.built(version=own_version())
         metrics.serves(each.bundle for each in models)
         # What is loaded by now stays for good: the garbage collector need not walk it with every full collection.
@@ -103,11 +109,11 @@ def create_app(
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples, and no cycles of note
         shutdown.listen()
-        following = [asyncio.create_task(_watch(answerer, metrics))]
+        following = [asyncio.create_task(_watch(pipeline, metrics))]
         try:
             await _verify_if_up(models)
             if not bundle:
-                following.append(asyncio.create_task(follower.follow(models, answerer.check_ready)))
+                following.append(asyncio.create_task(watcher.follow(models, partial(check_ready, pipeline))))
             if keyring:
                 following.append(asyncio.create_task(keyring.follow()))
             yield {"settings": settings, "metrics": metrics}  # for service.runtime.http_protocol
@@ -115,7 +121,7 @@ def create_app(
             for task in following:
                 task.cancel()
             await asyncio.gather(*following, return_exceptions=True)
-            answerer.close()
+            pipeline.close()
             scraper.close()
             if engine is None:
                 await triton.close()
@@ -220,17 +226,17 @@ def own_version() -> str:
         return "checkout"
 
 
-async def _watch(answerer: Answerer, metrics: Metrics) -> None:
+async def _watch(pipeline: Pipeline, metrics: Metrics) -> None:
     """Measure, as long as the application lives, what no request tells."""
     loop = asyncio.get_running_loop()
     while True:
         wanted = loop.time() + _WATCH_S
         await asyncio.sleep(_WATCH_S)
         metrics.loop_lag.observe(max(loop.time() - wanted, 0))
-        metrics.queue_wait.set(answerer.expected_wait())
+        metrics.queue_wait.set(pipeline.expected_wait())
 
 
-async def _verify_if_up(models: Models) -> None:
+async def _verify_if_up(models: ModelRegistry) -> None:
     for model in models:
         try:
             await model.verify(deadline=time.monotonic() + PROBE_S)
@@ -256,21 +262,21 @@ async def _ready(request: Request, model: str | None = None) -> Health:
     """The default model or another answers a question within a second, or did so within the last one."""
     if request.app.state.shutdown.has_begun:
         raise errors.Stopping("The service is about to end; ask another replica.")
-    answerer = answerer_of(request)
-    probed = answerer.models[model]
+    pipeline = pipeline_of(request)
+    probed = pipeline.registry[model]
     with request.app.state.readiness.probing(probed.bundle.model):
-        await answerer.is_ready(probed, PROBE_S)
+        await is_ready(pipeline, probed, PROBE_S)
     return Health(status="ready")
 
 
 async def _info(request: Request) -> Info:
     """What runs here, within which limits, and what is switched on."""
-    answerer = answerer_of(request)
-    settings, bundle = answerer.settings, answerer.models[None].bundle
+    pipeline = pipeline_of(request)
+    settings, bundle = pipeline.settings, pipeline.registry[None].bundle
     numbers = [name for name, field in Settings.model_fields.items() if field.annotation in (int, float)]
     triton: str | None = None
     with suppress(ModelError):
-        triton = await answerer.models[None].admin.server_version(deadline=time.monotonic() + PROBE_S)
+        triton = await pipeline.registry[None].admin.server_version(deadline=time.monotonic() + PROBE_S)
     return Info(
         model=bundle.manifest.identity,
         version=bundle.version,

@@ -27,9 +27,9 @@ from bertqa.windows import Window
 from service.api.errors import first_problem
 from service.api.schemas import AnswerRequest, AnswerResponse
 from service.api.v1 import to_question, to_response
-from service.inference.pipeline import Answerer, side_by_side
+from service.inference.pipeline import Pipeline, side_by_side
 from service.inference.question import Question, Result
-from service.inference.registry import Models, Served
+from service.inference.registry import ModelRegistry, ServedModel
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.triton.admin import EngineAdmin, Loaded
@@ -145,8 +145,8 @@ class PartAnswerer:
     async def _connect(self, engine: EngineFactory | None, settings: Settings) -> None:
         bundle, metrics = self._bundle, Metrics()
         self._engines = SteadyEngines(engine or Channels.from_settings(settings), self._patience_s)
-        self._served = Served(bundle, self._engines, metrics, settings)
-        self._answerer = Answerer(Models(bundle.model, {bundle.model: self._served}), settings, metrics)
+        self._served = ServedModel(bundle, self._engines, metrics, settings)
+        self._pipeline = Pipeline(ModelRegistry(bundle.model, {bundle.model: self._served}), settings, metrics)
         self._suspects = asyncio.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class PartAnswerer:
     def close(self) -> None:
         """End the connections."""
         self._loop.run_until_complete(self._engines.close())
-        self._answerer.close()
+        self._pipeline.close()
         self._loop.close()
 
     async def _answer(self, part: Part) -> Receipt:
@@ -217,7 +217,7 @@ class PartAnswerer:
             BatchStopped: the engine has been away for longer than the patience.
         """
         try:
-            return await self._answerer.answer(question, deadline=math.inf)
+            return (await self._pipeline.answer([question], deadline=math.inf))[0]
         except _FAILURES as error:
             failure: Exception = error
         # One that breaks the engine fails those beside it too. From here on they are asked one after the other, so that
@@ -227,7 +227,7 @@ class PartAnswerer:
                 await self._until_sound()
                 await asyncio.sleep(random.uniform(0, 0.01))
                 try:
-                    return await self._answerer.answer(question, deadline=math.inf)
+                    return (await self._pipeline.answer([question], deadline=math.inf))[0]
                 except _FAILURES as error:
                     failure = error
         raise failure
@@ -238,7 +238,7 @@ class PartAnswerer:
         for pause in pauses():
             left_s = began + self._patience_s - time.monotonic()
             try:
-                await self._answerer.answer(harmless, deadline=time.monotonic() + max(left_s, 1.0))
+                await self._pipeline.answer([harmless], deadline=time.monotonic() + max(left_s, 1.0))
                 return
             except _FAILURES as error:
                 if left_s <= 0:

@@ -5,7 +5,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
 from fastapi.routing import APIRoute
@@ -16,8 +15,9 @@ from starlette.types import Message, Receive, Scope, Send
 from bertqa.errors import InvalidArgument
 from service.api.errors import MalformedBody, NotJson
 from service.inference.memory import Account
-from service.inference.pipeline import Answerer
+from service.inference.pipeline import Answering, Pipeline
 from service.inference.question import Result
+from service.inference.worker_pool import LARGE_BYTES
 
 T = TypeVar("T")
 
@@ -38,11 +38,6 @@ MAX_NAMES = 64
 """Names in one JSON object of a request; the largest that has a meaning has nine."""
 MAX_VALUES = 20_000
 """Values in all lists and objects of a body together; more only where the settings allow larger questions."""
-LARGE_BYTES = 64 * 1024
-"""From this size, bodies are parsed and replies written in a thread."""
-
-_LARGE_WORK = ThreadPoolExecutor(1, "large")  # one: so the event loop waits for at most one C call of this work
-
 _CHARSET = re.compile(r"""\bcharset\s*=\s*["']?([^"';\s]*)""")
 
 
@@ -68,10 +63,14 @@ class JsonRequest(Request):
             if encoding.strip().lower() != "identity":
                 raise NotJson(f"content-encoding: must be identity, the body as it is; got {encoding:.40}")
             body = await self.body()
-            settings = answerer_of(self).settings
+            pipeline = pipeline_of(self)
+            settings = pipeline.settings
             # The largest call to /v1/answers: each question with its fields, each context a value of its own.
             most = max(MAX_VALUES, settings.max_questions * (settings.max_contexts + 2 * MAX_NAMES))
-            self._json = await off_loop_if_large(len(body), lambda: parse_json(body, most))
+            deadline = deadline_of(self, settings.deadline_s)
+            self._json = await pipeline.workers.run_if_large(
+                len(body), lambda check: parse_json(body, most), deadline=deadline
+            )
         return self._json
 
 
@@ -85,9 +84,8 @@ class JsonRoute(APIRoute):
         async def parse_and_handle(request: Request) -> Response:
             if request.method != "POST":
                 return await handle(request)
-            answerer = answerer_of(request)
-            answerer.check_room()  # before the body is read
-            account = answerer.memory.open()
+            answering_of(request).check_room()  # before the body is read
+            account = pipeline_of(request).memory.open()
             try:
                 request = JsonRequest(request.scope, _counted(request.receive, account))
                 await request.json()
@@ -99,16 +97,6 @@ class JsonRoute(APIRoute):
             return _Accounted(response, account)
 
         return parse_and_handle
-
-
-async def off_loop_if_large(size: int, work: Callable[[], T]) -> T:
-    """Run work on ``size`` bytes: at once if there are few, else in a thread, so that the event loop goes on.
-
-    One call into C keeps the event loop waiting all the same, so the work should consist of several.
-    """
-    if size < LARGE_BYTES:
-        return work()
-    return await asyncio.get_running_loop().run_in_executor(_LARGE_WORK, work)
 
 
 def _counted(receive: Receive, account: Account) -> Receive:
@@ -248,10 +236,16 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def answerer_of(request: Request) -> Answerer:
-    """The application's `Answerer`, there once it has started."""
-    answerer: Answerer = request.app.state.answerer
-    return answerer
+def pipeline_of(request: Request) -> Pipeline:
+    """The application's `Pipeline`, there once it has started."""
+    pipeline: Pipeline = request.app.state.pipeline
+    return pipeline
+
+
+def answering_of(request: Request) -> Answering:
+    """The application's `Pipeline`, or the cache around it."""
+    answering: Answering = request.app.state.answering
+    return answering
 
 
 _CACHE_STATUS = {  # of several questions, that of the one which took most

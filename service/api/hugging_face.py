@@ -23,15 +23,16 @@ from service.api.errors import QUESTIONS, NoSuchModel, described, first_problem
 from service.api.exchange import (
     DEADLINE_PARAMETER,
     JsonRoute,
-    answerer_of,
+    answering_of,
     deadline_of,
-    off_loop_if_large,
+    pipeline_of,
     reply_headers,
     unless_gone,
 )
 from service.api.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K
 from service.inference.question import Question, Result
-from service.inference.registry import Served
+from service.inference.registry import ServedModel
+from service.inference.worker_pool import Check
 
 MAX_ANSWER_LEN = 15
 """Default answer limit of the ``transformers`` pipeline, in tokens."""
@@ -163,7 +164,7 @@ register_url_convertor("any_name", _AnyName())
 @router.post("/models/{model_id:any_name}/pipeline/question-answering", include_in_schema=False)  # the first to match
 async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, request: Request) -> Response:
     """The same under a model's name; while there is only one, any name will do."""
-    models = answerer_of(request).models
+    models = pipeline_of(request).registry
     if model_id in models:
         return await _answer(body, request, models[model_id])
     if len(models) > 1:
@@ -176,15 +177,15 @@ async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, r
 @router.post("/predict/", include_in_schema=False)
 async def question_answering(body: HuggingFaceRequest, request: Request) -> Response:
     """An object when `top_k` is absent or 1, as the ``transformers`` pipeline has it, else a list."""
-    return await _answer(body, request, answerer_of(request).models[None])
+    return await _answer(body, request, pipeline_of(request).registry[None])
 
 
-async def _answer(body: HuggingFaceRequest, request: Request, model: Served) -> Response:
-    answerer = answerer_of(request)
+async def _answer(body: HuggingFaceRequest, request: Request, model: ServedModel) -> Response:
+    pipeline = pipeline_of(request)
     if (body.inputs is None) == (not body.instances):
         raise InvalidArgument(("inputs",), "required; exactly one of `inputs` and `instances` must be given")
-    if len(body.instances or ()) > answerer.settings.max_questions:
-        raise InvalidArgument(("instances",), f"must be at most {answerer.settings.max_questions}")
+    if len(body.instances or ()) > pipeline.settings.max_questions:
+        raise InvalidArgument(("instances",), f"must be at most {pipeline.settings.max_questions}")
     parameters = body.parameters or _of_query(request)
     if body.inputs is not None:
         questions = [to_question(body.inputs, parameters, model, ("inputs",))]
@@ -193,25 +194,25 @@ async def _answer(body: HuggingFaceRequest, request: Request, model: Served) -> 
             to_question(each, parameters, model, ("instances", number))
             for number, each in enumerate(body.instances or ())
         ]
-    work = answerer.answer_all(questions, deadline=deadline_of(request, answerer.settings.deadline_s))
+    deadline = deadline_of(request, pipeline.settings.deadline_s)
     try:
-        results = await unless_gone(request, work)
+        results = await unless_gone(request, answering_of(request).answer(questions, deadline=deadline))
     except InvalidArgument as error:
         raise _as_sent(error, parameters) from None
 
-    def write() -> bytes:
-        # One by one: each call into C is a short one.
-        written = [
-            json.dumps(to_answer(each, parameters), ensure_ascii=False, allow_nan=False).encode() for each in results
-        ]
+    def write(check: Check) -> bytes:
+        written = []
+        for each in results:  # each call into C is a short one
+            check()
+            written.append(json.dumps(to_answer(each, parameters), ensure_ascii=False, allow_nan=False).encode())
         return written[0] if body.inputs is not None else b'{"predictions": [%b]}' % b", ".join(written)
 
     size = 200 * sum(len(each.decoded.answers) for each in results) + 2 * sum(each.question.chars for each in results)
-    text = await off_loop_if_large(size, write)
+    text = await pipeline.workers.run_if_large(size, write, deadline=deadline)
     return Response(text, headers=reply_headers(results), media_type="application/json")
 
 
-def to_question(inputs: Inputs, parameters: Parameters, model: Served, location: Location = ()) -> Question:
+def to_question(inputs: Inputs, parameters: Parameters, model: ServedModel, location: Location = ()) -> Question:
     """Translate a request, or the part of one at a location.
 
     Values that the client gave are kept or refused later; defaults adapt to them.

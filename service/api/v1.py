@@ -17,8 +17,9 @@ from service.api.errors import QUESTIONS, described
 from service.api.exchange import (
     DEADLINE_PARAMETER,
     JsonRoute,
-    answerer_of,
+    answering_of,
     deadline_of,
+    pipeline_of,
     reply_headers,
     unless_gone,
 )
@@ -35,7 +36,7 @@ from service.api.schemas import (
     Timings,
 )
 from service.inference.question import Question, Result
-from service.inference.registry import Served
+from service.inference.registry import ServedModel
 from service.inference.worker_pool import Check
 
 _ASKED: dict[str, Any] = {"responses": described(*QUESTIONS), "openapi_extra": DEADLINE_PARAMETER}
@@ -46,11 +47,11 @@ router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["Questions"])
 async def answer(query: AnswerRequest, request: Request) -> Response:
     """Find the answer to a question in a text, or the best over several texts."""
     started = time.perf_counter()
-    answerer = answerer_of(request)
-    deadline = deadline_of(request, answerer.settings.deadline_s)
+    pipeline = pipeline_of(request)
+    deadline = deadline_of(request, pipeline.settings.deadline_s)
     try:
-        question = to_question(query, answerer.models[query.model])
-        result = await unless_gone(request, answerer.answer(question, deadline=deadline))
+        question = to_question(query, pipeline.registry[query.model])
+        (result,) = await unless_gone(request, answering_of(request).answer([question], deadline=deadline))
     except InvalidArgument as error:
         raise _as_sent(error, query) from None
 
@@ -59,15 +60,15 @@ async def answer(query: AnswerRequest, request: Request) -> Response:
         response.timings.total_ms = _ms(time.perf_counter() - started)
         return _dump(response)
 
-    return _reply(await answerer.off_loop(_size(query, result), write, deadline=deadline), [result])
+    return _reply(await pipeline.workers.run_if_large(_size(query, result), write, deadline=deadline), [result])
 
 
 @router.post("/answers", response_model=AnswersResponse, **_ASKED)
 async def answers(query: AnswersRequest, request: Request) -> Response:
     """Answer several questions side by side; all must be valid, and one that fails fails the call."""
     started = time.perf_counter()
-    answerer = answerer_of(request)
-    settings = answerer.settings
+    pipeline = pipeline_of(request)
+    settings = pipeline.settings
     if len(query.questions) > settings.max_questions:
         raise InvalidArgument(("questions",), f"must be at most {settings.max_questions}; got {len(query.questions)}")
     deadline = deadline_of(request, settings.deadline_s)
@@ -75,11 +76,11 @@ async def answers(query: AnswersRequest, request: Request) -> Response:
     for number, each in enumerate(query.questions):
         place = ("questions", number)
         try:
-            questions.append(to_question(each, answerer.models[each.model], place))
+            questions.append(to_question(each, pipeline.registry[each.model], place))
         except InvalidArgument as error:
             raise error.within(*place) from None
     try:
-        results = await unless_gone(request, answerer.answer_all(questions, deadline=deadline))
+        results = await unless_gone(request, answering_of(request).answer(questions, deadline=deadline))
     except InvalidArgument as error:
         raise _as_sent(error, query) from None
     pairs = list(zip(query.questions, results, strict=True))
@@ -91,13 +92,13 @@ async def answers(query: AnswersRequest, request: Request) -> Response:
         return b'{"results":[%b],"timings":%b}' % (b",".join(written), timings.model_dump_json().encode())
 
     size = sum(_size(*pair) for pair in pairs)
-    return _reply(await answerer.off_loop(size, write, deadline=deadline), results)
+    return _reply(await pipeline.workers.run_if_large(size, write, deadline=deadline), results)
 
 
 @router.get("/models", response_model=ModelsResponse, responses=described())
 async def models(request: Request) -> ModelsResponse:
     """What the ``model`` field may name, and what each was measured at."""
-    found = answerer_of(request).models
+    found = pipeline_of(request).registry
     return ModelsResponse(default=found.default, models=[_item(each.bundle) for each in found])
 
 
@@ -107,7 +108,7 @@ def _item(bundle: Bundle) -> ModelItem:
     return ModelItem(**{**facts, "name": bundle.model, "checkpoint": manifest.name, "version": bundle.version})
 
 
-def to_question(query: AnswerRequest, model: Served, location: Location = ()) -> Question:
+def to_question(query: AnswerRequest, model: ServedModel, location: Location = ()) -> Question:
     """Translate a request, or the part of one at a location."""
     return Question(
         model=model,

@@ -15,9 +15,9 @@ from typing import Any
 from bertqa.manifest import QUESTIONS_FILE, Bundle, BundleMismatch, changed_files, rebuild
 from bertqa.repository import ChangeRefused, Repository
 from bertqa.spans import InvalidLogits
-from service.inference.pipeline import Answerer
+from service.inference.pipeline import Pipeline
 from service.inference.question import Question
-from service.inference.registry import Models, Served
+from service.inference.registry import ModelRegistry, ServedModel
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.triton.channels import tls_from
@@ -226,13 +226,13 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
     """
     channels = servers.channels(url)
     metrics, settings = Metrics(), Settings()
-    served = Served(bundle, channels, metrics, settings)
-    answerer = Answerer(Models(bundle.model, {bundle.model: served}), settings, metrics)
+    served = ServedModel(bundle, channels, metrics, settings)
+    pipeline = Pipeline(ModelRegistry(bundle.model, {bundle.model: served}), settings, metrics)
     seconds = []
     try:
         for each in questions:
             question = Question(model=served, question=each["question"], contexts=(each["context"],))
-            result = await answerer.answer(question, deadline=time.monotonic() + settings.deadline_s)
+            (result,) = await pipeline.answer([question], deadline=time.monotonic() + settings.deadline_s)
             best = result.decoded.best
             if best is None or (best.text, best.start) != (each["answer"], each["start"]):
                 raise RolloutFailed(
@@ -244,7 +244,7 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
     except (ModelError, BundleMismatch, InvalidLogits) as error:
         raise RolloutFailed(f"{bundle.model} {bundle.version} at {url}: {error}") from error
     finally:
-        answerer.close()
+        pipeline.close()
         await channels.close()
     return seconds
 

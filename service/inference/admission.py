@@ -63,6 +63,11 @@ class Admission:
         """Engine calls that may be in progress at one time."""
         return self._queue.slots
 
+    @property
+    def busy(self) -> int:
+        """Engine calls in progress."""
+        return self._queue.busy
+
     def resize(self, slots: int) -> None:
         """Take over how many calls the engine is to have at one time, unless that was set."""
         if not self._fixed:

@@ -1,114 +1,90 @@
-"""Answers kept for who asks the same again, and one computation for all who ask it at the same time.
+"""A cache around the pipeline: the same question to the same version of a model is computed once.
 
-Bounded by bytes; what was not asked for longest goes first. Errors are never kept. A cache belongs to one version of a
-model (`service.inference.registry.Served`) and goes with it, so that no version ever answers for another.
+A cache belongs to one version of a model (`ServedModel.cache`) and goes with it, so that no version ever answers for
+another.
 """
 
-import asyncio
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Hashable
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
 
-V = TypeVar("V")
+from bertqa.errors import InvalidArgument
+from service.inference.admission import Call
+from service.inference.memory import Account
+from service.inference.pipeline import Pipeline, share_reply, side_by_side
+from service.inference.question import Question, Result, Tokenized, validate
+from service.inference.registry import ServedModel
+from service.inference.shared_values import SharedValues
+from service.observability.metrics import Metrics
+from service.observability.request_context import current_record
+from service.triton.errors import ModelTimeout
 
-Source = Literal["hit", "coalesced", "miss"]
-"""Where a value came from: an earlier computation, one that somebody else had begun, or one of one's own."""
 
+class CachedPipeline:
+    """A `Pipeline` that keeps its results; an `Answering`, like that."""
 
-class Cache(Generic[V]):
-    """Values by key, of which the bytes are bounded."""
-
-    def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
-        """Bound it.
+    def __init__(self, pipeline: Pipeline, max_bytes: int, metrics: Metrics) -> None:
+        """Wrap a pipeline.
 
         Args:
-            max_bytes: of all values together; one that is larger is not kept.
-            size_of: tells the bytes of a value, those of its key among them.
+            pipeline: computes what is not known.
+            max_bytes: of the results kept for each version of a model.
+            metrics: counts hits and misses.
         """
-        self.bytes = 0
+        self._pipeline = pipeline
         self._max_bytes = max_bytes
-        self._size_of = size_of
-        self._kept: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()  # the one to go next comes first
-        self._flights: dict[Hashable, _Flight[V]] = {}
+        self._metrics = metrics
 
-    def __len__(self) -> int:
-        return len(self._kept)
+    def check_room(self) -> None:
+        """As in `Answering`; a busy engine refuses nobody here, for the question may be known."""
+        self._pipeline.memory.check()
 
-    def has(self, key: Hashable) -> bool:
-        """Whether the value of a key is kept, or being computed."""
-        return key in self._kept or key in self._flights
+    async def answer(self, questions: Sequence[Question], *, deadline: float) -> list[Result]:
+        """As in `Answering`; computes only questions that are neither known nor being computed."""
+        current_record.get().charge("question", len(questions) - 1)  # one was taken when the request came
+        call = Call(deadline)
+        distinct = list(dict.fromkeys(questions))
+        new = [question for question in distinct if not self._values(question.model).has(question)]
+        with self._pipeline.memory.account() as account:
+            ready = await self._prepare(new, call, account) if len(new) > 1 else {}
+            results = await side_by_side([self._find(question, ready.get(question), call) for question in distinct])
+        found = dict(zip(distinct, results, strict=True))
+        return share_reply([self._counted(found, question) for question in questions])
 
-    async def get(
-        self, key: Hashable, compute: Callable[[], Coroutine[Any, Any, V]], *, deadline: float
-    ) -> tuple[V, Source]:
-        """Give the value of a key.
+    async def _prepare(self, new: Sequence[Question], call: Call, account: Account) -> dict[Question, Tokenized]:
+        """Admit, validate and tokenize all or none; then each is a computation of its own, for others to join."""
+        self._pipeline.admit(new, call)
+        validate(new, self._pipeline.settings)
+        return dict(zip(new, await self._pipeline.tokenize(new, call, account), strict=True))
 
-        A computation ends early only when nobody waits for it any more. One that fails does so for all who wait; but
-        whoever has time left when it ran out of its own begins another.
+    async def _find(self, question: Question, tokenized: Tokenized | None, call: Call) -> Result:
+        async def compute() -> Result:
+            if tokenized is not None:
+                return await self._pipeline.infer_and_decode(tokenized, call)
+            shared = [replace(question, location=())]  # each caller who waits has it in another place
+            self._pipeline.admit(shared, call)
+            return (await self._pipeline.run(shared, call))[0]
 
-        Args:
-            key: equal only for equal values.
-            compute: begins the computation, whose deadline is that of whoever began it.
-            deadline: `time.monotonic` seconds.
-
-        Raises:
-            TimeoutError: the deadline passed while somebody else's computation went on.
-            Exception: whatever the computation raises.
-        """
-        while True:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key][0], "hit"
-            flight = self._flights.get(key)
-            mine = flight is None
-            if flight is None:
-                flight = self._flights[key] = _Flight(asyncio.ensure_future(self._fly(key, compute)), deadline)
-                flight.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # it was looked at
-            try:
-                return await self._join(key, flight, None if mine else deadline), "miss" if mine else "coalesced"
-            except Exception:
-                if mine or not flight.task.done() or not flight.deadline <= time.monotonic() < deadline:
-                    raise
-
-    async def _fly(self, key: Hashable, compute: Callable[[], Coroutine[Any, Any, V]]) -> V:
         try:
-            value = await compute()
-        finally:
-            self._end(key, asyncio.current_task())
-        size = self._size_of(value)
-        if size <= self._max_bytes:
-            self._kept[key] = value, size
-            self.bytes += size
-            while self.bytes > self._max_bytes:
-                self.bytes -= self._kept.popitem(last=False)[1][1]
-        return value
+            found, source = await self._values(question.model).get(question, compute, deadline=call.deadline)
+        except TimeoutError:
+            raise ModelTimeout("The deadline passed before another caller's same question was answered.") from None
+        except InvalidArgument as error:
+            raise error.within(*question.location) from None
+        if source == "hit":
+            found = replace(found, tokenize_s=0.0, infer_s=0.0, decode_s=0.0)
+        return replace(found, source=source)
 
-    async def _join(self, key: Hashable, flight: "_Flight[V]", deadline: float | None) -> V:
-        flight.waiting += 1
-        try:
-            timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
-            await asyncio.wait((flight.task,), timeout=timeout)  # which leaves the task alone if we are cancelled
-            if not flight.task.done():
-                raise TimeoutError
-            return flight.task.result()
-        finally:
-            flight.waiting -= 1
-            if not flight.waiting and not flight.task.done():
-                self._end(key, flight.task)  # nobody may join it now
-                flight.task.cancel()
-                await asyncio.wait((flight.task,))
+    def _counted(self, found: dict[Question, Result], question: Question) -> Result:
+        """Return a question's result; the second time in one call, it is shared with the first."""
+        result = found[question]
+        if result.source == "miss":
+            found[question] = replace(result, source="coalesced")
+        assert result.source
+        kept = [each.cache for each in self._pipeline.registry if each.cache]
+        self._metrics.looked_up(result.source, entries=sum(map(len, kept)), held_bytes=sum(each.bytes for each in kept))
+        return result
 
-    def _end(self, key: Hashable, task: "asyncio.Future[Any] | None") -> None:
-        if key in self._flights and self._flights[key].task is task:
-            del self._flights[key]
-
-
-@dataclass(slots=True)
-class _Flight(Generic[V]):
-    """A computation in progress."""
-
-    task: "asyncio.Future[V]"
-    deadline: float
-    waiting: int = 0  # for it
+    def _values(self, model: ServedModel) -> SharedValues[Result]:
+        if model.cache is None:
+            model.cache = SharedValues(self._max_bytes, lambda result: result.bytes)
+        return model.cache

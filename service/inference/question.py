@@ -1,14 +1,15 @@
-"""What is asked, and what becomes of it: a `Question` becomes `Tokenized`, and that a `Result`."""
+"""What is asked, and what becomes of it step by step: `Question`, `Tokenized`, `Inferred`, `Result`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from sys import getsizeof
 
-from bertqa.errors import Location
+from bertqa.errors import InvalidArgument, Location
 from bertqa.spans import MAX_ANSWER_TOKENS, Answer, Decoded, Logits
 from bertqa.windows import Window, Windows
-from service.inference.cache import Source
-from service.inference.registry import Served
+from service.inference.registry import ServedModel
+from service.inference.shared_values import Source
+from service.settings import Settings
 
 _ARRAY_BYTES, _WINDOW_BYTES, _ANSWER_BYTES = 160, 1_200, 320  # of the objects themselves
 
@@ -17,7 +18,7 @@ _ARRAY_BYTES, _WINDOW_BYTES, _ANSWER_BYTES = 160, 1_200, 320  # of the objects t
 class Question:
     """What is asked, and of whom; None stands for the model's own value. Field names are those that errors give."""
 
-    model: Served
+    model: ServedModel
     question: str
     contexts: tuple[str, ...]
     top_k: int = 1
@@ -41,6 +42,7 @@ class Tokenized:
     question: Question
     documents: tuple[Windows, ...]  # one for each context
     seconds: float
+    cost_s: float  # seconds that work on its texts may take at worst, as `tokenizing_s` estimates
 
     @property
     def windows(self) -> int:
@@ -64,6 +66,15 @@ class Tokenized:
 
 def _bytes_with_logits(window: Window) -> int:
     return window.length * (3 + 2) * 4 + _WINDOW_BYTES  # three int32 of each token go in, two float32 come out
+
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    """A question with the engine's answer."""
+
+    tokenized: Tokenized
+    logits: Sequence[Sequence[Logits]]  # for each document, of each of its windows
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +118,37 @@ class Result:
             return self
         omitted = self.omitted + len(self.decoded.answers) - len(kept)
         return replace(self, decoded=replace(self.decoded, answers=tuple(kept)), omitted=omitted)
+
+
+def validate(questions: Iterable[Question], settings: Settings) -> None:
+    """Hold questions against the limits, before anything is made of them.
+
+    Raises:
+        InvalidArgument: a text is empty or too long, or there are too many.
+    """
+    for question in questions:
+        try:
+            _validate(question, settings)
+        except InvalidArgument as error:
+            raise error.within(*question.location) from None
+
+
+def _validate(question: Question, settings: Settings) -> None:
+    if len(question.question) > settings.max_question_chars:
+        raise _too_many("question", settings.max_question_chars, "characters", len(question.question))
+    if len(question.contexts) > settings.max_contexts:
+        raise _too_many("contexts", settings.max_contexts, "texts", len(question.contexts))
+    if question.chars > settings.max_context_chars:
+        raise _too_many("contexts", settings.max_context_chars, "characters together", question.chars)
+    if not question.question or question.question.isspace():
+        raise InvalidArgument(("question",), _EMPTY)
+    for number, context in enumerate(question.contexts):
+        if not context or context.isspace():
+            raise InvalidArgument(("contexts", number), _EMPTY)
+
+
+_EMPTY = "must hold more than white space"
+
+
+def _too_many(name: str, limit: int, unit: str, got: int) -> InvalidArgument:
+    return InvalidArgument((name,), f"must be at most {limit:,} {unit}; got {got:,}")

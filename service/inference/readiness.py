@@ -34,4 +34,4 @@ class Readiness:
     def _note(self, probe: "asyncio.Task[None]") -> None:
         self._ended = time.monotonic()
         if not probe.cancelled():
-            probe.exception()  # it was looked at
+            probe.exception()  # asyncio would report one that nobody has looked at

@@ -1,36 +1,23 @@
-"""The models that a process answers with, each at the version that ``serving.json`` names, followed while it runs.
+"""The models that a process answers with, each at one version.
 
-A question is put to a `Served`, which holds tokenizer and engine of one version together; when another version takes
-over, questions in progress end with the one that they began with.
+A question is put to a `ServedModel`, which holds tokenizer and engine of one version together; when another version
+takes over, questions in progress end with the one that they began with.
 """
 
-import asyncio
-import logging
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from typing import Any
 
 from bertqa.errors import InvalidArgument
-from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch
-from bertqa.repository import SERVING_FILE, Repository
+from bertqa.manifest import Bundle, BundleMismatch
 from service.inference.admission import Admission
-from service.inference.cache import Cache
 from service.inference.readiness import Readiness
-from service.inference.worker_pool import Watchman
+from service.inference.shared_values import SharedValues
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.triton.channels import EngineFactory
 
-FOLLOW_S = 1.0
-"""Seconds between two looks at the repository."""
-PROBE_S = 5.0
-"""Seconds that a question to a new version may take before it is tried again."""
 
-log = logging.getLogger("bertqa.service")
-
-
-class Served:
+class ServedModel:
     """One version of a model: its bundle, the engine that Triton has loaded from it, and whether those agree."""
 
     def __init__(self, bundle: Bundle, engines: EngineFactory, metrics: Metrics, settings: Settings) -> None:
@@ -41,7 +28,7 @@ class Served:
         self.readiness = Readiness()
         self.count = metrics.questions(bundle.model, bundle.version)
         self.verified = False
-        self.cache: Cache[Any] | None = None  # of results, for whoever answers
+        self.cache: SharedValues[Any] | None = None  # of results; made by `CachedPipeline`
 
     async def verify(self, *, deadline: float) -> None:
         """Compare the loaded engine with the manifest; costs nothing from then on, until the engine has been away.
@@ -68,147 +55,42 @@ class Served:
         self.verified = True
 
 
-class Models:
+class ModelRegistry:
     """What is served now, by name."""
 
-    def __init__(self, default: str, served: dict[str, Served]) -> None:
+    def __init__(self, default: str, models: dict[str, ServedModel]) -> None:
         self.default = default
-        self._served = served
+        self._models = models
 
-    def __iter__(self) -> Iterator[Served]:
-        return iter(self._served.values())
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
 
     def __len__(self) -> int:
-        return len(self._served)
+        return len(self._models)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._served
+        return name in self._models
 
     @property
     def names(self) -> list[str]:
         """What a question may name."""
-        return list(self._served)
+        return list(self._models)
 
-    def __getitem__(self, name: str | None) -> Served:
+    def __getitem__(self, name: str | None) -> ServedModel:
         """The model of that name; without one, the default.
 
         Raises:
             InvalidArgument: there is none; the message names those that there are.
         """
         try:
-            return self._served[self.default if name is None else name]
+            return self._models[self.default if name is None else name]
         except KeyError:
             raise InvalidArgument(("model",), f"must be one of {', '.join(self.names)}; got {name!r:.100}") from None
 
-    def put(self, served: Served) -> None:
+    def put(self, model: ServedModel) -> None:
         """Let a version answer in place of the one that did."""
-        self._served[served.bundle.model] = served
+        self._models[model.bundle.model] = model
 
     def remove(self, name: str) -> None:
         """Answer no longer for a model."""
-        del self._served[name]
-
-
-class Follower:
-    """Keeps `Models` at what the repository says."""
-
-    def __init__(self, repository: Repository, engines: EngineFactory, metrics: Metrics, settings: Settings) -> None:
-        """Name the parts.
-
-        Args:
-            repository: read only.
-            engines: makes the clients of each version.
-            metrics: of the application.
-            settings: likewise.
-        """
-        self._repository = repository
-        self._engines = engines
-        self._metrics = metrics
-        self._settings = settings
-        self._watchman = Watchman("repository")
-        self._seen: tuple[int, ...] = ()  # the stamp, when the repository was last read
-        self._said: dict[str, str] = {}  # what is in the way of a model's version
-
-    def start(self, default: str | None) -> Models:
-        """Open the active version of every model, whether the engine is up or not.
-
-        Raises:
-            BundleMismatch: there is none, one is not whole, or the default is none of them.
-        """
-        self._seen = self._stamp()
-        names = list(self._repository.serving())
-        if not names:
-            self._repository.open()  # raises, and says what to do
-        if default is None:
-            default = MODEL_NAME if MODEL_NAME in names else names[0]
-            if default != MODEL_NAME and len(names) > 1:
-                raise BundleMismatch(f"BERTQA_MODEL: must say which is the default of {', '.join(names)}")
-        if default not in names:
-            raise BundleMismatch(f"BERTQA_MODEL: must be one of {', '.join(names)}; got {default!r}")
-        return Models(default, {name: self._served(self._repository.open(name)) for name in names})
-
-    async def follow(self, models: Models, probe: Callable[[Served, float], Awaitable[object]]) -> None:
-        """Go over to another version whenever the repository says so, for ever.
-
-        The new version answers a question first; until it can, the one before goes on.
-
-        Args:
-            models: to keep.
-            probe: sends a real question to a model, by a deadline in `time.monotonic` seconds.
-        """
-        try:
-            while True:
-                await asyncio.sleep(FOLLOW_S)
-                try:
-                    await self._look(models, probe)
-                except Exception:  # whatever it is, the next look may go well
-                    log.exception("the repository could not be looked at; it will be again")
-        finally:
-            self._watchman.close()
-
-    async def _look(self, models: Models, probe: Callable[[Served, float], Awaitable[object]]) -> None:
-        stamp = await self._watchman.run(self._stamp)
-        if stamp == self._seen and not self._said:
-            return
-        try:
-            serving = await self._watchman.run(self._repository.serving)
-        except (BundleMismatch, OSError) as error:
-            self._say("", str(error))
-            return
-        self._seen = stamp
-        self._said = {name: said for name, said in self._said.items() if name in serving}
-        for name, wanted in serving.items():
-            if name in models and models[name].bundle.version == wanted.active:
-                self._said.pop(name, None)
-                continue
-            try:
-                new = self._served(await self._watchman.run(self._repository.open, name, wanted.active))
-                await probe(new, time.monotonic() + PROBE_S)
-            except Exception as error:  # whatever it is, the version before goes on
-                self._say(name, f"version {wanted.active} of {name} cannot answer yet: {error}")
-                continue
-            self._said.pop(name, None)
-            models.put(new)
-            log.warning("%s answers from version %d now, %s", name, wanted.active, new.bundle.manifest.identity)
-            self._metrics.serves(each.bundle for each in models)
-        for name in [each.bundle.model for each in models if each.bundle.model not in serving]:
-            if name != models.default:
-                models.remove(name)
-                self._metrics.serves(each.bundle for each in models)
-
-    def _served(self, bundle: Bundle) -> Served:
-        return Served(bundle, self._engines, self._metrics, self._settings)
-
-    def _say(self, name: str, problem: str) -> None:
-        """Log a problem once, not every second."""
-        if self._said.get(name) != problem:
-            log.warning("%s", problem)
-        self._said[name] = problem
-
-    def _stamp(self) -> tuple[int, ...]:
-        """Changes with ``serving.json``, and when a model's directory comes or goes."""
-        stamp = []
-        for path in (self._repository.root, self._repository.root / SERVING_FILE):
-            with suppress(OSError):
-                stamp += [path.stat().st_mtime_ns, path.stat().st_ino]
-        return tuple(stamp)
+        del self._models[name]

@@ -17,10 +17,17 @@ T = TypeVar("T")
 Check = Callable[[], None]
 """Called between the steps of some work; raises when nobody wants its result any more."""
 
+
+def go_on() -> None:
+    """Be a `Check` of work that runs to its end."""
+
+
 THREADS = 2
 """Texts worked on at one time. Python runs one thread at a time; the tokenizer runs beside it."""
 INLINE_S = 0.002
 """Seconds of work that may be done on the event loop."""
+LARGE_BYTES = 64 * 1024
+"""From this size, bodies are parsed and replies written in a thread; less takes under a millisecond."""
 _WEIGHT = 1 / 16  # of the latest work in the mean
 
 
@@ -98,6 +105,13 @@ class WorkerPool:
             if not future.done() and not future.cancel():
                 self.abandoned += 1
                 future.add_done_callback(lambda _: self._forget(loop))
+
+    async def run_if_large(self, size: int, work: Callable[[Check], T], *, deadline: float) -> T:
+        """Run work on ``size`` bytes: at once if there are few, else in a thread, as `run` does.
+
+        One call into C keeps the event loop waiting all the same, so the work should consist of several.
+        """
+        return work(go_on) if size < LARGE_BYTES else await self.run(work, deadline=deadline)
 
     def close(self) -> None:
         """Begin no more work."""

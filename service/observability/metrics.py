@@ -10,7 +10,6 @@ import platform
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -18,7 +17,6 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from bertqa.manifest import Bundle
-from service.inference.cache import Cache, Source
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 LAG_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -121,7 +119,7 @@ class Metrics:
             ["source"],
             registry=self.registry,
         )
-        for source in get_args(Source):
+        for source in ("hit", "coalesced", "miss"):
             self._lookups.labels(source)  # there from the start, so that its first increase is seen
         self._cache_entries = Gauge(
             "bertqa_cache_entries", "Answers kept", registry=self.registry, multiprocess_mode="livesum"
@@ -171,11 +169,11 @@ class Metrics:
         """What counts a question that this version answered."""
         return self._questions.labels(model, str(version)).inc
 
-    def looked_up(self, source: Source, caches: Iterable[Cache[Any]]) -> None:
-        """Count a question that was looked up, and tell what the caches hold now."""
+    def looked_up(self, source: str, *, entries: int, held_bytes: int) -> None:
+        """Count a question by where its answer came from, and set what the caches hold now."""
         self._lookups.labels(source).inc()
-        self._cache_entries.set(sum(map(len, caches := list(caches))))
-        self._cache_bytes.set(sum(cache.bytes for cache in caches))
+        self._cache_entries.set(entries)
+        self._cache_bytes.set(held_bytes)
 
     def tokenized(self, seconds: float, windows: int, truncated: bool) -> None:
         """Count a question that became windows."""

@@ -14,9 +14,8 @@ import pytest
 
 from bertqa.manifest import MODEL_NAME
 from service.app import create_app
-from service.inference import pipeline as answering
-from service.inference import readiness
-from service.inference.registry import Models, Served
+from service.inference import probe, readiness
+from service.inference.registry import ModelRegistry, ServedModel
 from service.keys import new_key
 from service.observability.metrics import Metrics
 from service.runtime.http_protocol import MAX_HEAD_BYTES, SMALL_BODY_BYTES, BoundedProtocol
@@ -128,7 +127,7 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(
         "service.runtime.http_protocol.MAX_BODIES_BYTES", 0
     )  # then one body of the largest size has room
     monkeypatch.setattr(readiness, "REUSE_S", 0.0)  # each probe finds out anew
-    monkeypatch.setattr(answering, "EVIDENCE_S", 0.0)
+    monkeypatch.setattr(probe, "EVIDENCE_S", 0.0)
     bundle = toy_bundle()
     engine = FakeEngine(bundle.manifest.identity)
     settings: dict[str, object] = {"arrival_s": 2.0, "max_connections": MAX_CONNECTIONS, "max_body_bytes": MAX_BODY}
@@ -139,9 +138,9 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(
         limited = new_key(tmp_path / "keys", "limited", 0.001, 1)
     app = create_app(Settings(**settings), engine=engine, bundle=bundle)  # type: ignore[arg-type]
     with serving(app, http=BoundedProtocol) as url:
-        answerer = app.state.answerer
-        other = Served(bundle, engine, Metrics(), Settings())
-        answerer.models = Models(bundle.model, {bundle.model: answerer.models[None], "other": other})
+        pipeline = app.state.pipeline
+        other = ServedModel(bundle, engine, Metrics(), Settings())
+        pipeline.registry = ModelRegistry(bundle.model, {bundle.model: pipeline.registry[None], "other": other})
         operations = Operations(url)
         operations.ask(key)
         assert not operations.given
@@ -171,7 +170,7 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(
             for _ in range(MAX_CONNECTIONS):  # none is idle
                 stack.enter_context(operations.connection()).sendall(_request(key))
             until(
-                lambda: answerer.models[None].admission._queue.busy == MAX_CONNECTIONS,
+                lambda: pipeline.registry[None].admission.busy == MAX_CONNECTIONS,
                 "not all questions are being answered",
             )
             operations.send()

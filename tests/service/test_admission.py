@@ -44,7 +44,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
     def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
         loop = JumpingLoop()
         for module in ("admission", "fair_queue"):
-            monkeypatch.setattr(f"service.{module}.time.monotonic", loop.time)
+            monkeypatch.setattr(f"service.inference.{module}.time.monotonic", loop.time)
         try:
             loop.run_until_complete(scenario())
         finally:
@@ -66,7 +66,7 @@ class Client:
 
 
 class Product:
-    """Admission before an engine; a call begins as `Answerer` lets it."""
+    """Admission before an engine; a call begins as `Pipeline` lets it."""
 
     def __init__(self, *, slots: int = SLOTS, spread: float = 0.0) -> None:
         self.admission = Admission(MAX_WAIT_S, slots)

@@ -6,14 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.inference.cache import Cache
-from service.inference.registry import Served
+from service.inference.registry import ServedModel
+from service.inference.shared_values import SharedValues
 from service.settings import Settings
 from service.triton.errors import ModelUnavailable
 from tests.support.paths import ROOT
@@ -58,7 +59,7 @@ async def settle() -> None:
 
 def test_the_oldest_goes_when_bytes_run_out_and_what_is_too_large_is_not_kept() -> None:
     async def scenario() -> None:
-        cache = Cache[str](10, len)
+        cache = SharedValues[str](10, len)
 
         async def get(key: str, value: str) -> str:
             async def compute() -> str:
@@ -79,7 +80,7 @@ def test_the_oldest_goes_when_bytes_run_out_and_what_is_too_large_is_not_kept() 
 
 def test_one_computation_for_all_who_ask_meanwhile_and_one_who_leaves_ends_it_for_nobody() -> None:
     async def scenario() -> None:
-        cache, work = Cache[str](10, len), Work()
+        cache, work = SharedValues[str](10, len), Work()
         first, second, third = (asyncio.ensure_future(cache.get("k", work, deadline=soon())) for _ in range(3))
         await settle()
         first.cancel()
@@ -94,7 +95,7 @@ def test_one_computation_for_all_who_ask_meanwhile_and_one_who_leaves_ends_it_fo
 
 def test_the_last_who_leaves_ends_it_and_the_next_begins_anew() -> None:
     async def scenario() -> None:
-        cache, work = Cache[str](10, len), Work()
+        cache, work = SharedValues[str](10, len), Work()
         waiting = [asyncio.ensure_future(cache.get("k", work, deadline=soon())) for _ in range(2)]
         await settle()
         for each in waiting:
@@ -111,7 +112,7 @@ def test_the_last_who_leaves_ends_it_and_the_next_begins_anew() -> None:
 
 def test_errors_are_shared_but_not_kept() -> None:
     async def scenario() -> None:
-        cache, work = Cache[str](10, len), Work(ModelUnavailable("gone"))
+        cache, work = SharedValues[str](10, len), Work(ModelUnavailable("gone"))
         waiting = [asyncio.ensure_future(cache.get("k", work, deadline=soon())) for _ in range(2)]
         await settle()
         work.let.set()
@@ -127,7 +128,7 @@ def test_errors_are_shared_but_not_kept() -> None:
 
 def test_everyone_has_a_deadline_of_his_own() -> None:
     async def scenario() -> None:
-        cache, work = Cache[str](10, len), Work()
+        cache, work = SharedValues[str](10, len), Work()
         patient = asyncio.ensure_future(cache.get("k", work, deadline=soon()))
         await settle()
         with pytest.raises(TimeoutError):
@@ -179,11 +180,14 @@ def test_the_same_question_is_computed_once(make_app: MakeApp, engine: FakeEngin
         told = client.get("/metrics").text
         assert 'bertqa_cache_lookups_total{source="hit"} 2.0' in told
         assert "bertqa_cache_entries 7.0" in told
-        served: Served = app.state.answerer.models[None]
+        served: ServedModel = app.state.pipeline.registry[None]
         assert served.cache is not None
         assert f"bertqa_cache_bytes {float(served.cache.bytes)}" in told
         # an engine that is busy has no part in what is known
-        served.admission.call_s, served.admission._queue.busy = 9.0, 64
+        served.admission.call_s = 9.0
+        busy = ExitStack()
+        for _ in range(64):
+            busy.enter_context(served.admission.arriving())
         assert client.post("/v1/answer", json=ASKED).status_code == 200
         new = [{**ASKED, "question": question} for question in ("When?", "Why?")]
         assert client.post("/v1/answer", json=new[0]).status_code == 503
@@ -191,7 +195,7 @@ def test_the_same_question_is_computed_once(make_app: MakeApp, engine: FakeEngin
         assert refused.status_code == 503
         assert "may wait 2.00 s" in refused.json()["error"], "at once, not after it has waited"
         assert client.post("/v1/answers", json={"questions": [ASKED, new[0]]}).status_code == 503
-        served.admission._queue.busy = 0
+        busy.close()
 
 
 def test_a_client_that_leaves_does_not_end_what_another_waits_for(make_app: MakeApp, engine: FakeEngine) -> None:
@@ -222,8 +226,8 @@ def test_errors_and_other_versions_are_not_answered_from_memory(make_app: MakeAp
         engine.failure = None
         for _ in range(2):
             assert client.post("/v1/answer", json=ASKED).status_code == 200
-        models = app.state.answerer.models
-        models.put(Served(models[None].bundle, engine, app.state.metrics, Settings()))  # as `Follower` does
+        models = app.state.pipeline.registry
+        models.put(ServedModel(models[None].bundle, engine, app.state.metrics, Settings()))  # a new one
         assert client.post("/v1/answer", json=ASKED).headers["cache-status"] == "bertqa; fwd=miss; stored"
         assert engine.windows == 2
 
@@ -287,15 +291,16 @@ def test_batches_join_what_is_being_computed_and_a_bad_question_is_named_by_its_
     app = make_app(cache_mb=1)
     with serving(app) as url:
         asyncio.run(scenario(url))
-    assert app.state.answerer.memory.held == app.state.answerer.models[None].admission._queue.busy == 0
+    assert app.state.pipeline.memory.held == app.state.pipeline.registry[None].admission.busy == 0
 
 
 _FILL = """
 import asyncio, json, resource, sys, time
 from tests.support.toy_model import FakeEngine, toy_bundle
-from service.inference.pipeline import Answerer
+from service.inference.cache import CachedPipeline
+from service.inference.pipeline import Pipeline
 from service.observability.metrics import Metrics
-from service.inference.registry import Models, Served
+from service.inference.registry import ModelRegistry, ServedModel
 from service.inference.question import Question
 from service.settings import Settings
 
@@ -304,11 +309,12 @@ def resident():
 
 async def fill(context, top_k):
     bundle, settings, metrics = toy_bundle(), Settings(cache_mb=24, max_wait_s=60), Metrics()
-    served = Served(bundle, FakeEngine(bundle.manifest.identity), metrics, settings)
-    answerer = Answerer(Models(bundle.model, {bundle.model: served}), settings, metrics)
+    served = ServedModel(bundle, FakeEngine(bundle.manifest.identity), metrics, settings)
+    pipeline = Pipeline(ModelRegistry(bundle.model, {bundle.model: served}), settings, metrics)
+    cached = CachedPipeline(pipeline, settings.cache_mb << 20, metrics)
     async def ask(number):
         question = Question(model=served, question=f"who {number}", contexts=(f"{number} {context}",), top_k=top_k)
-        await answerer.answer(question, deadline=time.monotonic() + 60)
+        await cached.answer([question], deadline=time.monotonic() + 60)
     for number in range(3):
         await ask(number)
     began, before = resident(), served.cache.bytes
@@ -316,7 +322,7 @@ async def fill(context, top_k):
         number += 1
         await ask(number)
     print((resident() - began) / (served.cache.bytes - before), len(served.cache))
-    answerer.close()
+    pipeline.close()
 
 asyncio.run(fill(*json.loads(sys.argv[1])))
 """

@@ -16,7 +16,7 @@ import pytest
 
 from bertqa.spans import Answer, Decoded
 from service.app import create_app
-from service.inference.pipeline import Answerer
+from service.inference.pipeline import Pipeline
 from service.inference.question import Question, Result
 from service.settings import Settings
 from tests.support.asking import ASKED
@@ -108,14 +108,14 @@ def test_a_body_within_the_limit_holds_up_nobody(name: str) -> None:
 def test_a_large_reply_holds_up_nobody(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     span = "é" * 5_000
 
-    async def found(self: Answerer, questions: Sequence[Question], *, deadline: float) -> list[Result]:
+    async def found(self: Pipeline, questions: Sequence[Question], *, deadline: float) -> list[Result]:
         (first,) = await answer(self, questions[:1], deadline=deadline)
         answers = tuple(Answer(span + str(n), 0.005, 0, 5_000, 0) for n in range(100))
         decoded = Decoded(answers, True, first.decoded.null_score, first.decoded.null_margin)
         return [replace(first, decoded=decoded) for _ in questions]
 
-    answer: Any = Answerer.answer_all
-    monkeypatch.setattr(Answerer, "answer_all", found)
+    answer: Any = Pipeline.answer
+    monkeypatch.setattr(Pipeline, "answer", found)
     asked: dict[str, Any] = {"question": "Who?", "context": "é" * 6_000}
     many = (
         {"questions": [{**asked, "offset_unit": "utf16"}] * 64}

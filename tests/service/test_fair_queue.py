@@ -22,7 +22,7 @@ class Clockwork:
         self._ends: list[asyncio.Future[None]] = []
 
     def ask(self, name: str, windows: int, deadline_s: float = 60) -> None:
-        """A request: as many workers as there are slots, as `Answerer` has them."""
+        """A request: as many workers as there are slots, as `Pipeline` has them."""
         todo, request = iter(range(windows)), object()
 
         async def work() -> None:

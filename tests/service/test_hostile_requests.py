@@ -26,8 +26,7 @@ from bertqa.spans import Logits
 from bertqa.windows import Window
 from service import keys as api_keys
 from service.app import create_app
-from service.inference import pipeline as answering
-from service.inference import registry as followed
+from service.inference import pipeline, watcher
 from service.inference.question import Question
 from service.inference.worker_pool import THREADS
 from service.keys import Keyring, new_key
@@ -104,12 +103,12 @@ class Stuck:
 def stuck_threads(client: httpx.Client, monkeypatch: pytest.MonkeyPatch, number: int = THREADS) -> Iterator[Stuck]:
     """Fill the threads for texts with work that does not end, whose clients have left."""
     stuck = Stuck()
-    real = answering.Answerer._make_windows
+    real = pipeline.make_windows
 
-    def make_windows(self: answering.Answerer, question: Question, *rest: object) -> object:
-        return stuck() if question.chars > 10_000 else real(self, question, *rest)  # type: ignore[arg-type,func-returns-value]
+    def make_windows(question: Question, *rest: object) -> object:
+        return stuck() if question.chars > 10_000 else real(question, *rest)  # type: ignore[arg-type,func-returns-value]
 
-    monkeypatch.setattr(answering.Answerer, "_make_windows", make_windows)
+    monkeypatch.setattr(pipeline, "make_windows", make_windows)
     long = {**ASKED, "context": "long " * 5_000}
     try:
         for _ in range(number):
@@ -158,14 +157,14 @@ def test_what_cannot_be_stopped_ends_its_own_request_in_time_and_is_counted(
 ) -> None:
     app = make_app(max_in_flight=1)
     with connected(app) as client, stuck_threads(client, monkeypatch) as stuck:
-        answerer = app.state.answerer
-        answerer.models[None].admission.call_s = 1.0
-        assert answerer.expected_wait() == THREADS * 1.0
+        parts = app.state.pipeline
+        parts.registry[None].admission.call_s = 1.0
+        assert parts.expected_wait() == THREADS * 1.0
         began = time.monotonic()
         long = {**ASKED, "context": "long " * 5_000}
         reply = client.post("/v1/answer", json=long, headers={"x-timeout-ms": "500"})
         assert (reply.status_code, reply.json()["error_type"]) == (503, "engine_overloaded")
-        answerer.models[None].admission.call_s = 0.0
+        parts.registry[None].admission.call_s = 0.0
         reply = client.post("/v1/answer", json=long, headers={"x-timeout-ms": "500"})
         assert (reply.status_code, reply.json()["error_type"]) == (504, "engine_timeout")
         assert time.monotonic() - began < 0.5 + 0.5
@@ -175,7 +174,7 @@ def test_what_cannot_be_stopped_ends_its_own_request_in_time_and_is_counted(
         assert "bertqa_build_info" in client.get("/metrics").text
         stuck.go_on.set()
         end = time.monotonic() + 10
-        while answerer.expected_wait() or answerer._pool.abandoned:
+        while parts.expected_wait() or parts.workers.abandoned:
             assert time.monotonic() < end
             time.sleep(0.01)
 
@@ -200,7 +199,7 @@ def test_keys_and_repository_are_followed_after_a_look_that_failed(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(api_keys, "FOLLOW_S", 0.02)
-    monkeypatch.setattr(followed, "FOLLOW_S", 0.02)
+    monkeypatch.setattr(watcher, "LOOK_S", 0.02)
     failures = Counter[str]()
 
     def failing(kind: type, name: str) -> None:
@@ -215,7 +214,7 @@ def test_keys_and_repository_are_followed_after_a_look_that_failed(
         monkeypatch.setattr(kind, name, look)
 
     failing(Keyring, "reload")
-    failing(followed.Follower, "_stamp")
+    failing(watcher.RepositoryWatcher, "_stamp")
     directory = publish_toy_bundle(Repository(tmp_path), bundle, 7)
     manifest = Manifest.read(directory / "manifest.json")
     new_key(tmp_path / "keys", "one", None, None)
@@ -291,12 +290,12 @@ def test_the_text_of_all_answers_is_bounded(make_app: MakeApp) -> None:
         alone = client.post("/v1/answer", json=asked)
         assert alone.status_code == 200
         found = alone.json()
-        assert len(alone.content) < 1.1 * answering.MAX_ANSWER_BYTES
+        assert len(alone.content) < 1.1 * pipeline.MAX_ANSWER_BYTES
         assert len(found["answers"]) > 10
         assert found["answers_omitted"] > 0
         assert found["answers_omitted"] + len(found["answers"]) == 100
         several = client.post("/v1/answers", json={"questions": [asked] * 8})
-        assert len(several.content) < 1.3 * answering.MAX_ANSWER_BYTES
+        assert len(several.content) < 1.3 * pipeline.MAX_ANSWER_BYTES
         results = several.json()["results"]
         assert all(each["answers"] == found["answers"][: len(each["answers"])] != [] for each in results)
         assert client.post("/v1/answer", json={**ASKED, "top_k": 3}).json()["answers_omitted"] == 0
@@ -305,7 +304,7 @@ def test_the_text_of_all_answers_is_bounded(make_app: MakeApp) -> None:
         hugging_face = client.post(
             "/", json={"inputs": {k: asked[k] for k in ("question", "context")}, "parameters": {"top_k": 100}}
         )
-        assert len(hugging_face.content) < 1.1 * answering.MAX_ANSWER_BYTES
+        assert len(hugging_face.content) < 1.1 * pipeline.MAX_ANSWER_BYTES
 
 
 def test_replies_that_nobody_reads_are_counted_until_they_are_taken(make_app: MakeApp) -> None:
@@ -322,7 +321,7 @@ def test_replies_that_nobody_reads_are_counted_until_they_are_taken(make_app: Ma
             super().connection_made(transport)
 
     with serving(app, http=Narrow) as url, httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-        memory = app.state.answerer.memory
+        memory = app.state.pipeline.memory
         address = urlsplit(url)
         with ExitStack() as connections:
             for _ in range(8):
@@ -431,13 +430,18 @@ def test_what_would_wait_too_long_is_refused_before_it_is_read(
 ) -> None:
     app = make_app(max_in_flight=1, max_wait_s=1)
     with connected(app) as client:
-        admission = app.state.answerer.models[None].admission
-        admission.call_s, admission._arriving = 0.25, 4
+        admission = app.state.pipeline.registry[None].admission
+        admission.call_s = 0.25
+        before = ExitStack()
+        for _ in range(4):
+            before.enter_context(admission.arriving())
         assert client.post("/v1/answer", json=ASKED).status_code == 200, "a second is allowed"
         admission.call_s = 0.25
         reply = client.post("/v1/answer", json=ASKED, headers={"x-timeout-ms": "900"})
         assert (reply.status_code, reply.json()["error_type"]) == (503, "engine_overloaded")
-        admission.call_s, admission._arriving = 0.25, 13
+        admission.call_s = 0.25
+        for _ in range(9):
+            before.enter_context(admission.arriving())
         for path in ("/v1/answer", "/v1/answers", "/", "/models/x"):
             reply = client.post(path, content=b"{" * 1_000_000)  # which would be malformed
             assert (reply.status_code, reply.json()["error_type"]) == (503, "engine_overloaded")
@@ -445,6 +449,6 @@ def test_what_would_wait_too_long_is_refused_before_it_is_read(
             assert "would wait 3.25 s for its turn, and may wait 1.00 s" in reply.json()["error"]
         assert client.get("/health/ready").status_code == 200, "a busy engine is ready"
         assert 'bertqa_errors_total{error_type="engine_overloaded"} 5.0' in client.get("/metrics").text
-        admission._arriving = 0
+        before.close()
         assert client.post("/v1/answers", json={"questions": [ASKED] * 9}).status_code == 200
     assert not caplog.records

@@ -13,7 +13,7 @@ from bertqa.manifest import Bundle
 from bertqa.spans import Answer, Decoded
 from service.api.hugging_face import Inputs, Parameters, to_answer, to_question
 from service.inference.question import Question, Result, Tokenized
-from service.inference.registry import Served
+from service.inference.registry import ServedModel
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.toy_model import FakeEngine
@@ -174,7 +174,7 @@ def test_an_unknown_parameter_of_the_query_string_is_refused(shared_client: http
 
 
 def test_parameters_become_ours(bundle: Bundle, engine: FakeEngine) -> None:
-    served = Served(bundle, engine, Metrics(), Settings())
+    served = ServedModel(bundle, engine, Metrics(), Settings())
 
     def question(**parameters: int) -> tuple[int | None, int | None, int | None, int]:
         asked = to_question(Inputs(question="a", context="b"), Parameters(**parameters), served)  # type: ignore[arg-type]
@@ -189,13 +189,14 @@ def test_parameters_become_ours(bundle: Bundle, engine: FakeEngine) -> None:
 
 def test_equal_texts_are_merged_as_the_pipeline_does(bundle: Bundle, engine: FakeEngine) -> None:
     """transformers 5.2: `get_answer` compares in lower case, adds up the scores, and keeps the first position."""
-    question = Question(model=Served(bundle, engine, Metrics(), Settings()), question="a", contexts=("b",), top_k=5)
+    model = ServedModel(bundle, engine, Metrics(), Settings())
+    question = Question(model=model, question="a", contexts=("b",), top_k=5)
     found = [("Uber", 0.3, 10), ("NVIDIA", 0.25, 30), ("uber", 0.2, 50), ("nvidia", 0.15, 70), ("UBER.", 0.05, 90)]
     answers = tuple(Answer(text, score, start, start + len(text), 0) for text, score, start in found)
 
     def answer(*, null_score: float = 0.1, has_answer: bool = True, **parameters: object) -> Any:
         decoded = Decoded(answers, has_answer, null_score, 0.0)
-        result = Result(Tokenized(question, (), 0.0), (), decoded, 0.0, 0.0, 0.0)
+        result = Result(Tokenized(question, (), 0.0, 0.0), (), decoded, 0.0, 0.0, 0.0)
         return to_answer(result, Parameters(**parameters))  # type: ignore[arg-type]
 
     merged = answer()

@@ -16,7 +16,7 @@ from bertqa.repository import Repository
 from bertqa.spans import Logits
 from bertqa.windows import Window
 from service.app import create_app
-from service.inference import registry as followed
+from service.inference import watcher
 from service.settings import Settings
 from service.triton.admin import Loaded
 from service.triton.errors import ModelUnavailable
@@ -77,7 +77,7 @@ def repository(tmp_path: Path) -> Repository:
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> FakeTriton:
-    monkeypatch.setattr(followed, "FOLLOW_S", 0.02)
+    monkeypatch.setattr(watcher, "LOOK_S", 0.02)
     return FakeTriton()
 
 

@@ -1,0 +1,134 @@
+"""Follows ``serving.json`` while the process runs: a version that becomes active takes over from the one before."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch
+from bertqa.repository import SERVING_FILE, Repository
+from service.inference.registry import ModelRegistry, ServedModel
+from service.observability.metrics import Metrics
+from service.settings import Settings
+from service.triton.channels import EngineFactory
+
+T = TypeVar("T")
+
+LOOK_S = 1.0
+"""Seconds between two looks at the repository."""
+PROBE_S = 5.0
+"""Seconds that a question to a new version may take before it is tried again."""
+
+log = logging.getLogger("bertqa.service")
+
+
+class RepositoryWatcher:
+    """Keeps a `ModelRegistry` at what the repository says."""
+
+    def __init__(self, repository: Repository, engines: EngineFactory, metrics: Metrics, settings: Settings) -> None:
+        """Name the parts.
+
+        Args:
+            repository: read only.
+            engines: makes the clients of each version.
+            metrics: of the application.
+            settings: likewise.
+        """
+        self._repository = repository
+        self._engines = engines
+        self._metrics = metrics
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(1, "repository")
+        self._seen: tuple[int, ...] = ()  # the stamp, when the repository was last read
+        self._said: dict[str, str] = {}  # what is in the way of a model's version
+
+    def start(self, default: str | None) -> ModelRegistry:
+        """Open the active version of every model, whether the engine is up or not.
+
+        Raises:
+            BundleMismatch: there is none, one is not whole, or the default is none of them.
+        """
+        self._seen = self._stamp()
+        names = list(self._repository.serving())
+        if not names:
+            self._repository.open()  # raises, and says what to do
+        if default is None:
+            default = MODEL_NAME if MODEL_NAME in names else names[0]
+            if default != MODEL_NAME and len(names) > 1:
+                raise BundleMismatch(f"BERTQA_MODEL: must say which is the default of {', '.join(names)}")
+        if default not in names:
+            raise BundleMismatch(f"BERTQA_MODEL: must be one of {', '.join(names)}; got {default!r}")
+        return ModelRegistry(default, {name: self._served(self._repository.open(name)) for name in names})
+
+    async def follow(self, registry: ModelRegistry, probe: Callable[[ServedModel, float], Awaitable[object]]) -> None:
+        """Go over to another version whenever the repository says so, for ever.
+
+        The new version answers a question first; until it can, the one before goes on.
+
+        Args:
+            registry: to keep up to date.
+            probe: sends a real question to a model, by a deadline in `time.monotonic` seconds.
+        """
+        try:
+            while True:
+                await asyncio.sleep(LOOK_S)
+                try:
+                    await self._look(registry, probe)
+                except Exception:  # whatever it is, the next look may go well
+                    log.exception("the repository could not be looked at; it will be again")
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _look(self, registry: ModelRegistry, probe: Callable[[ServedModel, float], Awaitable[object]]) -> None:
+        stamp = await self._in_thread(self._stamp)
+        if stamp == self._seen and not self._said:
+            return
+        try:
+            serving = await self._in_thread(self._repository.serving)
+        except (BundleMismatch, OSError) as error:
+            self._say("", str(error))
+            return
+        self._seen = stamp
+        self._said = {name: said for name, said in self._said.items() if name in serving}
+        for name, wanted in serving.items():
+            if name in registry and registry[name].bundle.version == wanted.active:
+                self._said.pop(name, None)
+                continue
+            try:
+                new = self._served(await self._in_thread(self._repository.open, name, wanted.active))
+                await probe(new, time.monotonic() + PROBE_S)
+            except Exception as error:  # whatever it is, the version before goes on
+                self._say(name, f"version {wanted.active} of {name} cannot answer yet: {error}")
+                continue
+            self._said.pop(name, None)
+            registry.put(new)
+            log.warning("%s answers from version %d now, %s", name, wanted.active, new.bundle.manifest.identity)
+            self._metrics.serves(each.bundle for each in registry)
+        for name in [each.bundle.model for each in registry if each.bundle.model not in serving]:
+            if name != registry.default:
+                registry.remove(name)
+                self._metrics.serves(each.bundle for each in registry)
+
+    def _served(self, bundle: Bundle) -> ServedModel:
+        return ServedModel(bundle, self._engines, self._metrics, self._settings)
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        # One of its own: questions may fill the threads that they share.
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    def _say(self, name: str, problem: str) -> None:
+        """Log a problem once, not every second."""
+        if self._said.get(name) != problem:
+            log.warning("%s", problem)
+        self._said[name] = problem
+
+    def _stamp(self) -> tuple[int, ...]:
+        """Changes with ``serving.json``, and when a model's directory comes or goes."""
+        stamp = []
+        for path in (self._repository.root, self._repository.root / SERVING_FILE):
+            with suppress(OSError):
+                stamp += [path.stat().st_mtime_ns, path.stat().st_ino]
+        return tuple(stamp)
