@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from bertqa.errors import InvalidArgument
+from bertqa.plain_words import PlainWords
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 """The engine's inputs, in order; each int32 of shape (1, length)."""
@@ -119,6 +120,7 @@ class WindowMaker:
         self._tokenizer.no_padding()
         self._plain_ascii = _without_normalizer(self._tokenizer)
         self._cuts = _safe_cuts(self._tokenizer)
+        self._words = PlainWords(self._plain_ascii) if self._plain_ascii and self._cuts else None
         self._cls, self._sep, self._pad = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
 
     @classmethod
@@ -236,6 +238,8 @@ class WindowMaker:
         tokenizer = self._tokenizer
         if self._plain_ascii is not None and not _NOT_PLAIN_ASCII.search(text):
             tokenizer, text = self._plain_ascii, text.lower()
+            if self._words and len(text) <= _PIECE and (tokens := self._words.tokens(text)) is not None:
+                return tokens
         parts = []
         words = 0
         for low, high in self._pieces(text):
