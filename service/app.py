@@ -116,7 +116,11 @@ def create_app(
                 following.append(asyncio.create_task(watcher.follow(models, partial(check_ready, pipeline))))
             if keyring:
                 following.append(asyncio.create_task(keyring.follow()))
-            yield {"settings": settings, "metrics": metrics}  # for service.runtime.http_protocol
+            yield {
+                "settings": settings,
+                "metrics": metrics,
+                "memory": pipeline.memory,
+            }  # for the protocol
         finally:
             for task in following:
                 task.cancel()

@@ -68,7 +68,7 @@ class JsonRequest(Request):
             # The largest call to /v1/answers: each question with its fields, each context a value of its own.
             most = max(MAX_VALUES, settings.max_questions * (settings.max_contexts + 2 * MAX_NAMES))
             deadline = deadline_of(self, settings.deadline_s)
-            self._json = await pipeline.workers.run_if_large(
+            self._json = await pipeline.body_workers.run_if_large(
                 len(body), lambda check: parse_json(body, most), deadline=deadline
             )
         return self._json
@@ -87,7 +87,7 @@ class JsonRoute(APIRoute):
             answering_of(request).check_room()  # before the body is read
             account = pipeline_of(request).memory.open()
             try:
-                request = JsonRequest(request.scope, _counted(request.receive, account))
+                request = JsonRequest(request.scope, request.receive)
                 await request.json()
                 response = await handle(request)
                 account.add(len(response.body))
@@ -97,17 +97,6 @@ class JsonRoute(APIRoute):
             return _Accounted(response, account)
 
         return parse_and_handle
-
-
-def _counted(receive: Receive, account: Account) -> Receive:
-    """The same, with the bytes of the body on an account."""
-
-    async def counted_receive() -> Message:
-        message = await receive()
-        account.add(len(message.get("body", b"")))
-        return message
-
-    return counted_receive
 
 
 class _Accounted(Response):

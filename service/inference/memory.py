@@ -1,4 +1,4 @@
-"""Bytes that requests hold, counted so that they cannot come to more than a process may use."""
+"""One account of the memory that requests hold, so that all together cannot exceed what a process may use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +7,22 @@ from service.triton.errors import ModelOverloaded
 
 
 class MemoryBudget:
-    """The bytes of all requests in progress: bodies, texts, windows, logits, and replies not taken by their clients."""
+    """The bytes of all requests in progress, each counted once.
+
+    Bodies, from their first byte on, are counted by the HTTP protocol (`hold_body`); texts, windows, logits, and
+    replies that their clients have not taken, by whoever makes them, on the `Account` of a request.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.body_bytes = 0
+        """Bytes of bodies that have arrived, whole or in part."""
         self.held = 0
+        """All other bytes."""
+
+    def hold_body(self, more: int) -> None:
+        """Count bytes of a body that arrived, or, below zero, of one that is let go; never refused here."""
+        self.body_bytes += more
 
     def check(self, more: int = 1) -> None:
         """Return if a request may hold so many bytes more.
@@ -19,18 +30,19 @@ class MemoryBudget:
         Raises:
             ModelOverloaded: others hold too many.
         """
-        if self.held and self.held + more > self.max_bytes:
+        total = self.body_bytes + self.held
+        if self.held and total + more > self.max_bytes:
             raise ModelOverloaded(
-                f"Requests in progress hold {self.held >> 20} MiB of memory; they may hold {self.max_bytes >> 20} MiB."
+                f"Requests in progress hold {total >> 20} MiB of memory; they may hold {self.max_bytes >> 20} MiB."
             )
 
     def open(self) -> "Account":
-        """An account for what one request holds, which is to be closed."""
+        """Return an account for what one request holds; close it at the end."""
         return Account(self)
 
     @contextmanager
     def account(self) -> Iterator["Account"]:
-        """What one request holds; given back at the end."""
+        """Open an account, and close it at the end."""
         account = self.open()
         try:
             yield account
@@ -49,9 +61,9 @@ class Account:
         """Hold more.
 
         Raises:
-            ModelOverloaded: there is no room for it beside what others hold.
+            ModelOverloaded: there is no room for it beside what others hold; a request alone always has room.
         """
-        if self._budget.held > self._bytes:  # whoever is alone may
+        if self._budget.held > self._bytes:
             self._budget.check(number)
         self._bytes += number
         self._budget.held += number

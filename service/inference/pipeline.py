@@ -75,11 +75,15 @@ class Pipeline:
         self.settings = settings
         self.memory = MemoryBudget(settings.max_memory_mb << 20)
         self.workers = WorkerPool()
+        """For long texts: tokenizing, decoding, writing replies."""
+        self.body_workers = WorkerPool(1)
+        """For large bodies: to parse one takes milliseconds, and must not wait for long texts."""
         self._metrics = metrics
 
     def close(self) -> None:
         """Begin no more work."""
         self.workers.close()
+        self.body_workers.close()
 
     async def answer(self, questions: Sequence[Question], *, deadline: float) -> list[Result]:
         """As in `Answering`."""
@@ -94,7 +98,7 @@ class Pipeline:
         Raises:
             ModelOverloaded: they would have to wait too long for the engine, or there is no memory for them.
         """
-        self.memory.check(sum(question.chars for question in questions))
+        self.memory.check(sum(question.bytes for question in questions))
         for model in _models_of(questions):
             model.admission.check(call.deadline, besides=self.workers.abandoned)
 
@@ -111,9 +115,10 @@ class Pipeline:
         return await self.decode(inferred, call)
 
     async def tokenize(self, questions: Sequence[Question], call: Call, account: Account) -> list[Tokenized]:
-        """Turn valid questions into windows, and count their memory on an account."""
+        """Turn valid questions into windows, and count the memory of texts and windows on an account."""
         tokenized: list[Tokenized] = []
         windows_left, quick_s = MAX_WINDOWS, INLINE_S
+        account.add(sum(question.bytes for question in questions))
         with ExitStack() as arriving:
             for model in _models_of(questions):
                 arriving.enter_context(model.admission.arriving())

@@ -34,6 +34,11 @@ class Question:
         """Characters of all contexts."""
         return sum(map(len, self.contexts))
 
+    @property
+    def bytes(self) -> int:
+        """Memory of its texts: one byte a character to four, by the widest that a text holds."""
+        return getsizeof(self.question) + sum(map(getsizeof, self.contexts))
+
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
@@ -56,11 +61,10 @@ class Tokenized:
 
     @property
     def bytes(self) -> int:
-        """Memory of its texts, its windows, and the logits that will come of them."""
+        """Memory of its windows, and of the logits that will come of them."""
         windows = [window for document in self.documents for window in document.windows]
         arrays = [array for each in self.documents for array in (each.starts, each.ends, each.words)]
-        size = sum(map(getsizeof, (self.question.question, *self.question.contexts)))
-        size += sum(array.nbytes + _ARRAY_BYTES for array in arrays)
+        size = sum(array.nbytes + _ARRAY_BYTES for array in arrays)
         return size + sum(_bytes_with_logits(window) for window in windows) + 2_048
 
 
@@ -104,7 +108,7 @@ class Result:
     def bytes(self) -> int:
         """Memory that it takes up, its key in a cache included."""
         answers = sum(getsizeof(each.text) + _ANSWER_BYTES for each in self.decoded.answers)
-        return self.tokenized.bytes + answers
+        return self.question.bytes + self.tokenized.bytes + answers
 
     def within(self, max_bytes: int) -> "Result":
         """The same with no more answers than have so many UTF-8 bytes together, but at least one."""

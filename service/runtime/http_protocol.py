@@ -29,6 +29,7 @@ from service.api.errors import (
     TooManyConnections,
     error_response,
 )
+from service.inference.memory import MemoryBudget
 from service.observability.metrics import Metrics
 from service.runtime.transport import JoiningTransport, Unread
 from service.settings import Settings
@@ -54,15 +55,23 @@ class Bodies:
     slowly cannot keep others out.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, memory: MemoryBudget) -> None:
+        """Begin empty.
+
+        Args:
+            limit: bytes that all bodies may have together.
+            memory: the process's account of memory, of which the bodies are a part.
+        """
         self.bytes = 0
         self._limit = limit
+        self._memory = memory
         self._arriving: dict[BoundedProtocol, None] = {}  # which began first comes first
 
     def add(self, connection: "BoundedProtocol", size: int) -> None:
         """Count bytes of a body that is arriving."""
         self._arriving.setdefault(connection)
         self.bytes += size
+        self._memory.hold_body(size)
         if self.bytes <= self._limit:
             return
         for each in list(self._arriving):
@@ -78,6 +87,7 @@ class Bodies:
     def free(self, size: int) -> None:
         """Count bytes no more."""
         self.bytes -= size
+        self._memory.hold_body(-size)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -103,8 +113,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the last one that came
         self._last_reply: bytes | None = None  # written when the requests before it are answered
         self._unread: Unread = self.app_state.setdefault("unread", Unread())
+        memory = self.app_state.get("memory") or MemoryBudget(self._settings.max_memory_mb << 20)
         most = max(MAX_BODIES_BYTES, self._settings.max_body_bytes)
-        self._bodies: Bodies = self.app_state.setdefault("bodies", Bodies(most))
+        self._bodies: Bodies = self.app_state.get("bodies") or self.app_state.setdefault("bodies", Bodies(most, memory))
 
     @property
     def body_bytes(self) -> int:
