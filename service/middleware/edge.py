@@ -70,7 +70,7 @@ class Edge:
                 received += len(message.get("body", b""))
                 if received > self.max_body_bytes:
                     raise BodyTooLarge(self.max_body_bytes)
-                if "refusal" in scope and message.get("more_body"):  # by service.runtime.http_protocol
+                if "refusal" in scope:  # by service.runtime.http_protocol, which holds no more of the body
                     raise scope["refusal"]
             return message
 
