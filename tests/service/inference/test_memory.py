@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from tests.support.paths import ROOT
 BOUND_MIB = 512
 HOSTILE_S = 10.0
 CLIENTS = 16  # of each kind
+ANSWERED = 3  # hostile requests; a slow machine gets longer for them
 
 # The real application, protocol and tokenizer, and an engine that takes a while.
 SERVER = """
@@ -88,52 +89,61 @@ def message(path: str, body: object) -> bytes:
     return head.encode() + text
 
 
-async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
-    return await asyncio.open_connection(sock=connection, limit=4096)
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection of a client whose system takes little of a reply that it does not read."""
+    with closing(socket.socket()) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
+        reader, writer = await asyncio.open_connection(sock=connection, limit=4096)
+        try:
+            yield reader, writer
+        finally:
+            writer.transport.abort()
+            with suppress(OSError):
+                await writer.wait_closed()
 
 
 async def ask(port: int, sent: bytes, statuses: Counter[str], until: float, *, reads: bool = True) -> None:
     """Send a request again and again; without reading, its reply waits at the server."""
     while time.monotonic() < until:
-        reader, writer = await connect(port)
-        with suppress(ConnectionError, ValueError):
-            writer.write(sent)
-            if not reads:
-                await asyncio.sleep(until - time.monotonic())
-            status = int((await reader.readline())[9:12])
-            writer.write(b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-            body = b""
-            while part := await reader.read(1 << 16):
-                body = part if status == 200 else body + part
-            found = re.search(rb'"error_type": "(\w+)"', body)
-            statuses[found[1].decode() if found and status != 200 else "answered"] += 1
-        writer.close()
+        with suppress(OSError, ValueError):
+            async with connected(port) as (reader, writer):
+                writer.write(sent)
+                if not reads:
+                    await asyncio.sleep(max(until - time.monotonic(), 0))
+                status = int((await reader.readline())[9:12])
+                writer.write(b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                body = b""
+                while part := await reader.read(1 << 16):
+                    body = part if status == 200 else body + part
+                found = re.search(rb'"error_type": "(\w+)"', body)
+                statuses[found[1].decode() if found and status != 200 else "answered"] += 1
 
 
 async def hold(port: int, until: float) -> None:
     """Send all of a large body but its last byte."""
-    _, writer = await connect(port)
-    with suppress(ConnectionError):
-        writer.write(message("/v1/answer", {"question": "who", "context": "x" * ((2 << 20) - 200)})[:-1])
-        await writer.drain()
-        await asyncio.sleep(until - time.monotonic())
-    writer.close()
+    async with connected(port) as (_, writer):
+        with suppress(OSError):
+            writer.write(message("/v1/answer", {"question": "who", "context": "x" * ((2 << 20) - 200)})[:-1])
+            await writer.drain()
+        await asyncio.sleep(max(until - time.monotonic(), 0))
 
 
 async def attack(port: int) -> Counter[str]:
     statuses: Counter[str] = Counter()
     until = time.monotonic() + HOSTILE_S
-    work = [hold(port, until) for _ in range(CLIENTS)]
+    last = until + 30
+    work = [hold(port, last) for _ in range(CLIENTS)]
     for body in (SPACES, LETTERS, WORDS, UNLIKE, HANGUL, MANY, WIDE):
         sent = message("/v1/answers" if "questions" in body else "/v1/answer", body)
-        work += [ask(port, sent, statuses, until) for _ in range(CLIENTS)]
-        work += [ask(port, sent, statuses, until, reads=False) for _ in range(CLIENTS // 4)]
+        work += [ask(port, sent, statuses, last) for _ in range(CLIENTS)]
+        work += [ask(port, sent, statuses, last, reads=False) for _ in range(CLIENTS // 4)]
     tasks = [asyncio.create_task(each) for each in work]
-    await asyncio.wait(tasks, timeout=HOSTILE_S + 1)
+    await asyncio.wait(tasks, timeout=HOSTILE_S)
+    while statuses["answered"] < ANSWERED and time.monotonic() < last:
+        await asyncio.sleep(0.2)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -148,20 +158,19 @@ def test_a_process_stays_below_its_bound_whatever_clients_send(cache_mb: int) ->
         end = time.monotonic() + 60
         while not once["answered"]:
             assert time.monotonic() < end
-            with suppress(OSError):
+            with suppress(OSError, TimeoutError, asyncio.TimeoutError):
                 asyncio.run(asyncio.wait_for(ask_once(port, simple, once), 5))
         before = peak_mib(process)
         statuses = asyncio.run(attack(port))
         peak = peak_mib(process)
         print(f"{before} MiB before, {peak} MiB at most; {dict(statuses)}")
-        assert statuses["answered"] > 5
+        assert statuses["answered"] >= ANSWERED
         assert statuses["engine_overloaded"] + statuses["bodies_overloaded"] > 5, "clients have come to the bounds"
         assert set(statuses) <= {"answered", "engine_overloaded", "bodies_overloaded", "engine_timeout", "slow_request"}
         assert peak < BOUND_MIB
 
 
 async def ask_once(port: int, sent: bytes, statuses: Counter[str]) -> None:
-    reader, writer = await connect(port)
-    writer.write(sent)
-    statuses["answered"] += (await reader.readline())[9:12] == b"200"
-    writer.close()
+    async with connected(port) as (reader, writer):
+        writer.write(sent)
+        statuses["answered"] += (await reader.readline())[9:12] == b"200"
