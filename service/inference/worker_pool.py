@@ -155,7 +155,7 @@ _LONG_WORD = 25
 
 
 def tokenizing_s(*texts: str) -> float:
-    """Seconds that tokenizing takes at worst.
+    """Estimate the seconds that tokenizing takes at worst.
 
     WordPiece tries every ending of a word from every piece on: the square of the word's length, up to a hundred
     letters. Measured with the shipped tokenizer on a 2-core Xeon: 0.3 µs a character for English, 0.8 for the worst
