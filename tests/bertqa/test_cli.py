@@ -25,7 +25,7 @@ from bertqa.command import Exit, command, group, parse, status
 from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, TOKENIZER_FILE, Bundle, sha256_of
 from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad
-from service.batch_worker import IN_FLIGHT
+from service.commands.batch.worker import IN_FLIGHT
 from service.triton.errors import ModelOverloaded
 from tests.support.paths import ROOT
 from tests.support.toy_model import FakeEngine
