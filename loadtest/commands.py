@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertqa.command import CommandError, Exit, at_least_one, command, group, not_negative, positive
+from bertqa.cli.command import CommandError, Exit, at_least_one, command, group, not_negative, positive
 
 PROJECT = Path(__file__).resolve().parent.parent
 CHECKPOINT = PROJECT / "checkpoints" / "minilm-l6-squad"

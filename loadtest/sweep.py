@@ -10,7 +10,7 @@ Every point is written when it is measured. A second call with the same --output
 """
 
 if __name__ == "__main__":  # before the imports, of which --help needs none
-    from bertqa.command import run
+    from bertqa.cli.command import run
     from loadtest.commands import app
 
     run(app, "python -m loadtest.sweep")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertqa.command import CommandError, Exit, OutputFormat, command, group, positive, say
+from bertqa.cli.command import CommandError, Exit, OutputFormat, command, group, positive, say
 
 app = group("Make, list and revoke API keys.")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertqa.command import CommandError, Exit, OutputFormat, command, group, positive, say
+from bertqa.cli.command import CommandError, Exit, OutputFormat, command, group, positive, say
 from service.commands.options import TritonOptions, settings
 
 if TYPE_CHECKING:

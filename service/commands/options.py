@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertqa.command import CommandError, addresses
+from bertqa.cli.command import CommandError, addresses
 
 if TYPE_CHECKING:
     from service.settings import Settings

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bertqa.command import CommandError, addresses, command, group
+from bertqa.cli.command import CommandError, addresses, command, group
 from bertqa.manifest import MODEL_NAME, BundleMismatch
 from bertqa.repository import Repository
 from service.commands.options import LOOPBACK, PROJECT, Port, settings

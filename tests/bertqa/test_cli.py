@@ -21,7 +21,7 @@ import pytest
 import typer
 
 from bertqa.cli import COMMANDS
-from bertqa.command import Exit, command, group, parse, status
+from bertqa.cli.command import Exit, command, group, parse, status
 from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, TOKENIZER_FILE, Bundle, sha256_of
 from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad
@@ -245,7 +245,7 @@ sys.meta_path.insert(0, Refuse())
 
 
 def test_help_needs_no_package_but_typer(bare: dict[str, str]) -> None:
-    program = "import sys, contextlib, io; from bertqa.cli import app; from bertqa.command import status\n"
+    program = "import sys, contextlib, io; from bertqa.cli import app; from bertqa.cli.command import status\n"
     program += "for line in sys.stdin: print(status(app, [*line.split(), '--help']), line, flush=True)"
     lines = "\n".join(" ".join(words) for words in [[], *HELP])
     done = run([sys.executable, "-c", program], stdin=lines.encode(), env=bare)

@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad, read_squad

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertqa.command import parse, status
+from bertqa.cli.command import parse, status
 from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import Bundle, Manifest, sha256_of
 from bertqa.repository import Repository

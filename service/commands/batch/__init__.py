@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bertqa.command import CommandError, Exit, addresses, at_least_one, command, group, not_negative, say
+from bertqa.cli.command import CommandError, Exit, addresses, at_least_one, command, group, not_negative, say
 from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import MODEL_NAME
 from bertqa.spans import MAX_ANSWER_TOKENS

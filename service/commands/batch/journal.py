@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from bertqa.command import say
+from bertqa.cli.command import say
 from bertqa.manifest import sha256_of
 from service.commands.batch.errors import BatchRefused
 from service.commands.batch.parts import Part, Receipt
