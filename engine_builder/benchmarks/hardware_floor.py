@@ -5,25 +5,29 @@ OpenVINO, the engine's own runtime, at each precision; the bandwidth that of cop
 Softmax, LayerNorm and GELU are in neither, so no engine reaches this floor.
 """
 
-import argparse
-import sys
+if __name__ == "__main__":  # before the imports, because --help needs none of them
+    from bertqa.cli.command import run
+    from engine_builder.benchmarks.commands import floor_app
+
+    run(floor_app, "python -m engine_builder.benchmarks.hardware_floor")
+
+
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
 from bertqa.hardware import cpu_features
-from bertqa.manifest import BundleMismatch
 from bertqa.repository import Repository
-from bertqa.squad import MalformedSquad, read_squad
+from bertqa.squad import read_squad
 from engine_builder.architectures import read_architecture
 from engine_builder.architectures.encoder import Encoder
-from engine_builder.checkpoint import GATE_FILE, InvalidCheckpoint
+from engine_builder.benchmarks.commands import FloorOptions
+from engine_builder.checkpoint import GATE_FILE
 from engine_builder.targets.openvino import PRECISIONS, Precision, supported_precision
 
 SIDE = 2048
@@ -31,22 +35,7 @@ SIDE = 2048
 _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m engine_builder.benchmarks.hardware_floor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="directory with the encoder's config.json")
-    parser.add_argument(
-        "--repository", type=Path, default=Path("model_repository"), help="with an engine of it (default: %(default)s)"
-    )
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: FloorOptions) -> None:
     """Measure and print the tables."""
     encoder = read_architecture(args.checkpoint).encoder
     bundle = Repository(args.repository).open()
@@ -149,10 +138,3 @@ def _shortest(work: Callable[[], object], seconds: float) -> float:
         work()
         found.append(time.perf_counter() - began)
     return min(found)
-
-
-if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (InvalidCheckpoint, BundleMismatch, MalformedSquad, OSError) as error:
-        sys.exit(f"hardware_floor: {error}")
