@@ -1,7 +1,7 @@
 r"""Which runtime answers fastest with a checkpoint, and what it costs in F1: a Markdown table, and a bar chart.
 
     python -m engine_builder.benchmarks.compare_runtimes --checkpoint checkpoints/minilm-l6-squad --data dev-v1.1.json \
-        --lengths 128 384 --chart chart.png
+        --lengths 128 --lengths 384 --chart chart.png
 
 The framework that trained the checkpoint and every engine that runs on this machine see the same real windows, one at
 a time, in turns within one run, so that a busy minute slows all alike. A call is timed from array to array; TensorRT's

@@ -264,6 +264,9 @@ def test_help_needs_no_package_but_typer(bare: dict[str, str]) -> None:
         *("service", "engine_builder", "training.data", "loadtest.sweep"),
         *(f"training.{name}" for name in ("finetune_squad", "finetune_glue", "pretrain", "average")),
         *(f"training.{name}" for name in ("teach", "hard_negatives", "import_mpnet")),
+        *(f"engine_builder.benchmarks.{name}" for name in ("compare_runtimes", "compare_buckets", "hardware_floor")),
+        *(f"loadtest.{name}" for name in ("measure_service", "compare_servers", "sleeping_engine")),
+        "training.measure_training",
     ],
 )
 def test_modules_give_help_without_their_packages(bare: dict[str, str], module: str) -> None:
