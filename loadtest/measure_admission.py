@@ -30,7 +30,7 @@ import psutil
 from bertqa.hardware import cpu_name
 from bertqa.squad import read_squad
 from loadtest.closed_loop import Load, closed_loop, http_post
-from loadtest.measure_service import PROJECT, Product
+from loadtest.servers import PROJECT, Product
 from loadtest.sleeping_engine import write_repository
 
 MAX_WAIT_S = 2.0

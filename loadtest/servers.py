@@ -12,12 +12,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -112,7 +114,7 @@ def tritons(repository: Path, count: int, logs: Path) -> Iterator[list[Server]]:
     with contextlib.ExitStack() as stack:
         started = []
         for number in range(count):
-            ports = dict(zip(("grpc", "metrics", "http"), _free_ports(3), strict=True))
+            ports = dict(zip(("grpc", "metrics", "http"), free_ports(3), strict=True))
             command = [sys.executable, "-m", "service.runtime.triton", "--repository", str(repository)]
             for name, port in ports.items():
                 command += [f"--{name}-port", str(port)]
@@ -128,7 +130,7 @@ def replicas(engines: Sequence[Server], repository: Path, count: int, logs: Path
     """Start replicas of the service, the n-th on the n-th of the Triton servers, which are gone round."""
     with contextlib.ExitStack() as stack:
         started = []
-        for number, port in enumerate(_free_ports(count)):
+        for number, port in enumerate(free_ports(count)):
             command = [sys.executable, "-m", "service", "--port", str(port), "--repository", str(repository)]
             command += ["--triton-url", engines[number % len(engines)].url]
             process = stack.enter_context(_running(command, logs / f"service-{number + 1}.log"))
@@ -144,7 +146,7 @@ def balancer(services: Sequence[Server], logs: Path) -> Iterator[Server]:
     program = shutil.which("haproxy", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
     if not program:
         raise ServerFailed("haproxy: not found; apt-get install haproxy, or measure one replica with --balancer none")
-    public, operation = _free_ports(2)
+    public, operation = free_ports(2)
     addresses = [server.url.removeprefix("http://") for server in services]
     path = logs / "haproxy.cfg"
     path.write_text(haproxy_config(HAPROXY_CFG.read_text(), public, operation, addresses))
@@ -232,10 +234,64 @@ def _wait_until_ready(server: Server, url: str, logs: Path) -> None:
     raise ServerFailed(f"{server.role} at {server.url} did not start; its log is in {logs}")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def tree_memory(pid: int) -> int:
+    """Bytes of a process and its descendants: proportional set size, where a shared page counts once."""
+    process = psutil.Process(pid)
+    return sum(int(each.memory_full_info().pss) for each in [process, *process.children(recursive=True)])
+
+
+class Product:
+    """The product as `bertqa serve` starts it: launcher, service and Triton, on free ports."""
+
+    def __init__(self, repository: Path, **environment: str) -> None:
+        self.repository = repository
+        self._environment = {"BERTQA_DEADLINE_S": "60", **environment}
+        self.bundle = Repository(repository).open()
+        self._lines: list[str] = []
+
+    def __enter__(self) -> "Product":
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "service", "--port=0", "--triton-grpc-port=0", f"--repository={self.repository}"],
+            cwd=PROJECT, stderr=subprocess.PIPE, text=True, env=os.environ | self._environment,
+        )  # fmt: skip
+        try:
+            address = urlsplit(self._find(r"ready at (http://\S+)"))
+            self.host, self.port = str(address.hostname), int(address.port or 80)
+            self.triton = re.findall(r"ready after .* \(gRPC (\S+)\)", "".join(self._lines))[-1]
+            children = psutil.Process(self._process.pid).children(recursive=True)
+            self.service = next(child for child in children if "uvicorn" in child.cmdline())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+    def _find(self, pattern: str) -> str:
+        """Wait for a line; a thread then copies the rest to standard error."""
+        stream = self._process.stderr
+        assert stream
+        for line in stream:
+            self._lines.append(line)
+            if match := re.search(pattern, line):
+                threading.Thread(target=sys.stderr.writelines, args=(stream,), daemon=True).start()
+                return match[1]
+        raise RuntimeError("".join([*self._lines, f"the service ended with exit code {self._process.wait()}"]))
+
+    @property
+    def cpu_s(self) -> float:
+        """User and system time of the service's process so far."""
+        times = self.service.cpu_times()
+        return float(times.user + times.system)
 
 
 def ensure_engine(repository: Path, checkpoint: Path) -> None:

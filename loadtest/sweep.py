@@ -15,8 +15,8 @@ if __name__ == "__main__":  # before the imports, of which --help needs none
 
     run(app, "python -m loadtest.sweep")
 
+import asyncio
 import contextlib
-import http.client
 import json
 import math
 import signal
@@ -35,9 +35,11 @@ from urllib.parse import urlsplit
 
 from bertqa.squad import read_squad
 from loadtest import sleeping_engine
+from loadtest.closed_loop import closed_loop, for_requests, http_post
 from loadtest.commands import SweepOptions
+from loadtest.points import Load, Point, curve_of, knees, summarize
 from loadtest.replies import RIGHT, best_answer, judge
-from loadtest.report import Load, Point, curve_of, knees, markdown, summarize, table, write_report
+from loadtest.report import table, write_report
 from loadtest.servers import (
     PROJECT,
     ServerFailed,
@@ -48,6 +50,7 @@ from loadtest.servers import (
     machine,
     stack,
 )
+from loadtest.tables import markdown
 from loadtest.workload import Asked, Kind, make_requests, write_requests
 
 FEWER: Mapping[Kind, int] = {"short": 1, "several": 8, "long": 16}
@@ -207,17 +210,15 @@ def answered(url: str, asked: Sequence[Asked]) -> list[Asked]:
         ServerFailed: one was not answered.
     """
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=60)
-    with contextlib.closing(connection):
-        found = []
-        for each in asked:
-            connection.request("POST", "/v1/answer", each.body(), {"content-type": "application/json"})
-            response = connection.getresponse()
-            headers = {name.lower(): value for name, value in response.headers.items()}
-            outcome, reply = judge(each, response.status, headers, response.read())
-            if outcome != RIGHT:
-                raise ServerFailed(f"an undisturbed service gave: {outcome}")
-            found.append(replace(each, answer=best_answer(reply)))
+    host, port = str(address.hostname), address.port or 80
+    bodies = enumerate(http_post(host, port, "/v1/answer", each.body().encode()) for each in asked)
+    load = asyncio.run(closed_loop(host, port, bodies, 1, until=for_requests(len(asked))))
+    found = []
+    for each, reply in zip(asked, load.replies, strict=True):
+        outcome, answer = judge(each, reply.status, {}, reply.body)
+        if outcome != RIGHT:
+            raise ServerFailed(f"an undisturbed service gave: {outcome}")
+        found.append(replace(each, answer=best_answer(answer)))
     return found
 
 
