@@ -26,13 +26,13 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from bertqa.manifest import Bundle
+from bertqa.manifest import Bundle, BundleMismatch
 from bertqa.repository import Repository
 from service.api import errors, hugging_face, v1
 from service.api.exchange import DEADLINE_HEADER, answerer_of
 from service.api.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.inference.pipeline import Answerer
-from service.inference.registry import Follower, Models, Served
+from service.inference.registry import Follower, Models, Served, default_model
 from service.inference.worker_pool import Watchman
 from service.keys import Guard, Keyring, KeysError, needs_key
 from service.middleware.edge import Edge
@@ -72,7 +72,9 @@ def create_app(
     try:
         settings = Settings.from_environment(os.environ) if settings is None else settings
         keyring = Keyring(Path(settings.api_keys_file)) if settings.api_keys_file else None
-    except (SettingsError, KeysError) as error:
+        if own_process and not bundle:
+            default_model(Repository(settings.repository), settings.model or None)  # a mistake there is one line too
+    except (SettingsError, KeysError, BundleMismatch) as error:
         if own_process:
             sys.exit(f"bertqa: error: {error}")
         raise

@@ -109,6 +109,28 @@ class Models:
         del self._served[name]
 
 
+def default_model(repository: Repository, wanted: str | None) -> str:
+    """Name the model that answers requests which name none.
+
+    Args:
+        repository: with the models.
+        wanted: setting ``BERTQA_MODEL``; without it, ``bert_qa`` or the only model.
+
+    Raises:
+        BundleMismatch: the repository has no such model or none at all, or must be told which of several it is.
+    """
+    names = list(repository.serving())
+    if not names:
+        repository.open()  # raises, and says what to do
+    if wanted is None:
+        if MODEL_NAME not in names and len(names) > 1:
+            raise BundleMismatch(f"BERTQA_MODEL: must say which is the default of {', '.join(names)}")
+        return MODEL_NAME if MODEL_NAME in names else names[0]
+    if wanted not in names:
+        raise BundleMismatch(f"BERTQA_MODEL: must be one of {', '.join(names)}; got {wanted!r}")
+    return wanted
+
+
 class Follower:
     """Keeps `Models` at what the repository says."""
 
@@ -136,15 +158,8 @@ class Follower:
             BundleMismatch: there is none, one is not whole, or the default is none of them.
         """
         self._seen = self._stamp()
-        names = list(self._repository.serving())
-        if not names:
-            self._repository.open()  # raises, and says what to do
-        if default is None:
-            default = MODEL_NAME if MODEL_NAME in names else names[0]
-            if default != MODEL_NAME and len(names) > 1:
-                raise BundleMismatch(f"BERTQA_MODEL: must say which is the default of {', '.join(names)}")
-        if default not in names:
-            raise BundleMismatch(f"BERTQA_MODEL: must be one of {', '.join(names)}; got {default!r}")
+        default = default_model(self._repository, default)
+        names = self._repository.serving()
         return Models(default, {name: self._served(self._repository.open(name)) for name in names})
 
     async def follow(self, models: Models, probe: Callable[[Served, float], Awaitable[object]]) -> None:
