@@ -47,10 +47,10 @@ WARM_UP = 24  # requests, of 8 clients
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What every server is asked."""
+    """The questions and loads for every server."""
 
-    examples: Sequence[Example]  # in the order in which each server gets them, round and round
-    scored: int  # the first so many are asked of all, for EM and F1
+    examples: Sequence[Example]  # each server gets them in this order, again and again
+    scored: int  # number of questions, from the first, that all servers are asked, for EM and F1
     clients: Sequence[int]  # a load of each number of clients in each round
     seconds: float  # of a load
     rounds: int
@@ -58,7 +58,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Measured:
-    """What is known of a server."""
+    """The measurements of a server."""
 
     loads: dict[int, list[Load]] = field(default_factory=dict)  # by number of clients, one a round
     answers: dict[int, str] = field(default_factory=dict)  # the first answer to each question, by its number
@@ -101,7 +101,7 @@ def main(args: CompareOptions) -> None:
 
 
 def compare(chosen: Mapping[str, Server], plan: Plan, say: Callable[[str], None]) -> dict[str, Measured]:
-    """Measure servers in turns; one that dies is left out from then on.
+    """Measure servers in turns; a server that dies is left out from then on.
 
     Args:
         chosen: by name.
@@ -135,7 +135,7 @@ class _Turns:
         self.found = Measured()
 
     def take(self, *, last: bool) -> str:
-        """Start the server, load it, end it; returns a line on it.
+        """Start the server, load it, stop it; returns a summary line.
 
         Raises:
             ServerDied: it did not start, or ended by itself.
@@ -216,7 +216,7 @@ class _Turns:
 
 
 def report(titles: Mapping[str, str], found: Mapping[str, Measured], plan: Plan) -> str:
-    """The results in Markdown: a row for each server, how many times as fast ours is, and what went wrong.
+    """Format the results in Markdown: a row for each server, the ratios to ours, and the errors.
 
     Args:
         titles: of the servers, by name.
@@ -253,7 +253,7 @@ def report(titles: Mapping[str, str], found: Mapping[str, Measured], plan: Plan)
 
 
 def _ratios(titles: Mapping[str, str], found: Mapping[str, Measured], clients: Sequence[int]) -> Iterable[str]:
-    """How many times the throughput of the others ours is, at each number of clients."""
+    """The ratio of our throughput to that of the others, at each number of clients."""
     others = [name for name in found if name not in (OURS, BASELINE) and found[name].loads]
     if OURS not in found or not found[OURS].loads:
         return
@@ -269,7 +269,7 @@ def _ratios(titles: Mapping[str, str], found: Mapping[str, Measured], clients: S
 
 
 def rate(measured: Measured, clients: int) -> float:
-    """Answers a second with so many clients: the median of the rounds, 0 if there is none."""
+    """Answers per second at a number of clients: the median of the rounds, 0 without any."""
     return statistics.median(map(_rate, measured.loads.get(clients, ()))) if clients in measured.loads else 0.0
 
 
@@ -288,7 +288,7 @@ def _last_words(process: "subprocess.Popen[bytes]", log: IO[bytes]) -> str:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a server and what it started, by force where that takes longer than 20 seconds."""
+    """Stop a server and its descendants; kill them after 20 seconds."""
     tree = []
     with contextlib.suppress(psutil.NoSuchProcess):
         tree = psutil.Process(process.pid).children(recursive=True)

@@ -25,7 +25,7 @@ _PLAIN_NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def draw_throughput(points: Sequence[Point], title: str) -> Figure:
-    """Throughput against clients; p50, p95, p99 and the refused share below; a line for each number of replicas.
+    """Draw throughput against clients; p50, p95, p99 and the refused share below; a line for each number of replicas.
 
     One column for each number of engine instances; bands reach from the slowest to the fastest part of a measurement;
     rings are knees.
@@ -74,7 +74,7 @@ def draw_throughput(points: Sequence[Point], title: str) -> Figure:
 
 
 def draw_latency(points: Sequence[Point], title: str) -> Figure:
-    """Where the time of a request goes as clients are added, and latency at fixed rates of arrivals."""
+    """Draw the stages of a request against clients, and latency at fixed rates of arrivals."""
     closed = [each for each in points if each.phase == "closed"]
     opened = sorted((each for each in points if each.phase == "open"), key=lambda each: each.rate)
     replicas, instances = _reference(closed)
@@ -115,11 +115,11 @@ def draw_latency(points: Sequence[Point], title: str) -> Figure:
 
 
 Curve = Mapping[int, tuple[float, float]]
-"""By number of clients: answers/s, and the 99th percentile of their milliseconds."""
+"""By number of clients: answers/s, and the 99th percentile of latency in milliseconds."""
 
 
 def draw_engines(alone: Mapping[str, Curve], served: Mapping[str, Curve], title: str) -> Figure:
-    """Throughput and p99 against clients of several engines, by name: asked directly, and through the service."""
+    """Draw throughput and p99 of several engines against clients: called directly, and through the service."""
     figure = Figure(figsize=(9.5, 6), layout="constrained")
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 2))
@@ -147,7 +147,7 @@ def _refused_share(point: Point) -> float:
 
 
 def _reference(closed: Sequence[Point]) -> tuple[int, int]:
-    """Replicas and instances of the curve that is looked at closely: one replica, as many instances as there were."""
+    """Replicas and instances of the curve shown in detail: fewest replicas, most instances."""
     return min(each.replicas for each in closed), max(each.instances for each in closed)
 
 

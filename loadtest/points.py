@@ -12,9 +12,9 @@ from loadtest.replies import ERROR, RIGHT, SHED, WRONG, Sample
 KNEE = 0.95
 """The knee of a curve is its smallest number of clients at which throughput is at least this share of its peak."""
 SLICES = 4
-"""Parts of a measurement whose lowest and highest throughput are told: how steady it was."""
+"""Parts of a measurement; the lowest and highest throughput of a part show how steady it was."""
 _FEWEST = {50: 1, 95: 20, 99: 100}
-"""Replies below which a percentile is not told."""
+"""Fewest replies for each percentile; with fewer it is NaN."""
 
 Phase = Literal["closed", "open", "workload", "scaling"]
 STAGES = ("http_ms", "tokenize_ms", "line_ms", "queue_ms", "compute_ms", "decode_ms")
@@ -22,7 +22,7 @@ STAGES = ("http_ms", "tokenize_ms", "line_ms", "queue_ms", "compute_ms", "decode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What is put on which servers; two that are equal are the same measurement."""
+    """A load on a set of servers; equal loads are the same measurement."""
 
     phase: Phase
     replicas: int = 1  # of the service
@@ -36,7 +36,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point(Load):
-    """A load and what it gave. Times are milliseconds; NaN stands for what cannot be told."""
+    """A load and its results. Times are in milliseconds; unknown values are NaN."""
 
     date: str  # ISO 8601, UTC
     commit: str
@@ -72,12 +72,12 @@ class Point(Load):
 
     @property
     def load(self) -> Load:
-        """What was measured, without what it gave."""
+        """The load without the results."""
         return Load(**{each.name: getattr(self, each.name) for each in fields(Load)})
 
 
 def read_samples(result: Mapping[str, Any]) -> list[Sample]:
-    """The samples of a result file of the locustfile."""
+    """Read the samples of a result file of the locustfile."""
     assert tuple(result["fields"]) == Sample._fields
     return [Sample(*each) for each in result["samples"]]
 
@@ -171,12 +171,12 @@ def percentiles(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """A percentile; NaN where there are too few values to tell it."""
+    """A percentile; NaN if there are too few values."""
     return float(np.percentile(values, percent)) if len(values) >= _FEWEST[percent] else float("nan")
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean; NaN of nothing."""
+    """The mean; NaN without values."""
     return float(np.mean(values)) if values else float("nan")
 
 
@@ -198,7 +198,7 @@ def knee(curve: Mapping[int, float]) -> int:
 
 
 def curve_of(points: Iterable[Point], phase: Phase = "closed", **wanted: int) -> dict[int, Point]:
-    """The points of one curve by number of clients, rising; ``wanted`` are fields of `Load`."""
+    """Select the points of one curve, by rising number of clients; ``wanted`` are fields of `Load`."""
     chosen = [each for each in points if each.phase == phase and all(getattr(each, k) == v for k, v in wanted.items())]
     return {each.clients: each for each in sorted(chosen, key=lambda each: each.clients)}
 

@@ -1,6 +1,6 @@
-"""The servers of a load test: Triton, replicas of the service, HAProxy before them, each by the product's own command.
+"""Start the servers of a load test: Triton, replicas of the service, and HAProxy, each with the product's own command.
 
-Also what they cost (CPU clocks, memory, Triton's own statistics), and the machine that they run on.
+Also measures their cost (CPU time, memory, Triton's statistics) and describes the machine.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Server:
     ports: Mapping[str, int] = field(default_factory=dict)
 
     def tree(self) -> list[psutil.Process]:
-        """Its processes."""
+        """The process and its descendants; empty if it has ended."""
         with contextlib.suppress(psutil.NoSuchProcess):
             own = psutil.Process(self.process.pid)
             return [own, *own.children(recursive=True)]
@@ -57,7 +57,7 @@ class Server:
 
 @dataclass
 class Stack:
-    """All servers of a measurement, and the address at which clients ask."""
+    """All servers of a measurement, and the address for clients."""
 
     url: str
     tritons: list[Server]
@@ -70,7 +70,7 @@ class Stack:
         return [*self.tritons, *self.replicas, *([self.balancer] if self.balancer else [])]
 
     def cpu_seconds(self) -> dict[str, float]:
-        """User and system time that the servers have taken so far, by role."""
+        """User and system time of the servers so far, by role."""
         found: dict[str, float] = {}
         for server in self.servers:
             for process in server.tree():
@@ -80,7 +80,7 @@ class Stack:
         return found
 
     def memory_mib(self) -> dict[str, float]:
-        """Memory of the servers by role; what processes share counts once (proportional set size)."""
+        """Memory of the servers by role; shared pages count once (proportional set size)."""
         found: dict[str, float] = {}
         for server in self.servers:
             for process in server.tree():
@@ -89,7 +89,7 @@ class Stack:
         return found
 
     def engine_seconds(self) -> dict[str, float]:
-        """Triton's own account of the engine calls so far: their number, and seconds in the queue and computing."""
+        """Triton's statistics of the engine calls so far: number, and seconds in the queue and computing."""
         found = {"calls": 0.0, "queue_s": 0.0, "compute_s": 0.0}
         for server in self.tritons:
             reply = get_json(f"http://127.0.0.1:{server.ports['http']}/v2/models/{MODEL_NAME}/stats")
@@ -103,14 +103,14 @@ class Stack:
 
 
 def get_json(url: str) -> Any:
-    """The JSON at an address."""
+    """Read the JSON at an address."""
     with _DIRECT.open(url, timeout=10) as response:
         return json.loads(response.read())
 
 
 @contextlib.contextmanager
 def tritons(repository: Path, count: int, logs: Path) -> Iterator[list[Server]]:
-    """Start Triton servers that load one repository, each by itself, and wait until they are warm."""
+    """Start Triton servers that each load the repository, and wait until they are warm."""
     with contextlib.ExitStack() as stack:
         started = []
         for number in range(count):
@@ -127,7 +127,7 @@ def tritons(repository: Path, count: int, logs: Path) -> Iterator[list[Server]]:
 
 @contextlib.contextmanager
 def replicas(engines: Sequence[Server], repository: Path, count: int, logs: Path) -> Iterator[list[Server]]:
-    """Start replicas of the service, the n-th on the n-th of the Triton servers, which are gone round."""
+    """Start replicas of the service and spread them over the Triton servers in turn."""
     with contextlib.ExitStack() as stack:
         started = []
         for number, port in enumerate(free_ports(count)):
@@ -142,7 +142,7 @@ def replicas(engines: Sequence[Server], repository: Path, count: int, logs: Path
 
 @contextlib.contextmanager
 def balancer(services: Sequence[Server], logs: Path) -> Iterator[Server]:
-    """Start HAProxy before replicas, with the stack's own configuration but for addresses."""
+    """Start HAProxy in front of replicas, with the configuration of the stack except for the addresses."""
     program = shutil.which("haproxy", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
     if not program:
         raise ServerFailed("haproxy: not found; apt-get install haproxy, or measure one replica with --balancer none")
@@ -159,7 +159,7 @@ def balancer(services: Sequence[Server], logs: Path) -> Iterator[Server]:
 
 
 def haproxy_config(text: str, public: int, operation: int, addresses: Sequence[str]) -> str:
-    """The configuration of the stack for fixed addresses on this machine instead of names.
+    """Rewrite the configuration of the stack for fixed addresses on this machine.
 
     Args:
         text: of deploy/haproxy.cfg.
@@ -168,7 +168,7 @@ def haproxy_config(text: str, public: int, operation: int, addresses: Sequence[s
         addresses: host:port of the replicas.
 
     Raises:
-        ValueError: the text is not what this was written for.
+        ValueError: the text lacks a line that must be replaced.
     """
     servers = "\n".join(f"    server service-{n + 1} {address}" for n, address in enumerate(addresses))
     for pattern, instead in (
@@ -193,14 +193,14 @@ def _servers_up(operation: int) -> int:
 def stack(
     repository: Path, logs: Path, *, replica_count: int, triton_count: int = 1, balanced: bool
 ) -> Iterator[Stack]:
-    """Start all servers of a measurement and end them after it.
+    """Start all servers of a measurement and stop them after it.
 
     Args:
         repository: Triton's.
         logs: directory for what they write.
         replica_count: replicas of the service.
         triton_count: Triton servers, each with all engines of the repository.
-        balanced: HAProxy stands before the replicas; if not there must be one.
+        balanced: put HAProxy in front of the replicas; without it there must be one replica.
     """
     logs.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as started:
@@ -295,7 +295,7 @@ class Product:
 
 
 def ensure_engine(repository: Path, checkpoint: Path) -> None:
-    """Build an engine where there is none, as the first start of the service does."""
+    """Build an engine if the repository has none, by starting the service once."""
     if not Repository(repository).serving():
         command = [sys.executable, "-m", "service", "--port", "0", "--triton-grpc-port", "0"]
         command += ["--repository", str(repository), "--checkpoint", str(checkpoint)]
@@ -310,14 +310,14 @@ def ensure_engine(repository: Path, checkpoint: Path) -> None:
 
 
 def copy_repository(source: Path, destination: Path, instances: int) -> Path:
-    """Copy a model repository and give the copy so many engine instances."""
+    """Copy a model repository and configure the number of engine instances in the copy."""
     shutil.copytree(source, destination, dirs_exist_ok=True)
     Repository(destination).configure(MODEL_NAME, instances=instances)
     return destination
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     facts = {
         name: (re.findall(rf"^{name}\s*: (.*)$", text, re.MULTILINE) or [""])[0]

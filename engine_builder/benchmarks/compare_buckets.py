@@ -37,7 +37,7 @@ BLOCK = 10
 
 @dataclass(slots=True)
 class Row:
-    """What one list gave."""
+    """The measurements of one list."""
 
     buckets: tuple[int, ...]
     seconds: list[float] = field(default_factory=list)  # of each call
@@ -89,7 +89,7 @@ def main(args: BucketsOptions) -> None:
 def _start(
     stack: ExitStack, directory: Path, manifest: Manifest, args: BucketsOptions, buckets: tuple[int, ...]
 ) -> Connection:
-    context = multiprocessing.get_context("spawn")  # as Triton's processes, it begins with nothing of ours in memory
+    context = multiprocessing.get_context("spawn")  # like a process of Triton, it starts without our memory
     line, other = context.Pipe()
     process = context.Process(target=_serve, args=(other, directory, manifest, args, buckets), daemon=True)
     process.start()
@@ -101,7 +101,7 @@ def _start(
 def _serve(
     line: Connection, directory: Path, manifest: Manifest, args: BucketsOptions, buckets: tuple[int, ...]
 ) -> None:
-    """A process's work: for each round tell how many windows there are, then run the blocks that are asked for."""
+    """Run in a process: for each round send the number of windows, then run the requested blocks."""
     maker = WindowMaker.from_directory(
         directory,
         max_seq_len=manifest.max_seq_len,
@@ -127,10 +127,10 @@ def _serve(
                 seconds.append(time.perf_counter() - began)
             line.send((seconds, [window.length for window in block]))
     line.send(own_memory_mib())
-    line.recv()  # until we are ended
+    line.recv()  # blocks until this process is terminated
 
 
 def own_memory_mib() -> float:
-    """Memory of this process that no other shares, the engine's file and libraries therefore not counted."""
+    """Private memory of this process, without the shared pages of the engine's file and libraries."""
     rollup = Path(f"/proc/{os.getpid()}/smaps_rollup").read_text()
     return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", rollup, re.MULTILINE))) / 1024

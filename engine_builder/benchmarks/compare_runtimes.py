@@ -1,4 +1,4 @@
-r"""Which runtime answers fastest with a checkpoint, and what it costs in F1: a Markdown table, and a bar chart.
+r"""Compare the speed of runtimes for a checkpoint, and what each costs in F1: a Markdown table and a bar chart.
 
     python -m engine_builder.benchmarks.compare_runtimes --checkpoint checkpoints/minilm-l6-squad --data dev-v1.1.json \
         --lengths 128 --lengths 384 --chart chart.png
@@ -64,14 +64,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A variant that can be asked."""
+    """A runtime that is built and ready."""
 
     predict: Predict
     latency: Callable[[Sequence[Window]], Mapping[str, float]] | None = None  # its own measure, where it has one
 
 
 class Unavailable(Exception):
-    """A runtime cannot be had on this machine; the message says what is missing."""
+    """A runtime cannot run on this machine; the message says what is missing."""
 
 
 def main(args: RuntimesOptions) -> None:
@@ -116,7 +116,7 @@ def main(args: RuntimesOptions) -> None:
 
 
 def _variants(source: Source, checkpoint: Path, threads: int, stack: ExitStack) -> Mapping[str, Callable[[], Runtime]]:
-    """What builds each runtime, in the table's order."""
+    """The function that builds each runtime, in the order of the table."""
     return {
         "PyTorch fp32, CPU": lambda: _load_torch(checkpoint, "cpu", threads),
         _FRAMEWORK_ON_GPU: lambda: _load_torch(checkpoint, "cuda", threads),

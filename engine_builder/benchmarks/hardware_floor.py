@@ -1,4 +1,4 @@
-"""How fast the encoder could be on this CPU: its operations over the measured peak, its bytes over the bandwidth.
+"""Measure how fast the encoder could be on this CPU: operations over the peak rate, bytes over the bandwidth.
 
 The operations of a window follow from the encoder's shape; the peak is the best rate of a large matrix product in
 OpenVINO, the engine's own runtime, at each precision; the bandwidth that of copying arrays larger than any cache.
@@ -73,14 +73,14 @@ def main(args: FloorOptions) -> None:
 
 
 def floor(encoder: Encoder, length: int, precision: Precision, peaks: Mapping[Precision, float]) -> float:
-    """Seconds that a window takes at least; attention's own products stay in floating point where weights are int8."""
+    """Fewest seconds for a window; the products of attention stay in floating point if the weights are int8."""
     dense, attention = operations(encoder, length)
     floats = max(rate for each, rate in peaks.items() if each != "int8")
     return dense / peaks[precision] + attention / (floats if precision == "int8" else peaks[precision])
 
 
 def operations(encoder: Encoder, length: int) -> tuple[int, int]:
-    """Multiplications and additions in the matrix products of a window, of so many tokens with its padding.
+    """Count multiplications and additions in the matrix products of a window of ``length`` tokens, padding included.
 
     Returns:
         Those with weights, of each layer and token twice the weights of queries, keys, values and their output, 4 h²,
@@ -92,13 +92,13 @@ def operations(encoder: Encoder, length: int) -> tuple[int, int]:
 
 
 def encoder_weights(encoder: Encoder) -> int:
-    """Weights that every window reads, which those of the embeddings are not."""
+    """Count the weights that every window reads: all but the embeddings."""
     h, f = encoder.hidden_size, encoder.intermediate_size
     return encoder.layers * (4 * h * h + 2 * h * f)
 
 
 def peak_rate(precision: Precision, seconds: float) -> float:
-    """Operations/s of the fastest product of two square matrices, on all cores."""
+    """Measure operations/s of the fastest product of two square matrices, on all cores."""
     random = np.random.default_rng(0)
     weights = op.constant(random.uniform(-1, 1, (SIDE, SIDE)).astype(np.float32))
     rows = op.parameter([SIDE, SIDE], np.float32)
@@ -122,7 +122,7 @@ def _range(low: float, high: float) -> list[np.float32]:
 
 
 def copy_rate(seconds: float, mib: int = 256) -> float:
-    """Bytes/s, read and written, of copying arrays that no cache holds, one on each of two threads."""
+    """Measure bytes/s, read and written, of copying arrays larger than any cache, on two threads."""
     arrays = [(np.ones(mib << 17), np.ones(mib << 17)) for _ in range(2)]
     with ThreadPoolExecutor(len(arrays)) as pool:
         shortest = _shortest(lambda: list(pool.map(lambda pair: np.copyto(*pair), arrays)), seconds)
