@@ -571,6 +571,7 @@ def test_the_light_clients_give_a_refused_question_up_in_the_end() -> None:
         server.shutdown()
     assert (reply.status, reply.shed) == (503, 1)
     assert 1.0 <= reply.seconds < 2.0
+    assert 0 < reply.attempt_s < reply.seconds <= reply.ended_s
     (first, _), (second, _) = server.seen
     assert second - first >= 1.0
 
