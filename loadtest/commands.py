@@ -1,7 +1,7 @@
 """Command lines of the load tests; they need Typer alone, and import a measurement when it runs.
 
-``bertqa loadtest`` is the sweep. The others are ``python -m loadtest.measure_service``, ``loadtest.compare_servers``
-and ``loadtest.sleeping_engine``.
+``bertqa loadtest`` is the sweep. The others are ``python -m loadtest.measure_service``, ``loadtest.measure_admission``,
+``loadtest.compare_servers`` and ``loadtest.sleeping_engine``.
 """
 
 import math
@@ -19,6 +19,7 @@ PHASES = ("closed", "open", "workload", "scaling")
 
 app = group("Measure throughput against clients, replicas and engines.", no_args_is_help=False)
 service_app = group("Measure what the service adds to its engine.", no_args_is_help=False)
+admission_app = group("Measure whether admission serves people.", no_args_is_help=False)
 compare_app = group("Compare the service with other servers.", no_args_is_help=False)
 sleeping_app = group("Write a model repository with an engine that sleeps.")
 
@@ -148,6 +149,29 @@ class ServiceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdmissionOptions:
+    """Options of ``python -m loadtest.measure_admission``."""
+
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", show_default="gate.json of the project's checkpoint", help="SQuAD file.")
+    ] = CHECKPOINT / "gate.json"
+    repository: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            show_default="model_repository of the project",
+            help="Model repository to take the tokenizer and the limits from.",
+        ),
+    ] = PROJECT / "model_repository"
+    sleep_ms: Annotated[float, typer.Option(callback=positive, metavar="MS", help="Time of an engine call.")] = 300.0
+    instances: Annotated[int, typer.Option(callback=at_least_one, metavar="N", help="Engine calls at one time.")] = 2
+    requests: Annotated[
+        int, typer.Option(callback=at_least_one, metavar="N", help="Requests of the eight clients.")
+    ] = 1_000
+    seconds: Annotated[float, typer.Option(callback=positive, help="Seconds of each other row.")] = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareOptions:
     """Options of ``python -m loadtest.compare_servers``; those that are lists may be given several times."""
 
@@ -204,6 +228,17 @@ def measure_service(options: ServiceOptions) -> None:
     from loadtest.measure_service import main  # noqa: PLC0415
 
     main(options)
+
+
+@command(admission_app, AdmissionOptions, extra="loadtest")
+def measure_admission(options: AdmissionOptions) -> int:
+    """Measure admission: clients that do not try again, at and beyond what a slow engine can answer.
+
+    Starts the product with an engine that sleeps. Prints a table and the goals; ends with exit code 1 if one is missed.
+    """
+    from loadtest.measure_admission import main  # noqa: PLC0415
+
+    return main(options)
 
 
 @command(compare_app, CompareOptions, extra="loadtest")

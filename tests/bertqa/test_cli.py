@@ -265,8 +265,8 @@ def test_help_needs_no_package_but_typer(bare: dict[str, str]) -> None:
         *(f"training.{name}" for name in ("finetune_squad", "finetune_glue", "pretrain", "average")),
         *(f"training.{name}" for name in ("teach", "hard_negatives", "import_mpnet")),
         *(f"engine_builder.benchmarks.{name}" for name in ("compare_runtimes", "compare_buckets", "hardware_floor")),
-        *(f"loadtest.{name}" for name in ("measure_service", "compare_servers", "sleeping_engine")),
-        "training.measure_training",
+        *(f"loadtest.{name}" for name in ("measure_service", "measure_admission", "compare_servers")),
+        *("training.measure_training", "loadtest.sleeping_engine"),
     ],
 )
 def test_modules_give_help_without_their_packages(bare: dict[str, str], module: str) -> None:
