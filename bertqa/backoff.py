@@ -1,4 +1,7 @@
-"""How our clients wait before they try again: longer each time, and never in step with one another."""
+"""How our clients wait before they try again: longer each time, and not in step with one another.
+
+The HTTP client, the load tests and batch jobs share it.
+"""
 
 import random
 from collections.abc import Iterator
@@ -20,6 +23,11 @@ def pauses(first_s: float = 0.1, most_s: float = 2.0) -> Iterator[float]:
 def spread(seconds: float) -> float:
     """Lengthen a wait that a service asked for by up to half, so that refused clients do not come back together."""
     return random.uniform(1.0, 1.5) * seconds
+
+
+def pause_of(pause_s: float, asked_s: float | None) -> float:
+    """Choose the seconds to wait: our own pause, or longer if the service asked for more."""
+    return pause_s if asked_s is None else max(spread(asked_s), pause_s)
 
 
 def retry_after_s(header: str | None) -> float | None:

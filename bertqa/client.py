@@ -12,7 +12,7 @@ from typing import Any, TypedDict, cast
 
 import httpx
 
-from bertqa.backoff import RETRIED_STATUSES, pauses, retry_after_s, spread
+from bertqa.backoff import RETRIED_STATUSES, pause_of, pauses, retry_after_s
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 60.0
@@ -158,14 +158,13 @@ class Client:
                 if response.status_code not in RETRIED_STATUSES:
                     return self._read(response, path)
                 failure, hint = ServerFailed(self._problem(response, path)), ""
-                if (asked_s := retry_after_s(response.headers.get("retry-after"))) is not None:
-                    wait_s = max(spread(asked_s), pause_s)
+                wait_s = pause_of(pause_s, retry_after_s(response.headers.get("retry-after")))
             left_s = end - time.monotonic()
             if wait_s >= left_s:
                 raise type(failure)(f"{failure}{hint} Gave up after {self._timeout_s - max(left_s, 0):.0f} s.")
             self._note(f"{failure}{hint} Trying again for up to {self._timeout_s:g} s.", wait_s)
             time.sleep(wait_s)
-        raise AssertionError("there is always another pause")
+        raise AssertionError("pauses never end")
 
     def _note(self, line: str, wait_s: float) -> None:
         with self._lock:

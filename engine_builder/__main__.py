@@ -1,6 +1,6 @@
 """``python -m engine_builder``, which is ``bertqa build``."""
 
-from bertqa.command import run
+from bertqa.cli.command import run
 from engine_builder.commands import app
 
 if __name__ == "__main__":

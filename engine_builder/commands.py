@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertqa.command import CommandError, Exit, at_least_one, command, group, not_negative, positive
+from bertqa.cli.command import CommandError, Exit, at_least_one, command, group, not_negative, positive
 from bertqa.manifest import MODEL_NAME
 from bertqa.targets import TargetName
 

@@ -1,7 +1,7 @@
-"""A light load client: so many connections, each with one request at a time, in one asyncio loop without threads.
+"""The light load client of every measurement but the sweep: connections with one request at a time, in one event loop.
 
-The load shares its cores with the servers that it measures, so requests are bytes made beforehand, and replies are kept
-as bytes and read after the clock has stopped.
+Clients share the cores with the servers they measure, so requests are bytes made beforehand, and replies are kept as
+bytes and read after the clock has stopped. The sweep uses Locust, which adds fixed rates and several machines.
 """
 
 import asyncio
@@ -16,22 +16,29 @@ from bertqa.backoff import RETRIED_STATUSES, spread
 
 @dataclass(slots=True)
 class Reply:
-    """What became of one question."""
+    """The outcome of one question."""
 
     key: int  # which question it was
     seconds: float  # from the first attempt to the last byte, waits included
     status: int  # HTTP status of the last attempt; 0 if there was none
     body: bytes  # or the reason why there was none
     shed: int  # attempts that were refused and made again
+    attempt_s: float = 0.0  # of the last attempt alone
+    ended_s: float = 0.0  # after the first request of the load
 
 
 @dataclass(slots=True)
 class Load:
-    """What one run of clients saw."""
+    """The replies to one run of clients."""
 
     replies: list[Reply] = field(default_factory=list)
     seconds: float = 0.0  # from the first request to the last reply
     client_cpu: float = 0.0  # seconds of CPU time that the clients themselves took
+
+
+def http_get(host: str, port: int, path: str) -> bytes:
+    """One kept-alive GET request as it goes over the wire."""
+    return f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
 
 
 def http_post(host: str, port: int, path: str, body: bytes) -> bytes:
@@ -51,7 +58,7 @@ async def closed_loop(
     retries: bool = True,
     pace_s: float = 0.0,
 ) -> Load:
-    """Keep so many clients busy.
+    """Keep a number of clients busy.
 
     Args:
         host: of the server.
@@ -78,6 +85,7 @@ async def closed_loop(
             key, request = next(requests)
             began, shed = time.perf_counter(), 0
             while True:
+                attempt = time.perf_counter()
                 try:
                     status, wait_s, body = await asyncio.wait_for(connection.exchange(request), timeout_s)
                 except (OSError, asyncio.TimeoutError, httptools.HttpParserError) as error:
@@ -91,13 +99,25 @@ async def closed_loop(
                     break
                 shed += 1
                 await asyncio.sleep(wait_s)
-            load.replies.append(Reply(key, time.perf_counter() - began, status, body, shed))
+            ended = time.perf_counter()
+            load.replies.append(Reply(key, ended - began, status, body, shed, ended - attempt, ended - load_began))
         connection.close()
 
-    cpu, began = time.process_time(), time.perf_counter()
+    cpu, load_began = time.process_time(), time.perf_counter()
     await asyncio.gather(*map(client, range(clients)))
-    load.seconds, load.client_cpu = time.perf_counter() - began, time.process_time() - cpu
+    load.seconds, load.client_cpu = time.perf_counter() - load_began, time.process_time() - cpu
     return load
+
+
+def for_seconds(seconds: float) -> Callable[[int], bool]:
+    """An ``until`` that ends a load after a time, which begins now."""
+    end = time.perf_counter() + seconds
+    return lambda _: time.perf_counter() >= end
+
+
+def for_requests(requests: int) -> Callable[[int], bool]:
+    """An ``until`` that ends a load after a number of requests."""
+    return lambda sent: sent >= requests
 
 
 class _Connection(asyncio.Protocol):

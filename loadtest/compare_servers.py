@@ -1,16 +1,18 @@
-r"""Our service and what people would pick instead, on the same questions: throughput, latency, memory and F1.
+"""Our service and the servers that people would pick instead, on the same questions: throughput, latency, memory, F1.
 
-    make bench-peers                                                     # makes .venv-peers first
-    python -m loadtest.compare_servers --only ours onnxruntime --rounds 1
-
-In each round the servers take turns, each started anew and alone on the machine: a slow minute of the machine meets all
-of them, and memory that two servers would share is counted in full. Every reply is checked: it must be a piece of the
-text that was asked about, and at its place. EM and F1 are of the first ``--questions`` of the shuffled file, which all
-are asked. Where a server says "not now" (429 or 503 with Retry-After), the client waits so long and asks again, and all
-of it counts as latency.
+In each round the servers take turns. Each is started anew and is alone on the machine, so a slow minute of the machine
+meets all of them, and no memory is shared between two servers. Every reply is checked: it must be a piece of its text,
+at its place. EM and F1 are measured on the first ``--questions`` of the shuffled file, which all servers are asked. If
+a server says "not now" (429 or 503 with Retry-After), the client waits and asks again; all of it counts as latency.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, because --help needs none of them
+    from bertqa.cli.command import run
+    from loadtest.commands import compare_app
+
+    run(compare_app, "python -m loadtest.compare_servers")
+
+
 import asyncio
 import contextlib
 import itertools
@@ -18,7 +20,6 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -34,8 +35,11 @@ import psutil
 
 from bertqa.hardware import cpu_name
 from bertqa.squad import Example, read_squad, score
-from loadtest.closed_loop import Load, Reply, closed_loop, http_post
+from loadtest.closed_loop import Load, Reply, closed_loop, for_requests, for_seconds, http_post
+from loadtest.commands import CompareOptions
 from loadtest.peers.servers import BASELINE, HOST, OURS, PROJECT, Server, prepare, servers
+from loadtest.servers import free_ports, tree_memory
+from loadtest.tables import heading, row
 
 START_S = 120.0  # longest start of a server
 WARM_UP = 24  # requests, of 8 clients
@@ -43,10 +47,10 @@ WARM_UP = 24  # requests, of 8 clients
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What every server is asked."""
+    """The questions and loads for every server."""
 
-    examples: Sequence[Example]  # in the order in which each server gets them, round and round
-    scored: int  # the first so many are asked of all, for EM and F1
+    examples: Sequence[Example]  # each server gets them in this order, again and again
+    scored: int  # number of questions, from the first, that all servers are asked, for EM and F1
     clients: Sequence[int]  # a load of each number of clients in each round
     seconds: float  # of a load
     rounds: int
@@ -54,7 +58,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Measured:
-    """What is known of a server."""
+    """The measurements of a server."""
 
     loads: dict[int, list[Load]] = field(default_factory=dict)  # by number of clients, one a round
     answers: dict[int, str] = field(default_factory=dict)  # the first answer to each question, by its number
@@ -69,29 +73,10 @@ class ServerDied(Exception):
     """A server did not start, or ended; the message says what is known."""
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    checkpoint = PROJECT / "checkpoints" / "minilm-l6-squad"
-    python = PROJECT / ".venv-peers" / "bin" / "python"
-    parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="directory (default: %(default)s)")
-    parser.add_argument("--data", type=Path, help="SQuAD file (default: gate.json of the checkpoint)")
-    parser.add_argument("--peers-python", type=Path, default=python, help="of their environment (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="servers to measure (default: all)")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each load (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each server (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=500, help="for EM and F1 (default: %(default)s)")
-    args = parser.parse_args(argv)
-    args.data = args.data or args.checkpoint / "gate.json"
-    if min(args.rounds, args.questions, *args.clients) < 1 or args.seconds <= 0:
-        parser.error("--clients, --seconds, --rounds and --questions must be above 0")
-    return args
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: CompareOptions) -> None:
     """Print the table."""
-    examples = read_squad(args.data)
+    data = args.data or args.checkpoint / "gate.json"
+    examples = read_squad(data)
     random.Random(0).shuffle(examples)  # so that every stretch of them is a fair sample
     plan = Plan(
         examples=examples,
@@ -111,12 +96,12 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"{date.today()}, {cpu_name()}, {psutil.cpu_count()} cores, {plan.rounds} rounds, loads of {plan.seconds:g} s"
     )
-    print(f"EM and F1 on {plan.scored} questions of {args.data.name}\n")
+    print(f"EM and F1 on {plan.scored} questions of {data.name}\n")
     print(report({name: server.title for name, server in chosen.items()}, found, plan))
 
 
 def compare(chosen: Mapping[str, Server], plan: Plan, say: Callable[[str], None]) -> dict[str, Measured]:
-    """Measure servers in turns; one that dies is left out from then on.
+    """Measure servers in turns; a server that dies is left out from then on.
 
     Args:
         chosen: by name.
@@ -150,17 +135,17 @@ class _Turns:
         self.found = Measured()
 
     def take(self, *, last: bool) -> str:
-        """Start the server, load it, end it; returns a line on it.
+        """Start the server, load it, stop it; returns a summary line.
 
         Raises:
             ServerDied: it did not start, or ended by itself.
         """
         plan, found = self._plan, self.found
         with tempfile.TemporaryFile() as log, self._running(log) as (process, port):
-            self._load(port, itertools.cycle(range(len(plan.examples))), 8, _count(WARM_UP))
+            self._load(port, itertools.cycle(range(len(plan.examples))), 8, for_requests(WARM_UP))
             rates = []
             for clients in plan.clients:
-                load = self._load(port, self._questions, clients, _clock(plan.seconds))
+                load = self._load(port, self._questions, clients, for_seconds(plan.seconds))
                 if process.poll() is not None:
                     raise ServerDied(_last_words(process, log))
                 found.loads.setdefault(clients, []).append(load)
@@ -168,13 +153,13 @@ class _Turns:
             found.memory.append(tree_memory(process.pid))
             if last:
                 unasked = [number for number in range(plan.scored) if number not in found.answers]
-                self._load(port, iter(unasked), 8, _count(len(unasked)))
+                self._load(port, iter(unasked), 8, for_requests(len(unasked)))
         memory, start_s = found.memory[-1] / 2**20, found.start_s[-1]
         return f"{' / '.join(rates)} requests/s, {memory:.0f} MiB, ready after {start_s:.1f} s"
 
     @contextlib.contextmanager
     def _running(self, log: IO[bytes]) -> "Iterator[tuple[subprocess.Popen[bytes], int]]":
-        port, began = free_port(), time.monotonic()
+        port, began = free_ports(1)[0], time.monotonic()
         try:
             process = subprocess.Popen(
                 [part.format(port=port) for part in self._server.command],
@@ -189,7 +174,7 @@ class _Turns:
             raise ServerDied(f"cannot be started: {error}") from error
         try:
             while True:  # only an answer shows that everything behind the port is there
-                reply = _ask(port, [self._request(port, 0)], 1, _count(1)).replies[0]
+                reply = _ask(port, [self._request(port, 0)], 1, for_requests(1)).replies[0]
                 if reply.status == 200:
                     break
                 if process.poll() is not None:
@@ -231,18 +216,17 @@ class _Turns:
 
 
 def report(titles: Mapping[str, str], found: Mapping[str, Measured], plan: Plan) -> str:
-    """The results in Markdown: a row for each server, how many times as fast ours is, and what went wrong.
+    """Format the results in Markdown: a row for each server, the ratios to ours, and the errors.
 
     Args:
         titles: of the servers, by name.
         found: what `compare` measured.
         plan: what it was given.
     """
-    heads = [f"{n} client{'s' * (n > 1)}: requests/s | p50 ms | p99 ms" for n in plan.clients]
-    lines = [
-        f"| server | {' | '.join(heads)} | memory MiB | EM | F1 | errors | wrong | shed |",
-        "|---|" + "---:|" * (3 * len(plan.clients) + 6),
-    ]
+    names = ["server"]
+    for clients in plan.clients:
+        names += [f"{clients} client{'s' * (clients > 1)}: requests/s", "p50 ms", "p99 ms"]
+    lines = [heading([*names, "memory MiB", "EM", "F1", "errors", "wrong", "shed"])]
     for name, measured in found.items():
         cells = []
         for clients in plan.clients:
@@ -255,7 +239,7 @@ def report(titles: Mapping[str, str], found: Mapping[str, Measured], plan: Plan)
         shed = sum(reply.shed for loads in measured.loads.values() for load in loads for reply in load.replies)
         cells += [f"{max(measured.memory, default=0) / 2**20:.0f}", f"{result.exact_match:.1f}", f"{result.f1:.1f}"]
         cells += map(str, (len(measured.errors), len(measured.wrong), shed))
-        lines.append(f"| {titles[name]} | {' | '.join(cells)} |")
+        lines.append(row([titles[name], *cells]))
     lines += ["", *_ratios(titles, found, plan.clients), ""]
     for name, measured in found.items():
         if measured.dead:
@@ -269,7 +253,7 @@ def report(titles: Mapping[str, str], found: Mapping[str, Measured], plan: Plan)
 
 
 def _ratios(titles: Mapping[str, str], found: Mapping[str, Measured], clients: Sequence[int]) -> Iterable[str]:
-    """How many times the throughput of the others ours is, at each number of clients."""
+    """The ratio of our throughput to that of the others, at each number of clients."""
     others = [name for name in found if name not in (OURS, BASELINE) and found[name].loads]
     if OURS not in found or not found[OURS].loads:
         return
@@ -285,21 +269,12 @@ def _ratios(titles: Mapping[str, str], found: Mapping[str, Measured], clients: S
 
 
 def rate(measured: Measured, clients: int) -> float:
-    """Answers a second with so many clients: the median of the rounds, 0 if there is none."""
+    """Answers per second at a number of clients: the median of the rounds, 0 without any."""
     return statistics.median(map(_rate, measured.loads.get(clients, ()))) if clients in measured.loads else 0.0
 
 
 def _rate(load: Load) -> float:
     return sum(reply.status == 200 for reply in load.replies) / load.seconds
-
-
-def _count(requests: int) -> Callable[[int], bool]:
-    return lambda sent: sent >= requests
-
-
-def _clock(seconds: float) -> Callable[[int], bool]:
-    end = time.monotonic() + seconds
-    return lambda _: time.monotonic() >= end
 
 
 def _ask(port: int, requests: Iterable[tuple[int, bytes]], clients: int, until: Callable[[int], bool]) -> Load:
@@ -313,7 +288,7 @@ def _last_words(process: "subprocess.Popen[bytes]", log: IO[bytes]) -> str:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a server and what it started, by force where that takes longer than 20 seconds."""
+    """Stop a server and its descendants; kill them after 20 seconds."""
     tree = []
     with contextlib.suppress(psutil.NoSuchProcess):
         tree = psutil.Process(process.pid).children(recursive=True)
@@ -325,20 +300,3 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
     for left in psutil.wait_procs(tree, timeout=5)[1]:
         left.send_signal(signal.SIGKILL)
-
-
-def tree_memory(pid: int) -> int:
-    """Bytes of a process and all below it: the proportional set size, where a shared page counts once."""
-    process = psutil.Process(pid)
-    return sum(int(each.memory_full_info().pss) for each in [process, *process.children(recursive=True)])
-
-
-def free_port() -> int:
-    """A port that nothing listens at."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-if __name__ == "__main__":
-    main(parse_args())

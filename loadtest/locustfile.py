@@ -1,7 +1,7 @@
-r"""Clients who ask real questions over REST and check every reply.
+r"""Locust clients that ask real questions over REST and check every reply.
 
-Closed loop, each client sending its next request when the last one is answered. A client that is refused for now waits
-as ``retry-after`` says, and up to half as long again, and asks the same once more; each attempt is counted:
+Closed loop: each client sends its next request when the last one is answered. A refused client waits for
+``retry-after``, and up to half as long again, and then asks the same question; each attempt is counted:
 
 locust --headless --locustfile loadtest/locustfile.py --host http://127.0.0.1:8000 --users 16 --spawn-rate 16 \
     --run-time 60s
@@ -39,9 +39,9 @@ PATH = "/v1/answer"
 KEY = os.environ.get("BERTQA_API_KEY")  # a flag could be read in the list of processes
 HEADERS = {"content-type": "application/json"} | ({"authorization": f"Bearer {KEY}"} if KEY else {})
 DRAIN_S = 30.0
-"""Longest wait for the replies that are still to come at the end."""
+"""Longest wait for outstanding replies at the end."""
 PATIENCE_S = 60.0
-"""Seconds for one question in closed loop, with its attempts and the waits that the service asks for."""
+"""Seconds for one question in closed loop, with all attempts and waits."""
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
@@ -61,7 +61,7 @@ def add_flags(parser: LocustArgumentParser) -> None:
 
 
 class Run:
-    """What the clients of this process share; on a master, what those of its workers told."""
+    """State that the clients of this process share; on a master, also the samples of its workers."""
 
     def __init__(self, environment: Environment) -> None:
         options: Any = environment.parsed_options
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """No more requests are to be sent."""
+        """Whether the run has ended and no more requests are sent."""
         return time.time() >= self.began + self.seconds
 
     def take_report(self) -> tuple[list[tuple[Any, ...]], float]:
@@ -95,7 +95,7 @@ class Run:
 
 
 class Asker(FastHttpUser):
-    """A client, or with a rate all arrivals of its process."""
+    """A client; with a rate, all arrivals of its process."""
 
     concurrency = 4096  # connections of one user: with a rate it has many requests under way
     network_timeout = connection_timeout = DRAIN_S
@@ -133,7 +133,7 @@ class Asker(FastHttpUser):
         raise StopUser
 
     def ask(self, asked: Asked, body: str, due: float | None = None) -> float | None:
-        """Ask a question once and keep what became of it; returns the seconds to wait where the service is busy."""
+        """Ask a question once and keep the sample; returns the seconds to wait if the service is busy, else None."""
         sent = time.time()
         with self.client.request(
             "POST",
@@ -161,14 +161,14 @@ class Asker(FastHttpUser):
 
 @events.test_start.add_listener  # type: ignore[untyped-decorator]
 def start(environment: Environment, **_: Any) -> None:
-    """Prepare what the clients share; where this process leads, see to the end."""
+    """Prepare the shared state; the leading process also ends the run."""
     Asker.shared = Run(environment)
     if not isinstance(environment.runner, WorkerRunner) and environment.parsed_options.seconds:  # type: ignore[union-attr]
         gevent.spawn(quit_at_the_end, environment)
 
 
 def quit_at_the_end(environment: Environment) -> None:
-    """End the run when all of its clients have ended; workers tell of that with their last samples."""
+    """End the run when all clients have ended; workers report that with their last samples."""
     gevent.sleep(Asker.shared.seconds)
     give_up, runner = time.time() + DRAIN_S + 10, environment.runner
     assert runner
@@ -185,7 +185,7 @@ def quit_at_the_end(environment: Environment) -> None:
 
 @events.report_to_master.add_listener  # type: ignore[untyped-decorator]
 def tell_master(data: dict[str, Any], **_: Any) -> None:
-    """Send what came in since the last report."""
+    """Send the samples since the last report."""
     if hasattr(Asker, "shared"):
         data["samples"], data["cpu_s"] = Asker.shared.take_report()
         data["is_over"] = Asker.shared.is_over
@@ -193,7 +193,7 @@ def tell_master(data: dict[str, Any], **_: Any) -> None:
 
 @events.worker_report.add_listener  # type: ignore[untyped-decorator]
 def hear_worker(client_id: str, data: dict[str, Any], **_: Any) -> None:
-    """Keep what a worker sent."""
+    """Keep the samples of a worker."""
     if "samples" in data:
         Asker.shared.samples += data["samples"]
         Asker.shared.cpu_s += data["cpu_s"]
@@ -203,7 +203,7 @@ def hear_worker(client_id: str, data: dict[str, Any], **_: Any) -> None:
 
 @events.quitting.add_listener  # type: ignore[untyped-decorator]
 def write_result(environment: Environment, **_: Any) -> None:
-    """Write the samples, from the process that leads."""
+    """Write the samples, in the leading process."""
     options: Any = environment.parsed_options
     if not options.result or isinstance(environment.runner, WorkerRunner) or not hasattr(Asker, "shared"):
         return

@@ -12,13 +12,17 @@ machine. Prints a table, and which goals are met:
 python -m loadtest.measure_admission
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, because --help needs none of them
+    from bertqa.cli.command import run
+    from loadtest.commands import admission_app
+
+    run(admission_app, "python -m loadtest.measure_admission")
+
+
 import asyncio
 import itertools
 import json
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -29,8 +33,9 @@ import psutil
 
 from bertqa.hardware import cpu_name
 from bertqa.squad import read_squad
-from loadtest.closed_loop import Load, closed_loop, http_post
-from loadtest.measure_service import PROJECT, Product
+from loadtest.closed_loop import Load, closed_loop, for_seconds, http_post
+from loadtest.commands import AdmissionOptions
+from loadtest.servers import Product
 from loadtest.sleeping_engine import write_repository
 
 MAX_WAIT_S = 2.0
@@ -152,15 +157,15 @@ class Admission:
     async def crowd(self, capacity: float, seconds: float) -> Outcome:
         """64 clients, which ask ten times a capacity in answers a second."""
         name = f"{CROWD}, {FACTOR} times the peak"
-        return await self._run(name, CROWD, _for(seconds), pace_s=CROWD / (FACTOR * capacity))
+        return await self._run(name, CROWD, for_seconds(seconds), pace_s=CROWD / (FACTOR * capacity))
 
     async def rude(self, seconds: float) -> Outcome:
         """64 clients that ask again at once, refused or not."""
-        return await self._run(f"{CROWD}, at once when refused", CROWD, _for(seconds))
+        return await self._run(f"{CROWD}, at once when refused", CROWD, for_seconds(seconds))
 
     async def beside(self, seconds: float, large: int) -> tuple[Outcome, Outcome]:
         """A client of single questions beside some that send 64 in a call: what it saw, and what they saw."""
-        until = _for(seconds)
+        until = for_seconds(seconds)
         name = f"{TOGETHER} questions a call"
         others = asyncio.ensure_future(self._run(f"{large}, {name}", large, until, requests=self._calls()))
         await asyncio.sleep(2 * self._call_s)  # so that they wait already
@@ -199,11 +204,6 @@ class Admission:
         ]
 
 
-def _for(seconds: float) -> Callable[[int], bool]:
-    end = time.perf_counter() + seconds
-    return lambda _: time.perf_counter() > end
-
-
 async def measure(admission: Admission, requests: int, seconds: float) -> bool:
     """Print the table and the goals; returns whether all are met."""
     print(HEAD, flush=True)
@@ -237,25 +237,7 @@ def one_window_questions(path: Path, product: Product) -> list[dict[str, str]]:
     return found
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    questions = PROJECT / "checkpoints" / "minilm-l6-squad" / "gate.json"
-    parser.add_argument("--data", type=Path, default=questions, help="SQuAD file with the questions")
-    parser.add_argument(
-        "--repository",
-        type=Path,
-        default=PROJECT / "model_repository",
-        help="whose tokenizer and limits are taken (default: %(default)s)",
-    )
-    parser.add_argument("--sleep-ms", type=float, default=300.0, help="of an engine call (default: %(default)s)")
-    parser.add_argument("--instances", type=int, default=2, help="engine calls side by side (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=1_000, help="of the 8 clients (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each other row (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: AdmissionOptions) -> int:
     """Measure; the exit code is 1 if a goal is not met."""
     print(f"{date.today()}, {cpu_name()}, {psutil.cpu_count()} cores, {args.instances} × {args.sleep_ms:g} ms a call\n")
     with tempfile.TemporaryDirectory(prefix="bertqa-admission-") as directory:
@@ -267,7 +249,3 @@ def main(args: argparse.Namespace) -> int:
                 product.host, product.port, questions, call_s=args.sleep_ms / 1000, instances=args.instances
             )
             return 0 if asyncio.run(measure(admission, args.requests, args.seconds)) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(parse_args()))

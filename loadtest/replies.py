@@ -1,4 +1,4 @@
-"""What a reply is worth, and what is kept of it."""
+"""Judge replies, and keep the measurements of each."""
 
 import json
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from loadtest.workload import Answer, Asked
 
 RIGHT = "right"
-"""Outcome of a reply with the answer that is known to be right, or, where none is known, with a piece of its text."""
+"""Outcome of a reply with the known right answer; if none is known, of one with a piece of its text."""
 SHED, WRONG, ERROR = "shed", "wrong", "error"
-"""First word of every other outcome: refused for now, with a time to come back; answered, and not right; failed."""
+"""First word of the other outcomes: refused with a retry time; answered wrongly; failed."""
 
 
 class Sample(NamedTuple):
-    """A request and its reply; times in seconds since 1970, stages in milliseconds as the reply tells them."""
+    """A request and its reply; times in seconds since 1970, stages in milliseconds from the reply."""
 
     due: float  # when it had to be sent; without a rate that is when it was
     sent: float
@@ -28,11 +28,11 @@ class Sample(NamedTuple):
 
 
 def judge(asked: Asked, status: int, headers: Mapping[str, str], body: bytes) -> tuple[str, dict[str, Any]]:
-    """Say what a reply is worth.
+    """Judge a reply.
 
     Args:
         asked: what was asked.
-        status: of HTTP; 0 where no reply came, and the body tells why.
+        status: HTTP status; 0 if no reply came, and then the body says why.
         headers: of the reply, by names in lower case.
         body: of the reply.
 

@@ -1,6 +1,6 @@
-"""The servers of a load test: Triton, replicas of the service, HAProxy before them, each by the product's own command.
+"""Start the servers of a load test: Triton, replicas of the service, and HAProxy, each with the product's own command.
 
-Also what they cost (CPU clocks, memory, Triton's own statistics), and the machine that they run on.
+Also measures their cost (CPU time, memory, Triton's statistics) and describes the machine.
 """
 
 import contextlib
@@ -12,12 +12,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -46,7 +48,7 @@ class Server:
     ports: Mapping[str, int] = field(default_factory=dict)
 
     def tree(self) -> list[psutil.Process]:
-        """Its processes."""
+        """The process and its descendants; empty if it has ended."""
         with contextlib.suppress(psutil.NoSuchProcess):
             own = psutil.Process(self.process.pid)
             return [own, *own.children(recursive=True)]
@@ -55,7 +57,7 @@ class Server:
 
 @dataclass
 class Stack:
-    """All servers of a measurement, and the address at which clients ask."""
+    """All servers of a measurement, and the address for clients."""
 
     url: str
     tritons: list[Server]
@@ -68,7 +70,7 @@ class Stack:
         return [*self.tritons, *self.replicas, *([self.balancer] if self.balancer else [])]
 
     def cpu_seconds(self) -> dict[str, float]:
-        """User and system time that the servers have taken so far, by role."""
+        """User and system time of the servers so far, by role."""
         found: dict[str, float] = {}
         for server in self.servers:
             for process in server.tree():
@@ -78,7 +80,7 @@ class Stack:
         return found
 
     def memory_mib(self) -> dict[str, float]:
-        """Memory of the servers by role; what processes share counts once (proportional set size)."""
+        """Memory of the servers by role; shared pages count once (proportional set size)."""
         found: dict[str, float] = {}
         for server in self.servers:
             for process in server.tree():
@@ -87,7 +89,7 @@ class Stack:
         return found
 
     def engine_seconds(self) -> dict[str, float]:
-        """Triton's own account of the engine calls so far: their number, and seconds in the queue and computing."""
+        """Triton's statistics of the engine calls so far: number, and seconds in the queue and computing."""
         found = {"calls": 0.0, "queue_s": 0.0, "compute_s": 0.0}
         for server in self.tritons:
             reply = get_json(f"http://127.0.0.1:{server.ports['http']}/v2/models/{MODEL_NAME}/stats")
@@ -101,18 +103,18 @@ class Stack:
 
 
 def get_json(url: str) -> Any:
-    """The JSON at an address."""
+    """Read the JSON at an address."""
     with _DIRECT.open(url, timeout=10) as response:
         return json.loads(response.read())
 
 
 @contextlib.contextmanager
 def tritons(repository: Path, count: int, logs: Path) -> Iterator[list[Server]]:
-    """Start Triton servers that load one repository, each by itself, and wait until they are warm."""
+    """Start Triton servers that each load the repository, and wait until they are warm."""
     with contextlib.ExitStack() as stack:
         started = []
         for number in range(count):
-            ports = dict(zip(("grpc", "metrics", "http"), _free_ports(3), strict=True))
+            ports = dict(zip(("grpc", "metrics", "http"), free_ports(3), strict=True))
             command = [sys.executable, "-m", "service.runtime.triton", "--repository", str(repository)]
             for name, port in ports.items():
                 command += [f"--{name}-port", str(port)]
@@ -125,10 +127,10 @@ def tritons(repository: Path, count: int, logs: Path) -> Iterator[list[Server]]:
 
 @contextlib.contextmanager
 def replicas(engines: Sequence[Server], repository: Path, count: int, logs: Path) -> Iterator[list[Server]]:
-    """Start replicas of the service, the n-th on the n-th of the Triton servers, which are gone round."""
+    """Start replicas of the service and spread them over the Triton servers in turn."""
     with contextlib.ExitStack() as stack:
         started = []
-        for number, port in enumerate(_free_ports(count)):
+        for number, port in enumerate(free_ports(count)):
             command = [sys.executable, "-m", "service", "--port", str(port), "--repository", str(repository)]
             command += ["--triton-url", engines[number % len(engines)].url]
             process = stack.enter_context(_running(command, logs / f"service-{number + 1}.log"))
@@ -140,11 +142,11 @@ def replicas(engines: Sequence[Server], repository: Path, count: int, logs: Path
 
 @contextlib.contextmanager
 def balancer(services: Sequence[Server], logs: Path) -> Iterator[Server]:
-    """Start HAProxy before replicas, with the stack's own configuration but for addresses."""
+    """Start HAProxy in front of replicas, with the configuration of the stack except for the addresses."""
     program = shutil.which("haproxy", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
     if not program:
         raise ServerFailed("haproxy: not found; apt-get install haproxy, or measure one replica with --balancer none")
-    public, operation = _free_ports(2)
+    public, operation = free_ports(2)
     addresses = [server.url.removeprefix("http://") for server in services]
     path = logs / "haproxy.cfg"
     path.write_text(haproxy_config(HAPROXY_CFG.read_text(), public, operation, addresses))
@@ -157,7 +159,7 @@ def balancer(services: Sequence[Server], logs: Path) -> Iterator[Server]:
 
 
 def haproxy_config(text: str, public: int, operation: int, addresses: Sequence[str]) -> str:
-    """The configuration of the stack for fixed addresses on this machine instead of names.
+    """Rewrite the configuration of the stack for fixed addresses on this machine.
 
     Args:
         text: of deploy/haproxy.cfg.
@@ -166,7 +168,7 @@ def haproxy_config(text: str, public: int, operation: int, addresses: Sequence[s
         addresses: host:port of the replicas.
 
     Raises:
-        ValueError: the text is not what this was written for.
+        ValueError: the text lacks a line that must be replaced.
     """
     servers = "\n".join(f"    server service-{n + 1} {address}" for n, address in enumerate(addresses))
     for pattern, instead in (
@@ -191,14 +193,14 @@ def _servers_up(operation: int) -> int:
 def stack(
     repository: Path, logs: Path, *, replica_count: int, triton_count: int = 1, balanced: bool
 ) -> Iterator[Stack]:
-    """Start all servers of a measurement and end them after it.
+    """Start all servers of a measurement and stop them after it.
 
     Args:
         repository: Triton's.
         logs: directory for what they write.
         replica_count: replicas of the service.
         triton_count: Triton servers, each with all engines of the repository.
-        balanced: HAProxy stands before the replicas; if not there must be one.
+        balanced: put HAProxy in front of the replicas; without it there must be one replica.
     """
     logs.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as started:
@@ -232,14 +234,68 @@ def _wait_until_ready(server: Server, url: str, logs: Path) -> None:
     raise ServerFailed(f"{server.role} at {server.url} did not start; its log is in {logs}")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
+def tree_memory(pid: int) -> int:
+    """Bytes of a process and its descendants: proportional set size, where a shared page counts once."""
+    process = psutil.Process(pid)
+    return sum(int(each.memory_full_info().pss) for each in [process, *process.children(recursive=True)])
+
+
+class Product:
+    """The product as `bertqa serve` starts it: launcher, service and Triton, on free ports."""
+
+    def __init__(self, repository: Path, **environment: str) -> None:
+        self.repository = repository
+        self._environment = {"BERTQA_DEADLINE_S": "60", **environment}
+        self.bundle = Repository(repository).open()
+        self._lines: list[str] = []
+
+    def __enter__(self) -> "Product":
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "service", "--port=0", "--triton-grpc-port=0", f"--repository={self.repository}"],
+            cwd=PROJECT, stderr=subprocess.PIPE, text=True, env=os.environ | self._environment,
+        )  # fmt: skip
+        try:
+            address = urlsplit(self._find(r"ready at (http://\S+)"))
+            self.host, self.port = str(address.hostname), int(address.port or 80)
+            self.triton = re.findall(r"ready after .* \(gRPC (\S+)\)", "".join(self._lines))[-1]
+            children = psutil.Process(self._process.pid).children(recursive=True)
+            self.service = next(child for child in children if "uvicorn" in child.cmdline())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+    def _find(self, pattern: str) -> str:
+        """Wait for a line; a thread then copies the rest to standard error."""
+        stream = self._process.stderr
+        assert stream
+        for line in stream:
+            self._lines.append(line)
+            if match := re.search(pattern, line):
+                threading.Thread(target=sys.stderr.writelines, args=(stream,), daemon=True).start()
+                return match[1]
+        raise RuntimeError("".join([*self._lines, f"the service ended with exit code {self._process.wait()}"]))
+
+    @property
+    def cpu_s(self) -> float:
+        """User and system time of the service's process so far."""
+        times = self.service.cpu_times()
+        return float(times.user + times.system)
+
+
 def ensure_engine(repository: Path, checkpoint: Path) -> None:
-    """Build an engine where there is none, as the first start of the service does."""
+    """Build an engine if the repository has none, by starting the service once."""
     if not Repository(repository).serving():
         command = [sys.executable, "-m", "service", "--port", "0", "--triton-grpc-port", "0"]
         command += ["--repository", str(repository), "--checkpoint", str(checkpoint)]
@@ -254,14 +310,14 @@ def ensure_engine(repository: Path, checkpoint: Path) -> None:
 
 
 def copy_repository(source: Path, destination: Path, instances: int) -> Path:
-    """Copy a model repository and give the copy so many engine instances."""
+    """Copy a model repository and configure the number of engine instances in the copy."""
     shutil.copytree(source, destination, dirs_exist_ok=True)
     Repository(destination).configure(MODEL_NAME, instances=instances)
     return destination
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     facts = {
         name: (re.findall(rf"^{name}\s*: (.*)$", text, re.MULTILINE) or [""])[0]

@@ -8,7 +8,6 @@ is everything around one. Its answer to every question is the first token of the
 are several), widened to a word.
 """
 
-import argparse
 import ctypes
 import json
 import shutil
@@ -100,28 +99,8 @@ def write_repository(directory: Path, *, source: Path, seconds: float, instances
     repository.activate(MODEL_NAME, _VERSION, alone=True, instances=instances)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="where to write it")
-    parser.add_argument("--milliseconds", type=float, default=20.0, help="for each window (default: %(default)s)")
-    parser.add_argument("--instances", type=int, default=2, help="sleeping side by side (default: %(default)s)")
-    parser.add_argument(
-        "--source",
-        type=Path,
-        default=Path("model_repository"),
-        help="repository whose tokenizer and limits it takes (default: %(default)s)",
-    )
-    args = parser.parse_args(argv)
-    if args.milliseconds < 0 or args.instances < 1:
-        parser.error("--milliseconds must be at least 0, --instances at least 1")
-    return args
-
-
-def main(args: argparse.Namespace) -> None:
-    """Write the repository."""
-    write_repository(args.directory, source=args.source, seconds=args.milliseconds / 1000, instances=args.instances)
-
-
 if __name__ == "__main__":
-    main(parse_args())
+    from bertqa.cli.command import run
+    from loadtest.commands import sleeping_app
+
+    run(sleeping_app, "python -m loadtest.sleeping_engine")

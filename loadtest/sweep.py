@@ -1,4 +1,4 @@
-"""Throughput against clients: the whole load test, as `make loadtest`.
+"""Measure throughput against clients: the whole load test, as `make loadtest`.
 
 Starts all servers itself, by the product's own commands: Triton servers with one or two engine instances, replicas of
 the service, and HAProxy before them with deploy/haproxy.cfg. First one undisturbed client asks every question, and its
@@ -6,17 +6,17 @@ answers are the truth for all that follows. Then four phases: clients in a close
 instances; fixed rates of arrivals on one replica; other questions on it; and replicas, each with a Triton of its own,
 whose engines sleep a fixed time instead of computing, so that cores do not limit.
 
-Every point is written when it is measured. A second call with the same --output goes on where the first one ended.
+Every point is written when it is measured. A second call with the same --output continues where the first one ended.
 """
 
 if __name__ == "__main__":  # before the imports, of which --help needs none
-    from bertqa.command import run
+    from bertqa.cli.command import run
     from loadtest.commands import app
 
     run(app, "python -m loadtest.sweep")
 
+import asyncio
 import contextlib
-import http.client
 import json
 import math
 import signal
@@ -35,9 +35,11 @@ from urllib.parse import urlsplit
 
 from bertqa.squad import read_squad
 from loadtest import sleeping_engine
+from loadtest.closed_loop import closed_loop, for_requests, http_post
 from loadtest.commands import SweepOptions
+from loadtest.points import Load, Point, curve_of, knees, summarize
 from loadtest.replies import RIGHT, best_answer, judge
-from loadtest.report import Load, Point, curve_of, knees, markdown, summarize, table, write_report
+from loadtest.report import table, write_report
 from loadtest.servers import (
     PROJECT,
     ServerFailed,
@@ -48,14 +50,15 @@ from loadtest.servers import (
     machine,
     stack,
 )
+from loadtest.tables import markdown
 from loadtest.workload import Asked, Kind, make_requests, write_requests
 
 FEWER: Mapping[Kind, int] = {"short": 1, "several": 8, "long": 16}
-"""Of how many short requests there is one of a kind, for the first client asks them all."""
+"""Short requests for each request of a kind; few of the slow kinds, because one client asks them all first."""
 SLEEP_S = 0.05
-"""Of the engine that sleeps: of two instances and so many seconds, a replica's ceiling is 40 answers/s."""
+"""Seconds of a call of the sleeping engine; with two instances, a replica can give at most 40 answers/s."""
 CLIENTS_PER_SLEEPER = 6
-"""Clients for each replica there: two are answered, the others see to it that its queue never runs dry or too full."""
+"""Clients for each replica there: two are being answered, the others keep its queue neither empty nor full."""
 SHARES = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2)
 """Rates of arrivals, as shares of the closed loop's peak."""
 WORKLOADS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
@@ -90,8 +93,8 @@ def plan(args: SweepOptions) -> list[Load]:
 
 
 def main(args: SweepOptions) -> None:
-    """Measure what is not measured yet, and write the report."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # what was started is ended too
+    """Measure the points that are missing, and write the report."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the servers are stopped too
     until = time.monotonic() + 60 * args.stop_after
     args.output.mkdir(parents=True, exist_ok=True)
     ensure_engine(args.repository, args.checkpoint)
@@ -104,7 +107,7 @@ def main(args: SweepOptions) -> None:
     print_summary(points, args.output)
     left = len([load for load in plan(args) if load not in {point.load for point in points}])
     if left:
-        print(f"\n{left} points are left; the same command goes on with them.")
+        print(f"\n{left} points are left; the same command continues with them.")
     if any(point.wrong or point.error for point in points):
         sys.exit("There were wrong answers or errors: see the report.")
 
@@ -154,7 +157,7 @@ def _servers_of(load: Load) -> tuple[bool, int, int, int]:
 
 
 def measure(args: SweepOptions, servers: Stack, load: Load, requests: Path, *, rate: float) -> Point:
-    """Put a load on running servers.
+    """Run a load against running servers.
 
     Raises:
         ServerFailed: the clients did not end as they should.
@@ -190,7 +193,7 @@ def measure(args: SweepOptions, servers: Stack, load: Load, requests: Path, *, r
 
 
 def _truth(args: SweepOptions, servers: Stack, engine: str, kinds: Sequence[Kind]) -> Path:
-    """The file of all requests with the answers of an undisturbed service; made where there is none of this engine."""
+    """Path of the requests with the answers of an undisturbed service; made if there is none for this engine."""
     path: Path = args.output / f"requests-{engine}.jsonl"
     if not path.exists():
         examples = read_squad(args.data)
@@ -201,34 +204,32 @@ def _truth(args: SweepOptions, servers: Stack, engine: str, kinds: Sequence[Kind
 
 
 def answered(url: str, asked: Sequence[Asked]) -> list[Asked]:
-    """Put requests one by one to a service that nobody else asks, and keep its answers.
+    """Ask an otherwise idle service the requests one by one, and keep its answers.
 
     Raises:
         ServerFailed: one was not answered.
     """
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=60)
-    with contextlib.closing(connection):
-        found = []
-        for each in asked:
-            connection.request("POST", "/v1/answer", each.body(), {"content-type": "application/json"})
-            response = connection.getresponse()
-            headers = {name.lower(): value for name, value in response.headers.items()}
-            outcome, reply = judge(each, response.status, headers, response.read())
-            if outcome != RIGHT:
-                raise ServerFailed(f"an undisturbed service gave: {outcome}")
-            found.append(replace(each, answer=best_answer(reply)))
+    host, port = str(address.hostname), address.port or 80
+    bodies = enumerate(http_post(host, port, "/v1/answer", each.body().encode()) for each in asked)
+    load = asyncio.run(closed_loop(host, port, bodies, 1, until=for_requests(len(asked))))
+    found = []
+    for each, reply in zip(asked, load.replies, strict=True):
+        outcome, answer = judge(each, reply.status, {}, reply.body)
+        if outcome != RIGHT:
+            raise ServerFailed(f"an undisturbed service gave: {outcome}")
+        found.append(replace(each, answer=best_answer(answer)))
     return found
 
 
 def read_points(output: Path) -> list[Point]:
-    """The points of earlier calls."""
+    """Read the points of earlier calls."""
     path = output / "points.jsonl"
     return [Point(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _facts(args: SweepOptions, servers: Stack, sleeps: bool) -> dict[str, Any]:
-    """What the numbers depend on; kept beside them.
+    """Describe what the numbers depend on, and check it against an earlier call.
 
     Raises:
         ServerFailed: the output directory holds numbers of another engine, machine or setting.
@@ -276,7 +277,7 @@ def _read_facts(output: Path) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Commit of the working tree, with a plus where it was changed since; empty outside a repository."""
+    """Commit of the working tree, with a plus if it has changes; empty outside a repository."""
     with contextlib.suppress(OSError):
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
@@ -296,7 +297,7 @@ def _line(point: Point) -> str:
 
 
 def print_summary(points: Sequence[Point], output: Path) -> None:
-    """Print the tables that the documents hold."""
+    """Print the tables for the documents."""
     closed = [each for each in points if each.phase == "closed"]
     if closed:
         print(f"\n{markdown([{k: f'{v:.4g}' for k, v in row.items()} for row in knees(points)])}")

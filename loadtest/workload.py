@@ -1,4 +1,4 @@
-"""What is asked under load, and when: real questions, in texts of several shapes, repeated or not, at a rate or not.
+"""Choose the requests of a load test and their times: real questions, several shapes of text, repeated or not.
 
 Repetition is the one property of a load that decides what a cache is worth, so it is chosen: `repeat="zipf"` draws the
 same requests again and again, the n-th of them n times as rarely as the first; `repeat="unique"` asks nothing twice,
@@ -17,13 +17,13 @@ from typing import Any, Literal, get_args
 from bertqa.squad import Example
 
 Kind = Literal["short", "long", "several"]
-"""``short``: one paragraph. ``long``: paragraphs joined to one text. ``several``: paragraphs as so many texts."""
+"""``short``: one paragraph. ``long``: paragraphs joined to one text. ``several``: each paragraph is a text."""
 Repeat = Literal["unique", "zipf"]
 
 LONG_CHARS = (2_000, 100_000)
-"""Characters of a long text, each order of magnitude as likely as any other."""
+"""Characters of a long text; the logarithm is uniform."""
 SEVERAL = (2, 8)
-"""Texts of a question that is put to several."""
+"""Number of texts of a request of the kind ``several``."""
 ZIPF_EXPONENT = 1.0
 """Zipf's own; measured for requests to web proxies: 0.64 to 0.83 (Breslau et al. 1999, INFOCOM)."""
 
@@ -48,7 +48,7 @@ class Asked:
     kind: Kind
     question: str
     contexts: tuple[str, ...]
-    answer: Answer | None = None  # what an undisturbed service answered; None: nobody asked it yet
+    answer: Answer | None = None  # of an undisturbed service; None if not asked yet
 
     def body(self, mark: str = "") -> str:
         """The JSON, with a mark after the last text."""
@@ -62,18 +62,18 @@ class Asked:
 def mark(number: int) -> str:
     """White space that spells a number below 4 ** 24.
 
-    After a text it changes neither its tokens nor its answer, but to whoever compares texts it is another one.
+    After a text it changes neither its tokens nor its answer, but a cache that compares texts sees a different one.
     """
     return "".join(_BLANKS[number >> 2 * place & 3] for place in range(_MARK_CHARS))
 
 
 def make_requests(examples: Sequence[Example], kind: Kind, count: int, seed: int = 0) -> list[Asked]:
-    """Make requests of one kind; each question is asked of a text that its own paragraph is a part of.
+    """Make requests of one kind; the text of each question contains its own paragraph.
 
     Args:
         examples: of a SQuAD file.
         kind: of all of them.
-        count: how many; questions come again, in other texts, where there are fewer.
+        count: how many; if there are fewer questions, they repeat with other texts.
         seed: of all choices.
     """
     choose = random.Random(f"{kind} {seed}")
@@ -105,10 +105,10 @@ def _texts(kind: Kind, own: str, paragraphs: Sequence[str], choose: random.Rando
 
 
 class Draw:
-    """Endless requests: first a kind by its weight, then one of that kind. Not for several threads."""
+    """Draws endless requests: first a kind by its weight, then one of that kind. Not thread-safe."""
 
     def __init__(self, asked: Sequence[Asked], weights: Mapping[Kind, float], repeat: Repeat, seed: int) -> None:
-        """Say what to draw from.
+        """Prepare the draw.
 
         Args:
             asked: all that may be drawn; where repetition is Zipf's, the first of a kind is its most frequent one.
@@ -117,7 +117,7 @@ class Draw:
             seed: of the choices; two processes need two, or they ask the same at the same time.
 
         Raises:
-            ValueError: a kind that is wanted has no request.
+            ValueError: a kind with a weight has no request.
         """
         self._choose = random.Random(seed)
         self._kinds = [kind for kind, weight in weights.items() if weight > 0]
@@ -129,14 +129,14 @@ class Draw:
         self._repeat = repeat
         self._shares = {kind: zipf_shares(len(requests)) for kind, requests in self._asked.items()}
         self._turn = {kind: self._choose.randrange(len(requests)) for kind, requests in self._asked.items()}
-        # Unlike in any other run, also against a service that remembers that one.
+        # Random, so that no earlier run has filled the cache of the service with the same texts.
         self._mark = itertools.count(random.SystemRandom().randrange(4 ** (_MARK_CHARS - 1)))
 
     def __iter__(self) -> "Draw":
         return self
 
     def __next__(self) -> tuple[Asked, str]:
-        """A request and its body."""
+        """The next request and its body."""
         (kind,) = self._choose.choices(self._kinds, self._weights)
         requests = self._asked[kind]
         if self._repeat == "zipf":
@@ -148,7 +148,7 @@ class Draw:
 
 
 def zipf_shares(count: int) -> list[float]:
-    """For each rank the share of all draws that it and those before it have: of rank n alone, n ** -exponent / sum."""
+    """The cumulative share of draws for each rank; the share of rank n alone is n ** -exponent / sum."""
     sums = list(itertools.accumulate(rank**-ZIPF_EXPONENT for rank in range(1, count + 1)))
     return [each / sums[-1] for each in sums[:-1]] + [1.0]
 
@@ -156,7 +156,7 @@ def zipf_shares(count: int) -> list[float]:
 def due_times(rate: float, seed: int) -> Iterator[float]:
     """Endless seconds at which requests are due: a Poisson process, as many independent clients make.
 
-    What comes from several of them at their own seeds is one too, at the sum of their rates.
+    Several of them with different seeds together are one too, at the sum of their rates.
     """
     draw, due = random.Random(seed), 0.0
     while True:

@@ -1,6 +1,6 @@
 """``python -m service``, which is ``bertqa serve``."""
 
-from bertqa.command import run
+from bertqa.cli.command import run
 from service.commands.serve import app
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from bertqa.errors import InvalidArgument
-from bertqa.manifest import Bundle
+from bertqa.manifest import Bundle, BundleMismatch
 from bertqa.repository import Repository
 from service.api import errors, hugging_face, v1
 from service.api.exchange import DEADLINE_HEADER, pipeline_of
@@ -36,7 +36,7 @@ from service.api.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K, Health, Info
 from service.inference.cache import CachedPipeline
 from service.inference.pipeline import Pipeline
 from service.inference.probe import check_ready, is_ready
-from service.inference.registry import ModelRegistry, ServedModel
+from service.inference.registry import ModelRegistry, ServedModel, default_model
 from service.inference.watcher import RepositoryWatcher
 from service.inference.worker_pool import Watchman
 from service.keys import Guard, Keyring, KeysError, needs_key
@@ -77,7 +77,9 @@ def create_app(
     try:
         settings = Settings.from_environment(os.environ) if settings is None else settings
         keyring = Keyring(Path(settings.api_keys_file)) if settings.api_keys_file else None
-    except (SettingsError, KeysError) as error:
+        if own_process and not bundle:
+            default_model(Repository(settings.repository), settings.model or None)  # a mistake there is one line too
+    except (SettingsError, KeysError, BundleMismatch) as error:
         if own_process:
             sys.exit(f"bertqa: error: {error}")
         raise

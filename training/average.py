@@ -6,7 +6,7 @@ null threshold and complete it with ``python -m training.finetune_squad --epochs
 """
 
 if __name__ == "__main__":  # before the imports, of which --help needs none
-    from bertqa.command import run
+    from bertqa.cli.command import run
     from training.commands import average_app
 
     run(average_app, "python -m training.average")

@@ -1,6 +1,6 @@
 """``bertqa train``: fine-tune, pre-train, distil, average checkpoints, and make the data."""
 
-from bertqa.command import command, group
+from bertqa.cli.command import command, group
 from training.data.commands import app as data_app
 from training.options import (
     AverageArguments,

@@ -9,7 +9,7 @@ With ``--teacher-logits`` the model also learns what a teacher answered, see `tr
 """
 
 if __name__ == "__main__":  # before the imports, of which --help needs none
-    from bertqa.command import run
+    from bertqa.cli.command import run
     from training.commands import glue_app
 
     run(glue_app, "python -m training.finetune_glue")

@@ -11,7 +11,7 @@ of the hard ones: look at the counts that the job prints. The output is a SQuAD 
 """
 
 if __name__ == "__main__":  # before the imports, of which --help needs none
-    from bertqa.command import run
+    from bertqa.cli.command import run
     from training.commands import hard_negatives_app
 
     run(hard_negatives_app, "python -m training.hard_negatives")

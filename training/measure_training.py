@@ -10,7 +10,13 @@ and more can be added.
 beside NVIDIA's published numbers. Under ``horovodrun -np 8`` it does so on eight of them.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, because --help needs none of them
+    from bertqa.cli.command import run
+    from training.measure_commands import app
+
+    run(app, "python -m training.measure_training")
+
+
 import json
 import math
 import os
@@ -31,9 +37,9 @@ import psutil
 import torch
 from tokenizers import Tokenizer
 
-from bertqa.manifest import TOKENIZER_FILE
 from training.checkpoints import save_json
 from training.distributed import Alone, start_workers
+from training.measure_commands import MeasureOptions
 from training.options import Precision
 from training.pretrain import new_config
 from training.scaling import CostModel, Line, plot_speeds, plot_training_time
@@ -52,7 +58,6 @@ from training.speed import (
 )
 
 PROJECT = Path(__file__).resolve().parent.parent
-CHECKPOINT = PROJECT / "checkpoints" / "minilm-l6-squad"
 RESULTS_FILE = "training_speed.json"
 GPU_RESULTS_FILE = "training_speed_gpu.json"
 GOAL = 1.5
@@ -153,45 +158,7 @@ class Results:
         return None
 
 
-def at_least_one(text: str) -> int:
-    """An argument that is a count."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/speed"), help="directory of JSON and figures")
-    parser.add_argument("--gpu-suite", action="store_true", help="BERT-large on a GPU, in place of the comparison")
-    parser.add_argument("--redraw", action="store_true", help="draw the figures of --output again, measure nothing")
-    parser.add_argument("--quick", action="store_true", help="tiny model, few sequences: only tries the job")
-    parser.add_argument("--config", help="size of the model as in training.pretrain; default: mini, on GPUs large")
-    parser.add_argument("--data", type=Path, default=CHECKPOINT / "gate.json", help="SQuAD file with the sequences")
-    parser.add_argument("--tokenizer", type=Path, default=CHECKPOINT / TOKENIZER_FILE, help="tokenizer.json")
-    parser.add_argument("--sequences", type=at_least_one, default=256, help="of an epoch; each repeat takes all")
-    parser.add_argument("--batch-size", type=at_least_one, default=32, help="sequences of one process in a step")
-    parser.add_argument("--micro-batch-size", type=at_least_one, default=8, help="where they are computed in parts")
-    parser.add_argument("--repeats", type=at_least_one, default=3, help="times that everything is measured, in all")
-    parser.add_argument(
-        "--precisions", nargs="+", choices=["fp32", "bf16"], help="default: both, unless bf16 is the slower"
-    )
-    parser.add_argument("--processes", type=at_least_one, default=2, help="of the launch beside the one of one process")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what is compiled")
-    parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)  # what a launch of our own measures
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.config, args.repeats = args.config or "tiny", 1
-        args.sequences, args.batch_size, args.micro_batch_size = 8 * args.processes, 4, 2
-    if args.sequences % (args.batch_size * args.processes):
-        parser.error("--sequences must be a multiple of --batch-size times --processes, so that all are taken")
-    if args.batch_size % args.micro_batch_size:
-        parser.error("--batch-size must be a multiple of --micro-batch-size")
-    return args
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: MeasureOptions) -> None:
     """Measure, print the tables, write JSON and figures."""
     if args.plan:
         run_plan(args.plan)
@@ -222,20 +189,21 @@ def precisions() -> list[Precision]:
         return ["fp32", "bf16"]
     print(
         f"bf16 is left out: {rates['bf16'] / 1e9:.0f} GFLOP/s here, and fp32 {rates['fp32'] / 1e9:.0f}; "
-        "--precisions fp32 bf16 measures it all the same"
+        "--precisions fp32 --precisions bf16 measures it anyway"
     )
     return ["fp32"]
 
 
-def contenders(args: argparse.Namespace) -> list[Row]:
+def contenders(args: MeasureOptions) -> list[Row]:
     """What is compared."""
     cores = os.cpu_count() or 1
     alone, shared = (1, cores), (args.processes, max(cores // args.processes, 1))
     rows = []
+    common: dict[str, Any] = {"loop": "ours", "batch_size": args.batch_size}
     parts = {"micro_batch_size": args.micro_batch_size}
 
     def add(place: tuple[int, int], **fields: Any) -> None:
-        rows.append(Row(*place, Contender(**{"loop": "ours", "batch_size": args.batch_size} | fields)))
+        rows.append(Row(*place, Contender(**(common | fields))))
 
     for precision in args.precisions or precisions():
         for data in ("squad", "mlm"):
@@ -258,7 +226,7 @@ def contenders(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def compare(args: argparse.Namespace) -> Results:
+def compare(args: MeasureOptions) -> Results:
     """Measure all contenders in turn, so many times; those that share a launch take turns within it.
 
     Raises:
@@ -564,7 +532,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 # --- GPUs
 
 
-def run_gpu_suite(args: argparse.Namespace) -> None:
+def run_gpu_suite(args: MeasureOptions) -> None:
     """Measure BERT-large, and print the numbers beside the published ones."""
     workers = start_workers()
     vocabulary = Tokenizer.from_file(str(args.tokenizer)).get_vocab_size()
@@ -604,7 +572,3 @@ def run_gpu_suite(args: argparse.Namespace) -> None:
             f"{speed.optimizer_seconds / speed.step_seconds:.1%} | {speed.gpu_bytes / 2**30:.0f} GiB | "
             f"{row.published:.0f} | {each / row.published:.2f} | {goal} |"
         )
-
-
-if __name__ == "__main__":
-    main(parse_args())

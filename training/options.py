@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertqa.command import at_least_one, fraction, not_negative, positive
+from bertqa.cli.command import at_least_one, fraction, not_negative, positive
 from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP
 from training.glue import TASKS
 from training.schedules import scaled_learning_rate

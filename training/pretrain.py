@@ -9,7 +9,7 @@ recipe's and ``--learning-rate`` is not given, the rate is scaled by the square 
 """
 
 if __name__ == "__main__":  # before the imports, of which --help needs none
-    from bertqa.command import run
+    from bertqa.cli.command import run
     from training.commands import pretrain_app
 
     run(pretrain_app, "python -m training.pretrain")

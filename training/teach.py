@@ -9,7 +9,7 @@ There is no loss over hidden states: those of 92,000 windows would take 24 GB fo
 """
 
 if __name__ == "__main__":  # before the imports, of which --help needs none
-    from bertqa.command import run
+    from bertqa.cli.command import run
     from training.commands import teach_app
 
     run(teach_app, "python -m training.teach")

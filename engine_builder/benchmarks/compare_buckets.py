@@ -4,13 +4,17 @@ A window is padded to the shortest bucket that holds it, so more buckets mean le
 every process that holds the engine. Every list gets such a process; they take turns, a block of windows each.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, because --help needs none of them
+    from bertqa.cli.command import run
+    from engine_builder.benchmarks.commands import buckets_app
+
+    run(buckets_app, "python -m engine_builder.benchmarks.compare_buckets")
+
+
 import multiprocessing
 import os
 import re
-import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -18,50 +22,22 @@ from pathlib import Path
 
 import numpy as np
 
-from bertqa.manifest import BundleMismatch, Manifest
+from bertqa.manifest import Manifest
 from bertqa.repository import Repository
-from bertqa.squad import MalformedSquad, read_squad
+from bertqa.squad import read_squad
 from bertqa.windows import Window, WindowMaker
+from engine_builder.benchmarks.commands import BucketsOptions
 from engine_builder.publish import BuildRefused
 from engine_builder.targets import openvino
 from engine_builder.targets.openvino import Precision
 
-LISTS = ("64,128,256,384,512", "64,128,256,384", "64,128,192,256,384", "64,128,160,192,256,384")
 BLOCK = 10
 """Windows of a turn."""
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m engine_builder.benchmarks.compare_buckets",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--repository", type=Path, default=Path("model_repository"), help="with a CPU engine (default: %(default)s)"
-    )
-    parser.add_argument("--data", required=True, type=Path, metavar="SQUAD_JSON", help="questions and texts")
-    parser.add_argument("--questions", type=int, default=500, help="spread over the data (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="times that every window is run (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="cores for the engine; default: all")
-    parser.add_argument(
-        "--buckets", type=_lengths, nargs="+", metavar="N,N,N", default=[_lengths(each) for each in LISTS],
-        help=f"lists of lengths to compare; default: {' '.join(LISTS)}",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    if min(args.questions, args.rounds) < 1:
-        parser.error("--questions, --rounds: must be at least 1")
-    return args
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(sorted(map(int, text.split(","))))
-
-
 @dataclass(slots=True)
 class Row:
-    """What one list gave."""
+    """The measurements of one list."""
 
     buckets: tuple[int, ...]
     seconds: list[float] = field(default_factory=list)  # of each call
@@ -69,7 +45,7 @@ class Row:
     memory_mib: float = 0.0
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: BucketsOptions) -> None:
     """Measure and print the table.
 
     Raises:
@@ -81,10 +57,10 @@ def main(args: argparse.Namespace) -> None:
     if manifest.target != "cpu":
         raise BuildRefused(f"--repository: {manifest.identity} is no engine for a CPU")
     directory = repository.directory(bundle.model, bundle.version)
-    for buckets in args.buckets:
+    for buckets in args.lists():
         if buckets[-1] < manifest.max_seq_len:
             raise BuildRefused(f"--buckets: a window may have {manifest.max_seq_len} tokens, and {buckets[-1]} is less")
-    rows = [Row(buckets) for buckets in args.buckets]
+    rows = [Row(buckets) for buckets in args.lists()]
     with ExitStack() as stack:
         lines = [_start(stack, directory, manifest, args, row.buckets) for row in rows]
         for _ in range(args.rounds):
@@ -111,9 +87,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _start(
-    stack: ExitStack, directory: Path, manifest: Manifest, args: argparse.Namespace, buckets: tuple[int, ...]
+    stack: ExitStack, directory: Path, manifest: Manifest, args: BucketsOptions, buckets: tuple[int, ...]
 ) -> Connection:
-    context = multiprocessing.get_context("spawn")  # as Triton's processes, it begins with nothing of ours in memory
+    context = multiprocessing.get_context("spawn")  # like a process of Triton, it starts without our memory
     line, other = context.Pipe()
     process = context.Process(target=_serve, args=(other, directory, manifest, args, buckets), daemon=True)
     process.start()
@@ -123,9 +99,9 @@ def _start(
 
 
 def _serve(
-    line: Connection, directory: Path, manifest: Manifest, args: argparse.Namespace, buckets: tuple[int, ...]
+    line: Connection, directory: Path, manifest: Manifest, args: BucketsOptions, buckets: tuple[int, ...]
 ) -> None:
-    """A process's work: for each round tell how many windows there are, then run the blocks that are asked for."""
+    """Run in a process: for each round send the number of windows, then run the requested blocks."""
     maker = WindowMaker.from_directory(
         directory,
         max_seq_len=manifest.max_seq_len,
@@ -151,17 +127,10 @@ def _serve(
                 seconds.append(time.perf_counter() - began)
             line.send((seconds, [window.length for window in block]))
     line.send(own_memory_mib())
-    line.recv()  # until we are ended
+    line.recv()  # blocks until this process is terminated
 
 
 def own_memory_mib() -> float:
-    """Memory of this process that no other shares, the engine's file and libraries therefore not counted."""
+    """Private memory of this process, without the shared pages of the engine's file and libraries."""
     rollup = Path(f"/proc/{os.getpid()}/smaps_rollup").read_text()
     return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", rollup, re.MULTILINE))) / 1024
-
-
-if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (BuildRefused, BundleMismatch, MalformedSquad, OSError) as error:
-        sys.exit(f"compare_buckets: {error}")

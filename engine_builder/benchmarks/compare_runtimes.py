@@ -1,17 +1,22 @@
-r"""Which runtime answers fastest with a checkpoint, and what it costs in F1: a Markdown table, and a bar chart.
+r"""Compare the speed of runtimes for a checkpoint, and what each costs in F1: a Markdown table and a bar chart.
 
     python -m engine_builder.benchmarks.compare_runtimes --checkpoint checkpoints/minilm-l6-squad --data dev-v1.1.json \
-        --lengths 128 384 --chart chart.png
+        --lengths 128 --lengths 384 --chart chart.png
 
 The framework that trained the checkpoint and every engine that runs on this machine see the same real windows, one at
 a time, in turns within one run, so that a busy minute slows all alike. A call is timed from array to array; TensorRT's
 alone is the GPU's own time for a CUDA graph, which is how Triton runs it. What is missing here has its line too.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports, because --help needs none of them
+    from bertqa.cli.command import run
+    from engine_builder.benchmarks.commands import runtimes_app
+
+    run(runtimes_app, "python -m engine_builder.benchmarks.compare_runtimes")
+
+
 import logging
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +32,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bertqa.hardware import cpu_name
-from bertqa.manifest import BundleMismatch, Settings
+from bertqa.manifest import Settings
 from bertqa.spans import Logits
-from bertqa.squad import Example, MalformedSquad, Predict, answer_all, read_squad, score
+from bertqa.squad import Example, Predict, answer_all, read_squad, score
 from bertqa.windows import OUTPUT_NAMES, Window, WindowMaker
 from engine_builder.architectures import build_graph, read_architecture
 from engine_builder.architectures.encoder import Encoder
+from engine_builder.benchmarks.commands import RuntimesOptions
 from engine_builder.build import calibration_windows, window_maker
 from engine_builder.checkpoint import CALIBRATION_FILE, InvalidCheckpoint, find_checkpoint, read_weights
 from engine_builder.engine import EngineOptions, Source, full_windows
@@ -58,47 +64,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A variant that can be asked."""
+    """A runtime that is built and ready."""
 
     predict: Predict
     latency: Callable[[Sequence[Window]], Mapping[str, float]] | None = None  # its own measure, where it has one
 
 
 class Unavailable(Exception):
-    """A runtime cannot be had on this machine; the message says what is missing."""
+    """A runtime cannot run on this machine; the message says what is missing."""
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m engine_builder.benchmarks.compare_runtimes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="a question-answering checkpoint")
-    parser.add_argument("--data", required=True, type=Path, metavar="SQUAD_JSON", help="windows and questions")
-    parser.add_argument(
-        "--calibration-data",
-        type=Path,
-        metavar="SQUAD_JSON",
-        help=f"for int8 and fp8; default: {CALIBRATION_FILE} of DIR",
-    )
-    parser.add_argument("--questions", type=int, default=500, help="how many to measure F1 on; 0: none; default: 500")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each runtime at each length; default: 10")
-    parser.add_argument("--threads", type=int, default=0, help="cores for each runtime; default: all")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", metavar="N", help="buckets to time, in tokens; default: all of the model's"
-    )
-    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the times as bars too")
-    args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, not {args.rounds}")
-    if args.chart and not args.chart.absolute().parent.is_dir():
-        parser.error(f"--chart {args.chart}: there is no such directory to write it in")
-    return args
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: RuntimesOptions) -> None:
     """Build every variant, time them side by side, score them, print the table."""
     checkpoint = find_checkpoint(args.checkpoint)
     architecture = read_architecture(checkpoint)
@@ -140,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _variants(source: Source, checkpoint: Path, threads: int, stack: ExitStack) -> Mapping[str, Callable[[], Runtime]]:
-    """What builds each runtime, in the table's order."""
+    """The function that builds each runtime, in the order of the table."""
     return {
         "PyTorch fp32, CPU": lambda: _load_torch(checkpoint, "cpu", threads),
         _FRAMEWORK_ON_GPU: lambda: _load_torch(checkpoint, "cuda", threads),
@@ -367,10 +343,3 @@ def draw(rows: Mapping[str, Row], path: Path, title: str) -> None:
     axes.legend()
     axes.margins(x=0.1)
     figure.savefig(path, dpi=120)
-
-
-if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (InvalidCheckpoint, BundleMismatch, MalformedSquad, OSError) as error:
-        sys.exit(f"compare_runtimes: {error}")

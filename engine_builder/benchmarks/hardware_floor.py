@@ -1,29 +1,33 @@
-"""How fast the encoder could be on this CPU: its operations over the measured peak, its bytes over the bandwidth.
+"""Measure how fast the encoder could be on this CPU: operations over the peak rate, bytes over the bandwidth.
 
 The operations of a window follow from the encoder's shape; the peak is the best rate of a large matrix product in
 OpenVINO, the engine's own runtime, at each precision; the bandwidth that of copying arrays larger than any cache.
 Softmax, LayerNorm and GELU are in neither, so no engine reaches this floor.
 """
 
-import argparse
-import sys
+if __name__ == "__main__":  # before the imports, because --help needs none of them
+    from bertqa.cli.command import run
+    from engine_builder.benchmarks.commands import floor_app
+
+    run(floor_app, "python -m engine_builder.benchmarks.hardware_floor")
+
+
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 
 from bertqa.hardware import cpu_features
-from bertqa.manifest import BundleMismatch
 from bertqa.repository import Repository
-from bertqa.squad import MalformedSquad, read_squad
+from bertqa.squad import read_squad
 from engine_builder.architectures import read_architecture
 from engine_builder.architectures.encoder import Encoder
-from engine_builder.checkpoint import GATE_FILE, InvalidCheckpoint
+from engine_builder.benchmarks.commands import FloorOptions
+from engine_builder.checkpoint import GATE_FILE
 from engine_builder.targets.openvino import PRECISIONS, Precision, supported_precision
 
 SIDE = 2048
@@ -31,22 +35,7 @@ SIDE = 2048
 _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m engine_builder.benchmarks.hardware_floor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="directory with the encoder's config.json")
-    parser.add_argument(
-        "--repository", type=Path, default=Path("model_repository"), help="with an engine of it (default: %(default)s)"
-    )
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: FloorOptions) -> None:
     """Measure and print the tables."""
     encoder = read_architecture(args.checkpoint).encoder
     bundle = Repository(args.repository).open()
@@ -84,14 +73,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 def floor(encoder: Encoder, length: int, precision: Precision, peaks: Mapping[Precision, float]) -> float:
-    """Seconds that a window takes at least; attention's own products stay in floating point where weights are int8."""
+    """Fewest seconds for a window; the products of attention stay in floating point if the weights are int8."""
     dense, attention = operations(encoder, length)
     floats = max(rate for each, rate in peaks.items() if each != "int8")
     return dense / peaks[precision] + attention / (floats if precision == "int8" else peaks[precision])
 
 
 def operations(encoder: Encoder, length: int) -> tuple[int, int]:
-    """Multiplications and additions in the matrix products of a window, of so many tokens with its padding.
+    """Count multiplications and additions in the matrix products of a window of ``length`` tokens, padding included.
 
     Returns:
         Those with weights, of each layer and token twice the weights of queries, keys, values and their output, 4 h²,
@@ -103,13 +92,13 @@ def operations(encoder: Encoder, length: int) -> tuple[int, int]:
 
 
 def encoder_weights(encoder: Encoder) -> int:
-    """Weights that every window reads, which those of the embeddings are not."""
+    """Count the weights that every window reads: all but the embeddings."""
     h, f = encoder.hidden_size, encoder.intermediate_size
     return encoder.layers * (4 * h * h + 2 * h * f)
 
 
 def peak_rate(precision: Precision, seconds: float) -> float:
-    """Operations/s of the fastest product of two square matrices, on all cores."""
+    """Measure operations/s of the fastest product of two square matrices, on all cores."""
     random = np.random.default_rng(0)
     weights = op.constant(random.uniform(-1, 1, (SIDE, SIDE)).astype(np.float32))
     rows = op.parameter([SIDE, SIDE], np.float32)
@@ -133,7 +122,7 @@ def _range(low: float, high: float) -> list[np.float32]:
 
 
 def copy_rate(seconds: float, mib: int = 256) -> float:
-    """Bytes/s, read and written, of copying arrays that no cache holds, one on each of two threads."""
+    """Measure bytes/s, read and written, of copying arrays larger than any cache, on two threads."""
     arrays = [(np.ones(mib << 17), np.ones(mib << 17)) for _ in range(2)]
     with ThreadPoolExecutor(len(arrays)) as pool:
         shortest = _shortest(lambda: list(pool.map(lambda pair: np.copyto(*pair), arrays)), seconds)
@@ -149,10 +138,3 @@ def _shortest(work: Callable[[], object], seconds: float) -> float:
         work()
         found.append(time.perf_counter() - began)
     return min(found)
-
-
-if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (InvalidCheckpoint, BundleMismatch, MalformedSquad, OSError) as error:
-        sys.exit(f"hardware_floor: {error}")

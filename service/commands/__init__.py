@@ -1,1 +1,1 @@
-"""The commands of the service: light modules that import what they run when they run."""
+"""The commands of the service; each module imports its heavy packages only when the command runs."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertqa.command import CommandError, Exit, OutputFormat, command, group, positive, say
+from bertqa.cli.command import CommandError, Exit, OutputFormat, command, group, positive, say
 
 app = group("Make, list and revoke API keys.")
 
@@ -26,14 +26,14 @@ class KeysOptions:
 class NewOptions(KeysOptions):
     """Options of ``bertqa keys new``."""
 
-    name: Annotated[str, typer.Argument(help="Name of whoever gets the key; metrics show it.")]
+    name: Annotated[str, typer.Argument(help="Name of the key's owner; metrics show it.")]
     rate: Annotated[
         float | None,
         typer.Option(callback=positive, show_default="no limit", help="Number per second that each process allows."),
     ] = None
     burst: Annotated[
         float | None,
-        typer.Option(callback=positive, show_default="twice the rate", help="Number that may come at once."),
+        typer.Option(callback=positive, show_default="twice the rate", help="Number allowed at once."),
     ] = None
 
     per: Annotated[Literal["request", "question", "window"], typer.Option(help="What the rate counts.")] = "request"
@@ -101,11 +101,11 @@ def list_keys(options: ListOptions) -> None:
 
 @command(app, RevokeOptions, extra="service")
 def revoke(options: RevokeOptions) -> None:
-    """Take a key out of the file; services that read the file refuse it within a second."""
+    """Remove a key from the file; services that read the file reject it within a second."""
     from service.keys import KeysError, revoke_key  # noqa: PLC0415
 
     try:
         revoke_key(options.file, options.name)
     except KeysError as error:
         raise CommandError(str(error), Exit.NO) from error
-    say(f"{options.name} is revoked; services that read the file refuse it within a second")
+    say(f"{options.name} is revoked; services that read the file reject it within a second")

@@ -1,4 +1,4 @@
-"""``bertqa models``: put another version of a model into service, and take it back."""
+"""``bertqa models``: put another version of a model into service, or return to the one before."""
 
 import json
 import signal
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertqa.command import CommandError, Exit, OutputFormat, command, group, positive, say
+from bertqa.cli.command import CommandError, Exit, OutputFormat, command, group, positive, say
 from service.commands.options import TritonOptions, settings
 
 if TYPE_CHECKING:
     from service.commands.rollout import Rollout
 
-app = group("Put versions of a model into service and take them back.")
+app = group("Put versions of a model into service, or return to the one before.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +36,19 @@ class ListOptions(StepOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(StepOptions):
-    """Options of the steps that concern a model."""
+    """Options of the steps that take a model."""
 
     model: Annotated[str, typer.Argument(help="Name of the model.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VersionOptions(ModelOptions):
-    """Options of the steps that concern a version."""
+    """Options of the steps that take a version."""
 
     version: Annotated[int, typer.Argument(help="Version of the model.")]
 
 
-_UNCHECKED = typer.Option("--unchecked", help="Do not ask the version anything first.")
+_UNCHECKED = typer.Option("--unchecked", help="Skip the check of the version.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class RollbackOptions(ModelOptions):
 class UnloadOptions(VersionOptions):
     """Options of ``bertqa models unload``."""
 
-    force: Annotated[bool, typer.Option("--force", help="Unload it even while it is being asked.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Unload it even if it still gets requests.")] = False
 
 
 @command(app, ListOptions, extra="service", name="list")
@@ -80,31 +80,31 @@ def list_models(options: ListOptions) -> None:
 
 @command(app, VersionOptions, extra="service")
 def load(options: VersionOptions) -> None:
-    """Load a version beside those that answer, and check it."""
+    """Load a version next to the active one, and check it."""
     _take(options, lambda rollout: rollout.load(options.model, options.version))
 
 
 @command(app, VersionOptions, extra="service")
 def check(options: VersionOptions) -> None:
-    """Ask a loaded version the questions of its build."""
+    """Check that a loaded version answers the questions of its build correctly."""
     _take(options, lambda rollout: rollout.check(options.model, options.version))
 
 
 @command(app, SwitchOptions, extra="service")
 def switch(options: SwitchOptions) -> None:
-    """Check a loaded version and let it answer."""
+    """Check a loaded version and make it the active one."""
     _take(options, lambda rollout: rollout.switch(options.model, options.version, unchecked=options.unchecked))
 
 
 @command(app, RollbackOptions, extra="service")
 def rollback(options: RollbackOptions) -> None:
-    """Let the version answer that did before."""
+    """Make the previous version the active one again."""
     _take(options, lambda rollout: rollout.rollback(options.model, unchecked=options.unchecked))
 
 
 @command(app, UnloadOptions, extra="service")
 def unload(options: UnloadOptions) -> None:
-    """Drop a version that nobody asks any more from memory."""
+    """Remove a version from memory, once it gets no more requests."""
     _take(options, lambda rollout: rollout.unload(options.model, options.version, force=options.force))
 
 
@@ -114,7 +114,7 @@ def _take(options: StepOptions, step: "Callable[[Rollout], object]") -> None:
     from service.commands.rollout import Rollout, RolloutFailed, tls_of  # noqa: PLC0415
     from service.triton.servers import Servers, ServerUnreachable  # noqa: PLC0415
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a load that is stopped is taken back
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that an interrupted load is undone
     try:
         servers = Servers([url.strip() for url in options.triton_url.split(",")], tls_of(settings()))
         try:

@@ -1,4 +1,4 @@
-"""What the commands of the service share: options, and the settings of the service."""
+"""Options that several commands of the service share, and the settings of the service."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertqa.command import CommandError, addresses
+from bertqa.cli.command import CommandError, addresses
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -36,7 +36,7 @@ class RepositoryOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TritonOptions(RepositoryOptions):
-    """Options of the commands that also ask the Triton servers that serve it."""
+    """Options of the commands that also call Triton."""
 
     triton_url: Annotated[
         str,
@@ -44,7 +44,7 @@ class TritonOptions(RepositoryOptions):
             envvar="BERTQA_TRITON_URL",
             metavar="HOST:PORT",
             callback=addresses,
-            help="gRPC address of Triton, or several separated by commas; a name stands for all its addresses.",
+            help="gRPC address of Triton, or several separated by commas; a host name stands for all its addresses.",
         ),
     ] = "127.0.0.1:8001"
 

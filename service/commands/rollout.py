@@ -1,8 +1,8 @@
-"""Put another version of a model into service, and take it back, with no request failing: behind ``bertqa models``.
+"""Put another version of a model into service, and take it back, without a failed request: behind ``bertqa models``.
 
-The way is load, check, switch, and once all is well unload. Triton and the service each read the model repository, so
-this job writes there and asks Triton how far it is; it never touches what answers before the new version has proved
-itself.
+The steps are load, check, switch and, once all is well, unload. Triton and the service both read the model repository,
+so this job writes there and asks Triton for its progress. It leaves the active version alone until the new one has
+passed its check.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ from service.triton.replica import TlsCredentials
 from service.triton.servers import UNKNOWN, Servers, ServerUnreachable, VersionState
 
 QUIET_S = 3.0
-"""A version that answered nothing for so long is asked no more; services look for another one every second."""
+"""A version that has answered nothing for this long is unused; services look for a new version every second."""
 _LOOK_S = 0.2
-_STALE_S = 10.0  # after so long, a failure that Triton tells is one of ours
+_STALE_S = 10.0  # after this time, a failure that Triton reports is from our load
 
 
 class RolloutFailed(Exception):
@@ -36,7 +36,7 @@ class RolloutFailed(Exception):
 
 
 class Rollout:
-    """The steps, each of which leaves a working service behind whether it succeeds or not."""
+    """The steps of a rollout; each leaves a working service behind, even if it fails."""
 
     def __init__(
         self, repository: Repository, servers: Servers, *, timeout_s: float, report: Callable[[str], None]
@@ -47,7 +47,7 @@ class Rollout:
         self._report = report
 
     def load(self, model: str, version: int) -> None:
-        """Load a version beside those that are, and check it.
+        """Load a version next to those that are loaded, and check it.
 
         Raises:
             RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: it is not loaded.
@@ -60,15 +60,15 @@ class Rollout:
             self._until_ready(model, version, states)
             self._ask_questions(bundle)
         except BaseException:
-            if not loaded_before:  # or Triton would try again every second
+            if not loaded_before:  # otherwise Triton tries again every second
                 self._repository.unload(model, version)
             raise
 
     def check(self, model: str, version: int) -> None:
-        """See that the bundle is whole, and that each Triton answers its questions with it as when it was built.
+        """Check that the files are complete, and that each Triton gives the answers recorded at the build.
 
         Raises:
-            RolloutFailed, ServerUnreachable, BundleMismatch: it is not, or they do not.
+            RolloutFailed, ServerUnreachable, BundleMismatch: a check failed.
         """
         bundle = self._whole(model, version)
         for url, state in self._servers.states(model, version).items():
@@ -80,10 +80,11 @@ class Rollout:
         self._ask_questions(bundle)
 
     def switch(self, model: str, version: int, *, unchecked: bool = False) -> None:
-        """Let a loaded version answer, after a check.
+        """Make a loaded version the active one, after a check.
 
         Raises:
-            RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: what answered before still does.
+            RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: a check failed; the previous version stays
+                active.
         """
         if version not in self._repository.served(model).loaded:
             raise ChangeRefused(
@@ -95,7 +96,7 @@ class Rollout:
         self._report(f"{model} answers from version {version}; every service follows within about a second")
 
     def rollback(self, model: str, *, unchecked: bool = False) -> None:
-        """Let the version answer that did before, loading it again if need be.
+        """Make the previous version the active one, loading it again if needed.
 
         Raises:
             RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: there is none, or it cannot answer; nothing
@@ -109,10 +110,10 @@ class Rollout:
         self.switch(model, serving.previous, unchecked=unchecked)
 
     def unload(self, model: str, version: int, *, force: bool = False) -> None:
-        """Have every Triton drop a version, once nobody asks it any more.
+        """Make every Triton drop a version, once it gets no more requests.
 
         Raises:
-            RolloutFailed, ServerUnreachable: it is still being asked, or a server does not answer.
+            RolloutFailed, ServerUnreachable: it still gets requests, or a server does not answer.
             ChangeRefused: it is the active one.
         """
         if version == self._repository.served(model).active:
@@ -127,7 +128,7 @@ class Rollout:
             if time.monotonic() > end:
                 raise RolloutFailed(
                     f"{model} {version} still answers, {asked} calls in the last {QUIET_S:.0f} s; is every service on "
-                    "the active version? --force unloads it nevertheless"
+                    "the active version? --force unloads it anyway"
                 )
         self._repository.unload(model, version)
         self._until(
@@ -137,7 +138,7 @@ class Rollout:
         self._report(f"{model} {version} is unloaded; it stays on disk")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A table of all versions, with a line of headings."""
+        """List all versions as a table; the first row is the heading."""
         try:
             servers = self._servers.all_states()
         except ServerUnreachable as error:
@@ -171,7 +172,7 @@ class Rollout:
         return bundle
 
     def _until_ready(self, model: str, version: int, before: Mapping[str, VersionState]) -> None:
-        """Wait until every server has the version; a failure that was told before is not ours until it is repeated."""
+        """Wait until every server has the version; a failure reported before the load counts only if it is repeated."""
         began = time.monotonic()
         tried = set[str]()
 
@@ -216,13 +217,13 @@ class Rollout:
 
 
 async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Put the bundle's questions to one server.
+    """Ask one server the questions of the build.
 
     Returns:
-        Seconds that the engine took for each.
+        Seconds of engine time for each question.
 
     Raises:
-        RolloutFailed: it does not answer, has loaded another engine, or gives another answer.
+        RolloutFailed: the server does not answer, has loaded another engine, or gives another answer.
     """
     channels = servers.channels(url)
     metrics, settings = Metrics(), Settings()

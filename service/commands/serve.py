@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bertqa.command import CommandError, addresses, command, group
+from bertqa.cli.command import CommandError, addresses, command, group
 from bertqa.manifest import MODEL_NAME, BundleMismatch
 from bertqa.repository import Repository
 from service.commands.options import LOOPBACK, PROJECT, Port, settings
@@ -16,7 +16,7 @@ app = group("Serve a question-answering model over REST.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """What ``bertqa serve`` is asked to do."""
+    """Options of ``bertqa serve``."""
 
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = LOOPBACK
     port: Port = 8000
@@ -33,7 +33,7 @@ class ServeOptions:
         Path | None,
         typer.Option(
             metavar="DIR",
-            show_default="any engine will do; if there is none, it is built from the one checkpoint in checkpoints/",
+            show_default="any engine; if there is none, one is built from the single checkpoint in checkpoints/",
             help="Build the engine from this directory if the repository has none of it.",
         ),
     ] = None
@@ -63,8 +63,8 @@ class ServeOptions:
 def serve(options: ServeOptions) -> int:
     """Serve a question-answering model over REST.
 
-    Builds an engine if the repository has none, starts Triton and the REST service, restarts what dies, and ends both
-    in order on Ctrl-C or SIGTERM. docs/operations.md lists the settings, which are environment variables.
+    Builds an engine if the repository has none, starts Triton and the REST service, restarts either if it dies, and
+    stops both in order on Ctrl-C or SIGTERM. docs/operations.md lists the settings, which are environment variables.
     """
     from service.runtime.launcher import launch  # noqa: PLC0415
 
@@ -73,7 +73,7 @@ def serve(options: ServeOptions) -> int:
 
 
 def _check_model(options: ServeOptions) -> None:
-    """Refuse a default model that the repository does not have, before anything is started.
+    """Check the default model against the repository, before anything is started.
 
     Raises:
         CommandError: BERTQA_MODEL is none of its models, or must say which of them is the default.

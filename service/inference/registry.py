@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from bertqa.errors import InvalidArgument
-from bertqa.manifest import Bundle, BundleMismatch
+from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch
+from bertqa.repository import Repository
 from service.inference.admission import Admission
 from service.inference.readiness import Readiness
 from service.inference.shared_values import SharedValues
@@ -94,3 +95,25 @@ class ModelRegistry:
     def remove(self, name: str) -> None:
         """Answer no longer for a model."""
         del self._models[name]
+
+
+def default_model(repository: Repository, wanted: str | None) -> str:
+    """Name the model that answers requests which name none.
+
+    Args:
+        repository: with the models.
+        wanted: setting ``BERTQA_MODEL``; without it, ``bert_qa`` or the only model.
+
+    Raises:
+        BundleMismatch: the repository has no such model or none at all, or must be told which of several it is.
+    """
+    names = list(repository.serving())
+    if not names:
+        repository.open()  # raises, and says what to do
+    if wanted is None:
+        if MODEL_NAME not in names and len(names) > 1:
+            raise BundleMismatch(f"BERTQA_MODEL: must say which is the default of {', '.join(names)}")
+        return MODEL_NAME if MODEL_NAME in names else names[0]
+    if wanted not in names:
+        raise BundleMismatch(f"BERTQA_MODEL: must be one of {', '.join(names)}; got {wanted!r}")
+    return wanted

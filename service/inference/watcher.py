@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
-from bertqa.manifest import MODEL_NAME, Bundle, BundleMismatch
+from bertqa.manifest import Bundle, BundleMismatch
 from bertqa.repository import SERVING_FILE, Repository
-from service.inference.registry import ModelRegistry, ServedModel
+from service.inference.registry import ModelRegistry, ServedModel, default_model
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.triton.channels import EngineFactory
@@ -52,15 +52,8 @@ class RepositoryWatcher:
             BundleMismatch: there is none, one is not whole, or the default is none of them.
         """
         self._seen = self._stamp()
-        names = list(self._repository.serving())
-        if not names:
-            self._repository.open()  # raises, and says what to do
-        if default is None:
-            default = MODEL_NAME if MODEL_NAME in names else names[0]
-            if default != MODEL_NAME and len(names) > 1:
-                raise BundleMismatch(f"BERTQA_MODEL: must say which is the default of {', '.join(names)}")
-        if default not in names:
-            raise BundleMismatch(f"BERTQA_MODEL: must be one of {', '.join(names)}; got {default!r}")
+        default = default_model(self._repository, default)
+        names = self._repository.serving()
         return ModelRegistry(default, {name: self._served(self._repository.open(name)) for name in names})
 
     async def follow(self, registry: ModelRegistry, probe: Callable[[ServedModel, float], Awaitable[object]]) -> None:

@@ -21,11 +21,11 @@ import pytest
 import typer
 
 from bertqa.cli import COMMANDS
-from bertqa.command import Exit, command, group, parse, status
+from bertqa.cli.command import Exit, command, group, parse, status
 from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, TOKENIZER_FILE, Bundle, sha256_of
 from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad
-from service.batch_worker import IN_FLIGHT
+from service.commands.batch.worker import IN_FLIGHT
 from service.triton.errors import ModelOverloaded
 from tests.support.paths import ROOT
 from tests.support.toy_model import FakeEngine
@@ -245,7 +245,7 @@ sys.meta_path.insert(0, Refuse())
 
 
 def test_help_needs_no_package_but_typer(bare: dict[str, str]) -> None:
-    program = "import sys, contextlib, io; from bertqa.cli import app; from bertqa.command import status\n"
+    program = "import sys, contextlib, io; from bertqa.cli import app; from bertqa.cli.command import status\n"
     program += "for line in sys.stdin: print(status(app, [*line.split(), '--help']), line, flush=True)"
     lines = "\n".join(" ".join(words) for words in [[], *HELP])
     done = run([sys.executable, "-c", program], stdin=lines.encode(), env=bare)
@@ -264,6 +264,9 @@ def test_help_needs_no_package_but_typer(bare: dict[str, str]) -> None:
         *("service", "engine_builder", "training.data", "loadtest.sweep"),
         *(f"training.{name}" for name in ("finetune_squad", "finetune_glue", "pretrain", "average")),
         *(f"training.{name}" for name in ("teach", "hard_negatives", "import_mpnet")),
+        *(f"engine_builder.benchmarks.{name}" for name in ("compare_runtimes", "compare_buckets", "hardware_floor")),
+        *(f"loadtest.{name}" for name in ("measure_service", "measure_admission", "compare_servers")),
+        *("training.measure_training", "loadtest.sleeping_engine"),
     ],
 )
 def test_modules_give_help_without_their_packages(bare: dict[str, str], module: str) -> None:

@@ -12,7 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-from bertqa.command import status
+from bertqa.cli.command import status
 from bertqa.manifest import MODEL_NAME
 from service.commands import models
 from tests.chaos.clients import DEADLINE_S, load

@@ -11,7 +11,7 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from bertqa.triton_config import Serving
 from engine_builder.commands import BuildArguments
 from service.commands.serve import ServeOptions

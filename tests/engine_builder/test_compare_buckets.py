@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from bertqa.cli.command import parse
 from engine_builder.benchmarks import compare_buckets
+from engine_builder.benchmarks.commands import BucketsOptions
 from engine_builder.build import BuildOptions, build
 from engine_builder.publish import BuildRefused
 from tests.support.checkpoints import write_checkpoint
@@ -23,7 +25,7 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 def test_a_list_is_a_row(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    compare_buckets.main(compare_buckets.parse_args([*arguments, "--buckets", "64,128", "128"]))
+    compare_buckets.main(parse(BucketsOptions, [*arguments, "--buckets", "64,128", "--buckets", "128"]))
     first, _, heading, _, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("tiny-cpu-fp32-")
     columns = [cell.strip() for cell in heading.strip("|").split("|")]
@@ -40,4 +42,4 @@ def test_a_list_is_a_row(arguments: list[str], capsys: pytest.CaptureFixture[str
 
 def test_a_list_without_room_for_the_longest_window_is_refused(arguments: list[str]) -> None:
     with pytest.raises(BuildRefused, match="--buckets: a window may have 128 tokens, and 64 is less"):
-        compare_buckets.main(compare_buckets.parse_args([*arguments, "--buckets", "64"]))
+        compare_buckets.main(parse(BucketsOptions, [*arguments, "--buckets", "64"]))

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from bertqa.cli.command import parse
 from engine_builder.benchmarks import compare_runtimes
+from engine_builder.benchmarks.commands import RuntimesOptions
 from engine_builder.checkpoint import InvalidCheckpoint
 from engine_builder.targets.tensorrt import TensorRT, missing_parts
 from tests.support.checkpoints import write_checkpoint
@@ -17,7 +19,7 @@ def test_every_runtime_has_its_line_and_its_bars(tmp_path: Path, capsys: pytest.
     data = write_squad(checkpoint / "calibration.json")
     chart = tmp_path / "chart.png"
     arguments = ["--checkpoint", str(checkpoint), "--data", str(data), "--questions", "2", "--rounds", "1"]
-    compare_runtimes.main(compare_runtimes.parse_args([*arguments, "--lengths", "64", "--chart", str(chart)]))
+    compare_runtimes.main(parse(RuntimesOptions, [*arguments, "--lengths", "64", "--chart", str(chart)]))
     heading, _, *lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert heading == "| runtime | 64 tokens | F1 |"
     rows = {cells[1]: cells[2:4] for cells in ([cell.strip() for cell in line.split("|")] for line in lines)}
@@ -34,7 +36,7 @@ def test_every_runtime_has_its_line_and_its_bars(tmp_path: Path, capsys: pytest.
 def test_a_length_that_is_no_bucket_is_refused(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "tiny")
     data = write_squad(checkpoint / "calibration.json")
-    args = compare_runtimes.parse_args(["--checkpoint", str(checkpoint), "--data", str(data), "--lengths", "100"])
+    args = parse(RuntimesOptions, ["--checkpoint", str(checkpoint), "--data", str(data), "--lengths", "100"])
     with pytest.raises(InvalidCheckpoint, match="--lengths 100: the model's buckets are 64, 128"):
         compare_runtimes.main(args)
 
@@ -49,7 +51,7 @@ def test_without_calibration_data_the_others_are_compared(
     engine = SimpleNamespace(predict=None, latency=lambda _: {"p50": 2.0, "graph_p50": 0.5})
     monkeypatch.setattr(TensorRT, "build", lambda *_: engine)
     args = ["--checkpoint", str(checkpoint), "--data", str(data), "--questions", "0", "--rounds", "1"]
-    compare_runtimes.main(compare_runtimes.parse_args([*args, "--lengths", "64"]))
+    compare_runtimes.main(parse(RuntimesOptions, [*args, "--lengths", "64"]))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     rows = {cells[1].strip(): cells[2].strip() for cells in (line.split("|") for line in lines)}
     assert [name for name, cell in rows.items() if cell == "not measured: needs --calibration-data"] == [

@@ -26,16 +26,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
-from loadtest import report, servers, sweep
+from loadtest import figures, report, servers, sweep
 from loadtest.closed_loop import closed_loop, http_post
 from loadtest.commands import SweepOptions
+from loadtest.points import KNEE, STAGES, Load, Point, knee, read_samples, summarize
 from loadtest.replies import RIGHT, Sample, judge
-from loadtest.report import Load, Point
 from loadtest.workload import (
     LONG_CHARS,
     SEVERAL,
@@ -231,17 +231,17 @@ def test_the_knee_of_a_server_that_saturates(capacity: float, latency: float) ->
     clients = [2**n for n in range(12)]
     curve = {each: min(each / latency, capacity) for each in clients}
     peak = max(curve.values())
-    assert report.knee(curve) == next(each for each in clients if each / latency >= report.KNEE * peak)
+    assert knee(curve) == next(each for each in clients if each / latency >= KNEE * peak)
 
 
 def test_the_knee_of_other_curves() -> None:
     falls = {n: n / (1 + 0.1 * (n - 1) + 0.01 * n * (n - 1)) for n in (1, 2, 4, 8, 16, 32, 64)}  # Gunther's law
-    assert report.knee(falls) == 8
-    assert report.knee({1: 10, 2: 20, 4: 40, 8: 80}) == 8
-    assert report.knee({4: 100.0, 1: 99.0}) == 1
-    assert report.knee({7: 0.0}) == 7
+    assert knee(falls) == 8
+    assert knee({1: 10, 2: 20, 4: 40, 8: 80}) == 8
+    assert knee({4: 100.0, 1: 99.0}) == 1
+    assert knee({7: 0.0}) == 7
     with pytest.raises(ValueError, match="empty"):
-        report.knee({})
+        knee({})
 
 
 def result(samples: list[Sample], began: float = 1_000.0, seconds: float = 4.0) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def result(samples: list[Sample], began: float = 1_000.0, seconds: float = 4.0) 
 
 
 def point(load: Load, samples: list[Sample], **engine: float) -> Point:
-    return report.summarize(
+    return summarize(
         load,
         json.loads(json.dumps(result(samples))),
         cpu_s={"service": 2.0, "triton": 4.0, "clients": 1.0},
@@ -287,7 +287,7 @@ def test_a_run_is_summed_up() -> None:
     assert (found.queue_ms, found.compute_ms) == pytest.approx((5, 70))
     assert found.line_ms == pytest.approx(80 - 75)
     mean_ms = (200 * 110 + 6_000 + 200) / 202
-    assert sum(getattr(found, stage) for stage in report.STAGES) == pytest.approx(mean_ms - 90 + 82)
+    assert sum(getattr(found, stage) for stage in STAGES) == pytest.approx(mean_ms - 90 + 82)
     assert found.http_ms == pytest.approx(mean_ms - 90)
 
 
@@ -343,8 +343,8 @@ def test_the_report_holds_every_point(tmp_path: Path) -> None:
 
 
 def test_engines_are_drawn_on_the_same_axes() -> None:
-    served: dict[str, report.Curve] = {"batch 1": {1: (20.0, 50.0), 4: (24.0, 170.0)}, "batch 8": {1: (19.0, 52.0)}}
-    figure = report.draw_engines({"batch 1": {1: (21.0, 49.0)}}, served, "toy")
+    served: dict[str, figures.Curve] = {"batch 1": {1: (20.0, 50.0), 4: (24.0, 170.0)}, "batch 8": {1: (19.0, 52.0)}}
+    figure = figures.draw_engines({"batch 1": {1: (21.0, 49.0)}}, served, "toy")
     alone, beside, _, p99 = figure.axes
     assert [line.get_label() for line in alone.lines] == ["batch 1"]
     assert [line.get_label() for line in beside.lines] == ["batch 1", "batch 8"]
@@ -406,7 +406,7 @@ def run_locust(url: str, directory: Path, **flags: object) -> list[Sample]:
         command += [f"--{name}", str(value)]
     done = subprocess.run(command, cwd=servers.PROJECT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return report.read_samples(json.loads((directory / "result.json").read_text()))
+    return read_samples(json.loads((directory / "result.json").read_text()))
 
 
 class Stalling(ThreadingHTTPServer):
@@ -571,6 +571,7 @@ def test_the_light_clients_give_a_refused_question_up_in_the_end() -> None:
         server.shutdown()
     assert (reply.status, reply.shed) == (503, 1)
     assert 1.0 <= reply.seconds < 2.0
+    assert 0 < reply.attempt_s < reply.seconds <= reply.ended_s
     (first, _), (second, _) = server.seen
     assert second - first >= 1.0
 

@@ -162,7 +162,9 @@ def _source(module: str) -> str:
         return ""
     if spec.submodule_search_locations:
         return _source(f"{module}.__main__")
-    return Path(spec.origin or "").read_text(encoding="utf-8")
+    text = Path(spec.origin or "").read_text(encoding="utf-8")
+    commands = re.search(r"^    from ([\w.]*commands) import \w*app$", text, re.MULTILINE)  # has the options
+    return _source(commands[1]) if commands else text
 
 
 def _module(words: list[str]) -> None:

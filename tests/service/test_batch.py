@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertqa.command import parse, status
+from bertqa.cli.command import parse, status
 from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import Bundle, Manifest, sha256_of
 from bertqa.repository import Repository
@@ -32,11 +32,14 @@ from bertqa.squad import Example, Reference, as_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from engine_builder.build import BuildOptions, build
 from engine_builder.publish import NO_CACHE
-from service import batch
 from service.app import create_app
-from service.batch import JOURNAL_FILE, BatchRefused
-from service.batch_worker import ANSWER_COLUMNS, MODEL_KEY, Asking, Part, PartAnswerer, PartReader, Receipt
-from service.commands.batch import BatchOptions, app
+from service.commands.batch import BatchOptions, app, worker
+from service.commands.batch import job as batch_job
+from service.commands.batch.errors import BatchRefused
+from service.commands.batch.journal import JOURNAL_FILE, Journal
+from service.commands.batch.parquet import ANSWER_COLUMNS, MODEL_KEY, PartReader
+from service.commands.batch.parts import Asking, Part, Receipt
+from service.commands.batch.worker import PartAnswerer
 from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 from service.triton.channels import EngineFactory
@@ -447,6 +450,22 @@ def test_an_engine_that_stays_away_or_broken_stops_the_job_and_nothing_is_writte
         product.broken.unlink(missing_ok=True)
 
 
+def test_rows_wait_while_the_pipeline_does_not_admit_them(
+    product: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine(product.identity)
+    engine.delay_s = 0.02
+
+    def one_slot(settings: Settings, at_a_time: int) -> Settings:  # a job's own settings leave room for all of its rows
+        return settings.model_copy(update={"max_in_flight": 1, "max_wait_s": 0.03})
+
+    monkeypatch.setattr(worker, "_patient", one_slot)
+    _, found = answer_table(product, "", tmp_path, many(80), engine=engine, max_in_flight=8)
+    assert found["error"].to_pylist() == [None] * 80
+    assert engine.windows == 80  # no row was suspected of breaking the engine, which asks harmless questions too
+    assert found["answer"].to_pylist() == [f"Uber {number}" for number in range(80)]
+
+
 # A job
 
 
@@ -458,7 +477,7 @@ def job(product: Product, url: str, source: Path, output: Path, *flags: str) -> 
 
 
 def start(words: list[str]) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "service.batch", *words]
+    command = [sys.executable, "-m", "bertqa.cli", "batch", *words]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -544,7 +563,7 @@ def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product
             "parts": 19,
             "parts_answered_now": 19 - finished + 2,
         }
-        again = batch.run(parse(BatchOptions, words))
+        again = batch_job.run(parse(BatchOptions, words))
         assert (again["rows"], again["parts_answered_now"]) == (690, 0)
 
     names = sorted(path.name for path in output.iterdir())
@@ -564,7 +583,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         with contextlib.closing(PartAnswerer(*options)) as made:
             yield from (answer_part(made, part) for part in parts)
 
-    monkeypatch.setattr(batch, "answered", answered)
+    monkeypatch.setattr(batch_job, "answered", answered)
 
 
 @pytest.mark.triton
@@ -587,7 +606,7 @@ def test_a_job_that_was_stopped_keeps_what_is_done(
         product.broken.unlink()
     said = capsys.readouterr().err
     assert "bertqa: stopped: part-00000-000000.parquet: the engine has answered no question for 0 s: " in said
-    assert "bertqa: what is done is kept; the same command goes on with the rest" in said
+    assert "bertqa: finished parts are kept; the same command continues with the rest" in said
     assert done(output) == 0
 
     source.write_bytes(whole[:middle] + bytes(500) + whole[middle + 500 :])
@@ -603,7 +622,7 @@ def test_a_job_that_was_stopped_keeps_what_is_done(
 
 def refused(words: list[str]) -> str:
     with pytest.raises(BatchRefused) as caught:
-        batch.run(parse(BatchOptions, words))
+        batch_job.run(parse(BatchOptions, words))
     return str(caught.value)
 
 
@@ -641,7 +660,7 @@ def test_another_job_is_not_mixed_in(product: Product, server: EmbeddedTriton, t
     source.mkdir()
     pq.write_table(many(3), source / "a.parquet")
     words = job(product, server.url, source, output)
-    with contextlib.closing(batch.Journal(output)):
+    with contextlib.closing(Journal(output)):
         assert "another job is at work there" in refused(words)
     status(app, words)
     assert "has asking no_answer False, this one has True" in refused([*words, "--no-answer"])
@@ -675,4 +694,6 @@ def test_what_must_be_installed_is_said() -> None:
 def test_flags_out_of_range_are_refused(flag: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(BatchOptions, ["--input=a", "--output=b", flag])
-    assert f"Invalid value for '{flag.partition('=')[0]}': {problem}\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"Invalid value for '{flag.partition('=')[0]}'" in said
+    assert f": {problem}\n" in said

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from tritonclient.grpc import model_config_pb2
 
-from bertqa.command import parse, status
+from bertqa.cli.command import parse, status
 from bertqa.manifest import MODEL_NAME, Bundle, Manifest
 from bertqa.repository import Repository
 from bertqa.triton_config import ModelConfig, Serving, to_text

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from bertqa.command import status
+from bertqa.cli.command import status
 from bertqa.manifest import MODEL_NAME
 from bertqa.repository import Repository
 from service.commands import doctor, models

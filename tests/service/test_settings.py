@@ -3,11 +3,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from bertqa.manifest import Bundle
+from bertqa.repository import Repository
 from service.settings import OTHERS, Settings, SettingsError, markdown_table, variable
 from tests.support.paths import ROOT
+from tests.support.repositories import publish_toy_bundle
 
 
 @pytest.mark.parametrize(
@@ -40,6 +44,22 @@ def test_a_misspelt_variable_ends_the_process_in_one_line(program: list[str]) ->
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode
     assert done.stderr == "bertqa: error: BERTQA_TRITON_ULR: no such setting; did you mean BERTQA_TRITON_URL?\n"
+
+
+def test_a_default_model_that_is_not_there_ends_the_process_in_one_line(bundle: Bundle, tmp_path: Path) -> None:
+    publish_toy_bundle(Repository(tmp_path), bundle)
+    for repository, name, problem in (
+        (tmp_path, "other", "BERTQA_MODEL: must be one of bert_qa; got 'other'"),
+        (tmp_path / "none", "", f"{tmp_path / 'none' / 'bert_qa'}: holds no built version; run "),
+    ):
+        environment = {**os.environ, "BERTQA_REPOSITORY": str(repository), "BERTQA_MODEL": name}
+        command = [sys.executable, "-m", "uvicorn", "--factory", "service.app:create_app", "--port=0"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode
+        assert done.stderr.startswith(f"bertqa: error: {problem}")
+        assert done.stderr.count("\n") == 1
 
 
 def test_variables_of_others_are_let_be() -> None:

@@ -145,7 +145,7 @@ def test_a_collector_that_is_away_or_hangs_harms_no_request_and_no_end(
 
 def test_no_sdk_and_no_exporter_is_loaded_without_a_collector(bundle: Bundle, triton: tuple[Triton, str]) -> None:
     program = (
-        "import sys, service.app; service.app.create_app()\n"
+        "import sys, service.app; service.app.create_app(service.app.Settings())\n"
         "print([name for name in sys.modules if name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter'))])"
     )
     done = subprocess.run(

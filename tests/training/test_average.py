@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from tests.support.checkpoints import write_checkpoint
 from tests.support.corruption import QUERY, change_json, cut, with_array, without
 from training.average import main

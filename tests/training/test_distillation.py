@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import BertForQuestionAnswering
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from bertqa.spans import Logits
 from bertqa.squad import as_squad
 from bertqa.windows import Window, WindowMaker

@@ -27,7 +27,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from tests.support.paths import CHECKPOINT as SHIPPED
 from training.encoders import (
     EncoderOptions,

@@ -21,7 +21,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # type:
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from tests.support.glue_files import HEADERS, write_task
 from tests.support.paths import ROOT
 from training.data.benchmarks import write_mrpc

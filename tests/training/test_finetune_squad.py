@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForQuestionAnswering
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from bertqa.manifest import Settings
 from bertqa.spans import Answer, Decoded
 from bertqa.squad import Example, Reference, as_squad, read_squad

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertForQuestionAnswering
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from bertqa.squad import Example, Reference, as_squad, read_squad
 from bertqa.windows import WindowMaker
 from tests.support.lives import FLAGS, lives, train_teacher, write_encoder

@@ -15,7 +15,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import AutoModelForQuestionAnswering, MPNetConfig, MPNetForQuestionAnswering, MPNetModel
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from bertqa.squad import as_squad
 from tests.support.lives import FLAGS, lives
 from training import finetune_squad, import_mpnet

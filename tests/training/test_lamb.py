@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.nn.utils import get_total_norm
 from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering, BertForSequenceClassification
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from tests.support.paths import ROOT
 from training.checkpoints import collect, restore
 from training.distributed import Alone

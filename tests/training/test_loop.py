@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from tests.support.paths import ROOT
 from training.checkpoints import load_state
 from training.distributed import Alone, start_workers

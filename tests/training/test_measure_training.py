@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from bertqa.cli.command import parse
 from training import measure_training
-from training.measure_training import GPU_RESULTS_FILE, RESULTS_FILE, Results, main, parse_args
+from training.measure_commands import MeasureOptions
+from training.measure_training import GPU_RESULTS_FILE, RESULTS_FILE, Results, main
 from training.speed import Speed
 
 
@@ -41,8 +43,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 def measure(output: Path, repeats: int, *more: str) -> Results:
-    flags = ["--sequences", "64", "--precisions", "fp32", "bf16", "--repeats", str(repeats)]
-    main(parse_args(["--output", str(output), *flags, *more]))
+    flags = ["--sequences", "64", "--precisions", "fp32", "--precisions", "bf16", "--repeats", str(repeats)]
+    main(parse(MeasureOptions, ["--output", str(output), *flags, *more]))
     return Results.read(output / RESULTS_FILE)
 
 
@@ -88,7 +90,7 @@ def test_results_of_another_comparison_are_refused_and_kept(
 @pytest.mark.horovod
 def test_a_real_comparison(tmp_path: Path) -> None:
     """The Trainer, our loop, one process and two of Horovod's: all of them train."""
-    main(parse_args(["--quick", "--no-compile", "--precisions", "fp32", "--output", str(tmp_path)]))
+    main(parse(MeasureOptions, ["--quick", "--no-compile", "--precisions", "fp32", "--output", str(tmp_path)]))
     results = Results.read(tmp_path / RESULTS_FILE)
     assert {row.processes for row in results.rows} == {1, 2}
     assert all(rate > 0 for row in results.rows for rate in row.rates)
@@ -100,7 +102,9 @@ def test_a_real_comparison(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_suite_for_gpus_on_what_is_there(tmp_path: Path) -> None:
-    main(parse_args(["--quick", "--gpu-suite", "--no-compile", "--config", "tiny", "--output", str(tmp_path)]))
+    main(
+        parse(MeasureOptions, ["--quick", "--gpu-suite", "--no-compile", "--config", "tiny", "--output", str(tmp_path)])
+    )
     rows = json.loads((tmp_path / GPU_RESULTS_FILE).read_text())["rows"]
     assert [row["tokens"] for row in rows] == [128, 512, 384]
     assert all(row["speed"]["sequences_per_second"] > 0 for row in rows)
@@ -108,5 +112,5 @@ def test_the_suite_for_gpus_on_what_is_there(tmp_path: Path) -> None:
 
 def test_batches_that_are_not_made_of_whole_micro_batches_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_args(["--micro-batch-size", "5"])
+        parse(MeasureOptions, ["--micro-batch-size", "5"])
     assert "--batch-size must be a multiple of --micro-batch-size" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering
 
-from bertqa.command import parse
+from bertqa.cli.command import parse
 from tests.support.paths import ROOT
 from training.encoders import EncoderOptions, load_model
 from training.masked_lm import Item, Masked, MaskedBatch, MaskedPairs, collate

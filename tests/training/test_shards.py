@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from bertqa.command import parse, status
+from bertqa.cli.command import parse, status
 from tests.support.paths import ROOT
 from training import shards as shards_module
 from training.data import documents as documents_module

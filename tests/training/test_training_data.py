@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertqa.command import parse, status
+from bertqa.cli.command import parse, status
 from tests.support.paths import ROOT
 from training.data import benchmarks, books
 from training.data.commands import WikipediaOptions, app

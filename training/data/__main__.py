@@ -1,6 +1,6 @@
 """``python -m training.data``, which is ``bertqa train data``."""
 
-from bertqa.command import run
+from bertqa.cli.command import run
 from training.data.commands import app
 
 if __name__ == "__main__":

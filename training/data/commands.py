@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertqa.command import CommandError, Exit, at_least_one, command, group, not_negative
+from bertqa.cli.command import CommandError, Exit, at_least_one, command, group, not_negative
 from training.glue import TASKS
 
 DATA = Path("data")

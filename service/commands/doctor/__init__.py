@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertqa.command import Exit, OutputFormat, addresses, command, group
+from bertqa.cli.command import Exit, OutputFormat, addresses, command, group
 from service.commands.options import LOOPBACK, Port, RepositoryOptions, settings
 
 if TYPE_CHECKING:

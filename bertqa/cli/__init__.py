@@ -1,7 +1,12 @@
-"""The ``bertqa`` command: finds the commands of every package, and imports only the one that is asked for.
+"""The ``bertqa`` command: one program for the commands of every package.
 
-Commands live beside what they run, in light modules that need Typer alone. A package that is not there, because only
-``bertqa`` was installed and not a checkout, leaves its commands in the list and says how to get them.
+The table `COMMANDS` holds names, not imports, for three reasons. Imports run one way: `service`, `training` and the
+others import `bertqa`, so `bertqa` cannot import them back at load time. A user who installed only the core still gets
+a full list of commands; a missing one says which extra to install. And ``bertqa ask`` starts without importing torch or
+gRPC, because only the command that runs is imported.
+
+Each command lives in the package it belongs to, in a light module that needs Typer alone, so ``--help`` works without
+the package's own dependencies.
 """
 
 import sys
@@ -17,12 +22,12 @@ try:
 except ModuleNotFoundError:
     sys.exit("bertqa: this command needs Typer: pip install --constraint constraints.txt --editable '.[cli]'")
 
-from bertqa.command import CHECKOUT, Exit, group, say
+from bertqa.cli.command import CHECKOUT, Exit, group, say
 
-COMMANDS = {  # name: (module, its Typer application, the extra that its package needs)
+COMMANDS = {  # name: (module, its Typer application, the extra to install)
     "serve": ("service.commands.serve", "app", "service"),
-    "ask": ("bertqa.commands", "ask_app", "cli"),
-    "evaluate": ("bertqa.commands", "evaluate_app", "cli"),
+    "ask": ("bertqa.cli.ask", "app", "cli"),
+    "evaluate": ("bertqa.cli.evaluate", "app", "cli"),
     "build": ("engine_builder.commands", "app", "builder"),
     "train": ("training.commands", "app", "training"),
     "models": ("service.commands.models", "app", "service"),
@@ -34,7 +39,7 @@ COMMANDS = {  # name: (module, its Typer application, the extra that its package
 
 
 class _Lazy(MutableMapping[str, Any]):
-    """The commands by name, each imported when it is looked up."""
+    """The commands by name; each is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
         module, attribute, extra = COMMANDS[name]
@@ -55,14 +60,14 @@ class _Lazy(MutableMapping[str, Any]):
         return len(COMMANDS)
 
     def __setitem__(self, name: str, command: Any) -> None:
-        raise TypeError("commands are those of COMMANDS")
+        raise TypeError("the commands are fixed by COMMANDS")
 
     def __delitem__(self, name: str) -> None:
-        raise TypeError("commands are those of COMMANDS")
+        raise TypeError("the commands are fixed by COMMANDS")
 
 
 def _elsewhere(name: str, extra: str) -> typer.Typer:
-    """A command in the place of one whose package is not here."""
+    """A placeholder for a command whose package is not installed."""
     app = group("")
 
     @app.command(
@@ -95,7 +100,7 @@ def _print_version(wanted: bool) -> None:
 
 
 def own_version() -> str:
-    """Version of bertqa, or a word for a checkout that is not installed."""
+    """Version of the installed package, or "checkout" if it is not installed."""
     try:
         return version("bertqa")
     except PackageNotFoundError:
@@ -114,7 +119,3 @@ def bertqa(
 def main() -> None:
     """Run the command line and exit with its status."""
     get_command(app).main(prog_name="bertqa")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,7 @@
-"""``bertqa batch``: answer every row of Parquet files."""
+"""``bertqa batch``: answer every row of Parquet files.
+
+This module is the command line and needs Typer alone; `job` does the work and needs the extra ``batch``.
+"""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bertqa.command import CommandError, Exit, addresses, at_least_one, command, group, not_negative, say
+from bertqa.cli.command import CommandError, Exit, addresses, at_least_one, command, group, not_negative, say
 from bertqa.graphemes import OffsetUnit
 from bertqa.manifest import MODEL_NAME
 from bertqa.spans import MAX_ANSWER_TOKENS
@@ -29,7 +32,7 @@ class BatchOptions:
     """Options of ``bertqa batch``."""
 
     input: Annotated[Path, typer.Option(metavar="PATH", help="Parquet file, or directory of *.parquet files.")]
-    output: Annotated[Path, typer.Option(metavar="DIR", help="New directory, or that of this same job.")]
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Output directory; that of an earlier run resumes it.")]
     triton_url: Annotated[
         str | None,
         typer.Option(
@@ -45,36 +48,38 @@ class BatchOptions:
         typer.Option(
             metavar="DIR",
             show_default="model_repository of the project",
-            help="Model repository of that Triton, or a copy of it.",
+            help="Model repository that Triton serves, or a copy of it.",
         ),
     ] = PROJECT / "model_repository"
     model: Annotated[
         str,
-        typer.Option(metavar="NAME", help="Model to ask; the job keeps to the version that is active when it begins."),
+        typer.Option(metavar="NAME", help="Model to ask; the job keeps the version that is active when it starts."),
     ] = MODEL_NAME
     question_column: Annotated[str, typer.Option(metavar="NAME", help="Input column with the questions.")] = "question"
-    context_column: Annotated[str, typer.Option(metavar="NAME", help="Input column with the texts.")] = "context"
+    context_column: Annotated[str, typer.Option(metavar="NAME", help="Input column with the contexts.")] = "context"
     id_column: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", show_default="the rows of a file are numbered", help="Input column to copy to the output."
+            metavar="NAME",
+            show_default="rows are numbered by file",
+            help="Input column to copy to the output.",
         ),
     ] = None
     max_answer_tokens: Annotated[
         int, typer.Option(callback=_answer_tokens, metavar="N", help="Longest answer, in tokens.")
     ] = MAX_ANSWER_TOKENS
     no_answer: Annotated[
-        bool, typer.Option("--no-answer", help="Give no answer where the text does not seem to have one.")
+        bool, typer.Option("--no-answer", help="Allow no answer: leave it null if the text does not seem to have one.")
     ] = False
     offset_unit: Annotated[OffsetUnit, typer.Option(help="Unit of the columns start and end.")] = "codepoint"
-    workers: Annotated[int, typer.Option(callback=at_least_one, metavar="N", help="Processes side by side.")] = 1
+    workers: Annotated[int, typer.Option(callback=at_least_one, metavar="N", help="Number of worker processes.")] = 1
     in_flight: Annotated[
         int | None,
         typer.Option(
             callback=at_least_one,
             metavar="N",
             show_default="BERTQA_MAX_IN_FLIGHT, or 64",
-            help="Windows that each process has with Triton at one time.",
+            help="Windows that each process sends to Triton at one time.",
         ),
     ] = None
     part_rows: Annotated[
@@ -82,21 +87,21 @@ class BatchOptions:
         typer.Option(
             callback=at_least_one,
             metavar="N",
-            help="Rows of an output file; a part that was interrupted is done again.",
+            help="Rows of each output file; an interrupted part is done again.",
         ),
     ] = 5_000
     patience: Annotated[
         float,
         typer.Option(
-            callback=not_negative, metavar="SECONDS", help="Stop when the engine has given no answer for this time."
+            callback=not_negative, metavar="SECONDS", help="Stop if the engine gives no answer for this long."
         ),
     ] = 600.0
     ray_address: Annotated[
         str,
         typer.Option(
             metavar="ADDRESS",
-            show_default="a cluster of this job's own",
-            help="Ray cluster whose nodes have the same files and environment.",
+            show_default="a local cluster for this job",
+            help="Ray cluster; its nodes must have the same files and Python environment.",
         ),
     ] = "local"
 
@@ -108,8 +113,8 @@ def batch(options: BatchOptions) -> int:
     The same command, given again, continues a job that ended early. Prints a summary as JSON.
     """
     from bertqa.manifest import BundleMismatch  # noqa: PLC0415
-    from service.batch import BatchRefused, run  # noqa: PLC0415
-    from service.batch_worker import BatchStopped  # noqa: PLC0415
+    from service.commands.batch.errors import BatchRefused, BatchStopped  # noqa: PLC0415
+    from service.commands.batch.job import run  # noqa: PLC0415
 
     try:
         summary = run(options)
@@ -117,10 +122,10 @@ def batch(options: BatchOptions) -> int:
         raise CommandError(str(error), Exit.NO) from error
     except BatchStopped as error:
         say(f"stopped: {error}")
-        say("what is done is kept; the same command goes on with the rest")
+        say("finished parts are kept; the same command continues with the rest")
         return Exit.NO
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on with the rest")
+        say("interrupted; the same command continues with the rest")
         return 130
     print(json.dumps(summary))
     return Exit.OK

@@ -1,0 +1,5 @@
+"""``python -m bertqa.cli``."""
+
+from bertqa.cli import main
+
+main()
