@@ -39,7 +39,7 @@ export CHECK_VERSION CHECK_PYTHON
 
 # What runs with the service's packages alone: no Triton, no builder, no Ray, no collector of traces.
 FAST := tests/bertqa $(filter-out %/test_batch.py %/test_doctor.py %/test_rollout.py %/test_tracing.py %/test_workers.py, \
-	$(wildcard tests/service/test_*.py)) tests/service/triton
+	$(wildcard tests/service/test_*.py)) tests/service/api tests/service/middleware tests/service/triton
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-fast chaos lint audit bench bench-peers loadtest train-env finetune constraints clean
@@ -67,10 +67,11 @@ chaos: $(VENV)/test.stamp  ## Break everything under load and print what became 
 	-@$(PIP) --group fuzz
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.chaos --soak-minutes $(SOAK_MINUTES) $(ARGS)
 
-lint: $(VENV)/test.stamp  ## Check style and types
+lint: $(VENV)/test.stamp  ## Check style, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 audit: $(VENV)/test.stamp  ## Look for secrets in tracked files and for known vulnerabilities of what is pinned
 	$(BIN)/python .ci/audit.py

@@ -1,4 +1,4 @@
-"""Everything that can go wrong with a request, and the one table from exception to HTTP status.
+"""Everything that can go wrong with a request, the one table from exception to HTTP status, and the reply to each.
 
 Fields that are not acceptable are `bertqa.errors.InvalidArgument`, 422, wherever they are found; errors of the engine's
 side are `service.triton.errors.ModelError`. The rest is this tree::
@@ -25,10 +25,9 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
@@ -36,9 +35,8 @@ from starlette.types import Scope
 from bertqa.errors import InvalidArgument, Location, render
 from bertqa.manifest import BundleMismatch
 from bertqa.spans import InvalidLogits
-from service.api.schemas import Problem
 from service.observability import readiness
-from service.observability.request_context import current_record, route_of
+from service.observability.request_context import request_context, route_of
 from service.triton.errors import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
 
 log = logging.getLogger("bertqa.service")
@@ -157,31 +155,7 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
 }
 """Status and ``error_type`` of every exception that a route lets out; any other one is 500 ``internal``."""
 
-ENGINE: tuple[type[Exception], ...] = (ModelOverloaded, ModelUnavailable, ModelBroken, BundleMismatch, ModelTimeout)
-"""What a route raises that asks the engine."""
-QUESTIONS: tuple[type[Exception], ...] = (
-    MalformedBody,
-    SlowRequest,
-    BodyTooLarge,
-    BodiesOverloaded,
-    NotJson,
-    InvalidArgument,
-    *ENGINE,
-)
-"""What a route raises that takes questions."""
-GUARD: tuple[type[Exception], ...] = (Unauthorized, RateLimited)
-"""What a request gets for its key, where one is needed."""
-_ANYWHERE = (
-    MalformedHttp,
-    SlowRequest,
-    HeadTooLarge,
-    TooManyConnections,
-)  # by the HTTP protocol, before any route
-_HEADERS = {
-    "www-authenticate": ({401}, {"description": "How to ask.", "schema": {"type": "string"}}),
-    "retry-after": ({429, 503, 504}, {"description": "Seconds.", "schema": {"type": "integer"}}),
-}
-
+_KNOWN = (*STATUS, HTTPException, RequestValidationError)
 _ROUTING = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -195,81 +169,38 @@ def error_response(
     return Response(body, status, headers, "application/json")
 
 
-def described(*raised: type[Exception]) -> dict[int | str, dict[str, Any]]:
-    """The errors of an operation as OpenAPI's responses, by status: those of these exceptions, and of every operation.
-
-    Their words are the exceptions' own docstrings.
-    """
-    found: dict[int, dict[str, str]] = {}
-    for exception in (*raised, *_ANYWHERE):
-        status, error_type = STATUS[exception]
-        found.setdefault(status, {}).setdefault(error_type, (exception.__doc__ or "").partition("\n")[0])
-    return {
-        status: {
-            "model": Problem,
-            "description": "\n\n".join(f"`{error_type}`: {text}" for error_type, text in sorted(kinds.items())),
-            "headers": {name: header for name, (statuses, header) in _HEADERS.items() if status in statuses},
-            "content": {
-                "application/json": {
-                    "schema": {"properties": {"error_type": {"enum": sorted(kinds)}}},
-                    "examples": {
-                        error_type: {"value": _example(error_type, text)} for error_type, text in kinds.items()
-                    },
-                }
-            },
-        }
-        for status, kinds in sorted(found.items())
-    }
-
-
-def _example(error_type: str, text: str) -> dict[str, str | None]:
-    field = "top_k" if error_type == STATUS[InvalidArgument][1] else None
-    return {
-        "error": f"{field}: must be at most 100; got 500" if field else text,
-        "error_type": error_type,
-        "field": field,
-    }
-
-
-def register(app: FastAPI) -> None:
-    """Let an application answer every exception of the table, FastAPI's and Starlette's own included."""
-    for exception in STATUS:
-        app.add_exception_handler(exception, _known)
-    app.add_exception_handler(RequestValidationError, _validation)
-    app.add_exception_handler(HTTPException, _http)
-
-
-async def _known(request: Request, error: Exception) -> Response:
-    return respond(request.scope, error)
-
-
 def respond(scope: Scope, error: Exception) -> Response:
-    """Answer an exception of the table, and let metrics and log know."""
+    """Answer an exception that `is_known`, and let metrics and log know."""
+    if isinstance(error, RequestValidationError):
+        error = first_problem(error.errors())
+    if isinstance(error, HTTPException):
+        return _of_starlette(scope, error)
     status, error_type = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
-    scope["error_type"] = error_type  # for the metrics
+    context = request_context.get()
+    context.error_type = error_type
     field = render(error.location) if isinstance(error, InvalidArgument) else None
     headers = getattr(error, "headers", None)
     if isinstance(error, ModelOverloaded):  # counted, but not logged one by one: refusing must stay cheap
         headers = {"retry-after": str(max(math.ceil(error.retry_after_s), 1))}
     elif status >= 500 and not isinstance(error, BodiesOverloaded) and route_of(scope) != readiness.ROUTE:
-        told = error if current_record.get().keeps_texts else getattr(error, "plain", error)
+        told = error if context.keeps_texts else getattr(error, "plain", error)
         log.warning("%s %s: %s: %s", scope["method"], route_of(scope), error_type, told)
     return error_response(status, error_type, str(error), field=field, headers=headers)
 
 
-async def _validation(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return await _known(request, first_problem(error.errors()))
+def is_known(error: Exception) -> bool:
+    """Return whether `respond` answers an exception: one of the table, or FastAPI's and Starlette's own."""
+    return isinstance(error, _KNOWN)
 
 
-async def _http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _of_starlette(scope: Scope, error: HTTPException) -> Response:
+    """Answer what Starlette's router refuses: an address or a method that is not there."""
     error_type = _ROUTING.get(error.status_code, "http")
-    request.scope["error_type"] = error_type
-    message = f"{request.method} {request.url.path:.200}: {error.detail.lower()}; see /docs"
+    request_context.get().error_type = error_type
+    message = f"{scope['method']} {scope['path']:.200}: {error.detail.lower()}; see /docs"
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette names the methods of the first route of this path alone
-        there = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        there = [route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE]
         methods = {method for route in there for method in getattr(route, "methods", None) or ()}
         headers = {"allow": ", ".join(sorted(methods.union(headers.get("Allow", "").split(", ")) - {""}))}
     return error_response(error.status_code, error_type, message, headers=headers)

@@ -14,25 +14,20 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
-from starlette.responses import Response
 
 from bertqa.errors import InvalidArgument, Location
 from bertqa.spans import Answer
 from bertqa.windows import SPECIAL_TOKENS
-from service.api.errors import QUESTIONS, NoSuchModel, described, first_problem
-from service.api.exchange import (
-    DEADLINE_PARAMETER,
-    JsonRoute,
-    answering_of,
-    deadline_of,
-    pipeline_of,
-    reply_headers,
-    unless_gone,
-)
+from service.api.deadline import deadline_of, unless_gone
+from service.api.errors import NoSuchModel, first_problem
+from service.api.json_body import JsonRoute
+from service.api.openapi import DEADLINE_PARAMETER, QUESTIONS, described
+from service.api.reply import Reply
 from service.api.schemas import LONGEST_ANSWER_TOKENS, MAX_TOP_K
 from service.inference.question import Question, Result
 from service.inference.registry import ServedModel
 from service.inference.worker_pool import Check
+from service.services import services_of
 
 MAX_ANSWER_LEN = 15
 """Default answer limit of the ``transformers`` pipeline, in tokens."""
@@ -141,7 +136,7 @@ class Predictions(BaseModel):
     predictions: list[Span | list[Span]]
 
 
-Reply: TypeAlias = Span | list[Span] | Predictions
+Answered: TypeAlias = Span | list[Span] | Predictions
 
 router = APIRouter(route_class=JsonRoute, tags=["Hugging Face compatible"])
 
@@ -157,14 +152,14 @@ register_url_convertor("any_name", _AnyName())
 
 @router.post(
     "/models/{model_id:any_name}",
-    response_model=Reply,
+    response_model=Answered,
     responses=described(*QUESTIONS, NoSuchModel),
     openapi_extra=DEADLINE_PARAMETER,
 )
 @router.post("/models/{model_id:any_name}/pipeline/question-answering", include_in_schema=False)  # the first to match
-async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, request: Request) -> Response:
+async def question_answering_of_model(body: HuggingFaceRequest, request: Request, model_id: str) -> Reply:
     """The same under a model's name; while there is only one, any name will do."""
-    models = pipeline_of(request).registry
+    models = services_of(request).pipeline.registry
     if model_id in models:
         return await _answer(body, request, models[model_id])
     if len(models) > 1:
@@ -172,16 +167,16 @@ async def question_answering_of_model(model_id: str, body: HuggingFaceRequest, r
     return await _answer(body, request, models[None])
 
 
-@router.post("/", response_model=Reply, responses=described(*QUESTIONS), openapi_extra=DEADLINE_PARAMETER)
+@router.post("/", response_model=Answered, responses=described(*QUESTIONS), openapi_extra=DEADLINE_PARAMETER)
 @router.post("/predict", include_in_schema=False)
 @router.post("/predict/", include_in_schema=False)
-async def question_answering(body: HuggingFaceRequest, request: Request) -> Response:
+async def question_answering(body: HuggingFaceRequest, request: Request) -> Reply:
     """An object when `top_k` is absent or 1, as the ``transformers`` pipeline has it, else a list."""
-    return await _answer(body, request, pipeline_of(request).registry[None])
+    return await _answer(body, request, services_of(request).pipeline.registry[None])
 
 
-async def _answer(body: HuggingFaceRequest, request: Request, model: ServedModel) -> Response:
-    pipeline = pipeline_of(request)
+async def _answer(body: HuggingFaceRequest, request: Request, model: ServedModel) -> Reply:
+    pipeline = services_of(request).pipeline
     if (body.inputs is None) == (not body.instances):
         raise InvalidArgument(("inputs",), "required; exactly one of `inputs` and `instances` must be given")
     if len(body.instances or ()) > pipeline.settings.max_questions:
@@ -196,7 +191,7 @@ async def _answer(body: HuggingFaceRequest, request: Request, model: ServedModel
         ]
     deadline = deadline_of(request, pipeline.settings.deadline_s)
     try:
-        results = await unless_gone(request, answering_of(request).answer(questions, deadline=deadline))
+        results = await unless_gone(request, services_of(request).answering.answer(questions, deadline=deadline))
     except InvalidArgument as error:
         raise _as_sent(error, parameters) from None
 
@@ -209,7 +204,7 @@ async def _answer(body: HuggingFaceRequest, request: Request, model: ServedModel
 
     size = 200 * sum(len(each.decoded.answers) for each in results) + 2 * sum(each.question.chars for each in results)
     text = await pipeline.workers.run_if_large(size, write, deadline=deadline)
-    return Response(text, headers=reply_headers(results), media_type="application/json")
+    return Reply(text, results)
 
 
 def to_question(inputs: Inputs, parameters: Parameters, model: ServedModel, location: Location = ()) -> Question:

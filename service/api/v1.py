@@ -7,22 +7,15 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
 
 from bertqa.errors import InvalidArgument, Location
 from bertqa.graphemes import offset_in
 from bertqa.manifest import Bundle, Manifest
 from bertqa.spans import best_of_each_window
-from service.api.errors import QUESTIONS, described
-from service.api.exchange import (
-    DEADLINE_PARAMETER,
-    JsonRoute,
-    answering_of,
-    deadline_of,
-    pipeline_of,
-    reply_headers,
-    unless_gone,
-)
+from service.api.deadline import deadline_of, unless_gone
+from service.api.json_body import JsonRoute
+from service.api.openapi import DEADLINE_PARAMETER, QUESTIONS, described
+from service.api.reply import Reply
 from service.api.schemas import (
     AnswerItem,
     AnswerRequest,
@@ -38,20 +31,22 @@ from service.api.schemas import (
 from service.inference.question import Question, Result
 from service.inference.registry import ServedModel
 from service.inference.worker_pool import Check
+from service.services import services_of
 
 _ASKED: dict[str, Any] = {"responses": described(*QUESTIONS), "openapi_extra": DEADLINE_PARAMETER}
 router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["Questions"])
 
 
 @router.post("/answer", response_model=AnswerResponse, **_ASKED)
-async def answer(query: AnswerRequest, request: Request) -> Response:
+async def answer(query: AnswerRequest, request: Request) -> Reply:
     """Find the answer to a question in a text, or the best over several texts."""
     started = time.perf_counter()
-    pipeline = pipeline_of(request)
-    deadline = deadline_of(request, pipeline.settings.deadline_s)
+    services = services_of(request)
+    pipeline = services.pipeline
+    deadline = deadline_of(request, services.settings.deadline_s)
     try:
         question = to_question(query, pipeline.registry[query.model])
-        (result,) = await unless_gone(request, answering_of(request).answer([question], deadline=deadline))
+        (result,) = await unless_gone(request, services_of(request).answering.answer([question], deadline=deadline))
     except InvalidArgument as error:
         raise _as_sent(error, query) from None
 
@@ -60,15 +55,15 @@ async def answer(query: AnswerRequest, request: Request) -> Response:
         response.timings.total_ms = _ms(time.perf_counter() - started)
         return _dump(response)
 
-    return _reply(await pipeline.workers.run_if_large(_size(query, result), write, deadline=deadline), [result])
+    return Reply(await pipeline.workers.run_if_large(_size(query, result), write, deadline=deadline), [result])
 
 
 @router.post("/answers", response_model=AnswersResponse, **_ASKED)
-async def answers(query: AnswersRequest, request: Request) -> Response:
+async def answers(query: AnswersRequest, request: Request) -> Reply:
     """Answer several questions side by side; all must be valid, and one that fails fails the call."""
     started = time.perf_counter()
-    pipeline = pipeline_of(request)
-    settings = pipeline.settings
+    services = services_of(request)
+    pipeline, settings = services.pipeline, services.settings
     if len(query.questions) > settings.max_questions:
         raise InvalidArgument(("questions",), f"must be at most {settings.max_questions}; got {len(query.questions)}")
     deadline = deadline_of(request, settings.deadline_s)
@@ -80,7 +75,7 @@ async def answers(query: AnswersRequest, request: Request) -> Response:
         except InvalidArgument as error:
             raise error.within(*place) from None
     try:
-        results = await unless_gone(request, answering_of(request).answer(questions, deadline=deadline))
+        results = await unless_gone(request, services_of(request).answering.answer(questions, deadline=deadline))
     except InvalidArgument as error:
         raise _as_sent(error, query) from None
     pairs = list(zip(query.questions, results, strict=True))
@@ -92,13 +87,13 @@ async def answers(query: AnswersRequest, request: Request) -> Response:
         return b'{"results":[%b],"timings":%b}' % (b",".join(written), timings.model_dump_json().encode())
 
     size = sum(_size(*pair) for pair in pairs)
-    return _reply(await pipeline.workers.run_if_large(size, write, deadline=deadline), results)
+    return Reply(await pipeline.workers.run_if_large(size, write, deadline=deadline), results)
 
 
 @router.get("/models", response_model=ModelsResponse, responses=described())
 async def models(request: Request) -> ModelsResponse:
     """What the ``model`` field may name, and what each was measured at."""
-    found = pipeline_of(request).registry
+    found = services_of(request).pipeline.registry
     return ModelsResponse(default=found.default, models=[_item(each.bundle) for each in found])
 
 
@@ -208,8 +203,3 @@ def _dump(response: AnswerResponse) -> bytes:
     if response.explain is None:
         left_out["explain"] = True
     return response.model_dump_json(exclude=left_out).encode()
-
-
-def _reply(body: bytes, results: Sequence[Result]) -> Response:
-    # A finished Response: FastAPI would validate the model a second time and serialize it through a dict.
-    return Response(body, headers=reply_headers(results), media_type="application/json")

@@ -60,7 +60,7 @@ class RevokeOptions(KeysOptions):
 @command(app, NewOptions, extra="service")
 def new(options: NewOptions) -> None:
     """Print a new key, once, and add its hash to the file."""
-    from service.keys import KeysError, new_key  # noqa: PLC0415
+    from service.api_keys import KeysError, new_key  # noqa: PLC0415
 
     try:
         print(new_key(options.file, options.name, options.rate, options.burst, options.per))
@@ -72,7 +72,7 @@ def new(options: NewOptions) -> None:
 @command(app, ListOptions, extra="service", name="list")
 def list_keys(options: ListOptions) -> None:
     """List names and limits."""
-    from service.keys import KeysError, parse_keys  # noqa: PLC0415
+    from service.api_keys import KeysError, parse_keys  # noqa: PLC0415
 
     try:
         keys = parse_keys(options.file).values()
@@ -102,7 +102,7 @@ def list_keys(options: ListOptions) -> None:
 @command(app, RevokeOptions, extra="service")
 def revoke(options: RevokeOptions) -> None:
     """Remove a key from the file; services that read the file reject it within a second."""
-    from service.keys import KeysError, revoke_key  # noqa: PLC0415
+    from service.api_keys import KeysError, revoke_key  # noqa: PLC0415
 
     try:
         revoke_key(options.file, options.name)

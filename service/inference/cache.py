@@ -15,7 +15,7 @@ from service.inference.question import Question, Result, Tokenized, validate
 from service.inference.registry import ServedModel
 from service.inference.shared_values import SharedValues
 from service.observability.metrics import Metrics
-from service.observability.request_context import current_record
+from service.observability.request_context import request_context
 from service.triton.errors import ModelTimeout
 
 
@@ -40,7 +40,7 @@ class CachedPipeline:
 
     async def answer(self, questions: Sequence[Question], *, deadline: float) -> list[Result]:
         """As in `Answering`; computes only questions that are neither known nor being computed."""
-        current_record.get().charge("question", len(questions) - 1)  # one was taken when the request came
+        request_context.get().charge("question", len(questions) - 1)  # one was taken when the request came
         call = Call(deadline)
         distinct = list(dict.fromkeys(questions))
         new = [question for question in distinct if not self._values(question.model).has(question)]

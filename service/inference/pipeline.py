@@ -21,7 +21,7 @@ from service.inference.registry import ModelRegistry, ServedModel
 from service.inference.worker_pool import INLINE_S, Check, WorkerPool, go_on, tokenizing_s
 from service.observability import tracing
 from service.observability.metrics import Metrics
-from service.observability.request_context import current_record
+from service.observability.request_context import request_context
 from service.settings import Settings
 from service.triton.errors import ModelOverloaded, ModelUnavailable
 
@@ -87,7 +87,7 @@ class Pipeline:
 
     async def answer(self, questions: Sequence[Question], *, deadline: float) -> list[Result]:
         """As in `Answering`."""
-        current_record.get().charge("question", len(questions) - 1)  # one was taken when the request came
+        request_context.get().charge("question", len(questions) - 1)  # one was taken when the request came
         call = Call(deadline)
         self.admit(questions, call)
         return await self.run(questions, call)
@@ -138,7 +138,7 @@ class Pipeline:
     async def _tokenize(
         self, question: Question, cost_s: float, max_windows: int, is_quick: bool, call: Call
     ) -> Tokenized:
-        current_record.get().asked(question.question, question.contexts)
+        request_context.get().asked(question.question, question.contexts)
         started = time.perf_counter()
         with tracing.span("tokenize", contexts=len(question.contexts), characters=question.chars):
             if is_quick:
@@ -156,7 +156,7 @@ class Pipeline:
             )
         self._metrics.tokenized(tokenized.seconds, tokenized.windows, documents[0].question_truncated)
         identity = question.model.bundle.manifest.identity
-        current_record.get().tokenized(identity, tokenized.seconds, tokenized.windows)
+        request_context.get().tokenized(identity, tokenized.seconds, tokenized.windows)
         return tokenized
 
     async def infer(self, tokenized: Tokenized, call: Call) -> Inferred:
@@ -185,7 +185,7 @@ class Pipeline:
                 result = await self.workers.run(lambda check: rank(inferred, check), deadline=call.deadline)
         result = replace(result, decode_s=time.perf_counter() - started)
         self._metrics.answered(result.infer_s, result.decode_s)
-        current_record.get().answered(result.infer_s, result.decode_s)
+        request_context.get().answered(result.infer_s, result.decode_s)
         question.model.count()
         return result
 

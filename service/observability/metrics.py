@@ -62,6 +62,7 @@ class Metrics:
         self._requests = Counter(
             "bertqa_requests", "HTTP requests by route and status", ["route", "status"], registry=self.registry
         )
+        self._replies: dict[tuple[str, int], Counter] = {}  # children by their labels: `labels` costs more than `inc`
         self._errors = Counter(
             "bertqa_errors", "Requests not answered, by error_type", ["error_type"], registry=self.registry
         )
@@ -189,7 +190,10 @@ class Metrics:
 
     def requested(self, route: str, status: int, error_type: str | None, seconds: float | None) -> None:
         """Count an HTTP request; its seconds only where it is one that asks the engine."""
-        self._requests.labels(route, status).inc()
+        counted = self._replies.get((route, status))
+        if counted is None:
+            counted = self._replies[route, status] = self._requests.labels(route, status)
+        counted.inc()
         if error_type is not None:
             self._errors.labels(error_type).inc()
         if seconds is not None:

@@ -10,13 +10,11 @@ Attributes follow https://opentelemetry.io/docs/specs/semconv/http/http-spans/; 
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from service.observability.request_context import current_record, route_of
+from service.observability.request_context import RequestContext
 from service.settings import Settings
 
 INSTALL = "pip install --constraint constraints.txt --editable '.[tracing]' in a checkout of the project"
@@ -119,53 +117,37 @@ def _part(name: str, calls: bool, attributes: dict[str, str | int]) -> Iterator[
             raise
 
 
-class Traced:
-    """ASGI middleware: a server span for each request but probes and scrapes."""
+def server_span(scope: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Begin the span of a request, below the client's own if it sent one; only while `is_on`.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    Args:
+        scope: of ASGI.
+    """
+    from opentelemetry.trace import SpanKind  # noqa: PLC0415
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection."""
-        if _tracer is None or scope["type"] != "http" or scope["path"].startswith(_UNTRACED):
-            await self.app(scope, receive, send)
-            return
-        from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+    sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    span: AbstractContextManager[Any] = _tracer.start_as_current_span(
+        scope["method"],
+        context=TraceContextTextMapPropagator().extract(sent),
+        kind=SpanKind.SERVER,
+        attributes={"http.request.method": scope["method"], "url.scheme": scope["scheme"]},
+        record_exception=False,
+        set_status_on_exception=False,
+    )
+    return span
 
-        sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        status = 0
 
-        async def watched_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
+def end_server_span(span: Any, method: str, route: str, status: int, context: RequestContext) -> None:
+    """Write into the span of a request what became of it; a status of 0 is none."""
+    from opentelemetry.trace import StatusCode  # noqa: PLC0415
 
-        with _tracer.start_as_current_span(
-            scope["method"],
-            context=TraceContextTextMapPropagator().extract(sent),
-            kind=SpanKind.SERVER,
-            attributes={"http.request.method": scope["method"], "url.scheme": scope["scheme"]},
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            record = current_record.get()
-            record.trace_id = f"{span.get_span_context().trace_id:032x}"
-            failure = None
-            try:
-                await self.app(scope, receive, watched_send)
-            except Exception:
-                status, failure = 500, "internal"
-                raise
-            finally:
-                route, error_type = route_of(scope), scope.get("error_type", failure)
-                span.update_name(f"{scope['method']} {route}")
-                span.set_attributes({"http.route": route, "bertqa.request_id": record.request_id})
-                span.set_attributes({f"bertqa.{name}": value for name, value in record.fields().items()})
-                if status:
-                    span.set_attribute("http.response.status_code", status)
-                if error_type:
-                    span.set_attribute("error.type", error_type)
-                if status >= 500:
-                    span.set_status(StatusCode.ERROR)
+    span.update_name(f"{method} {route}")
+    span.set_attributes({"http.route": route, "bertqa.request_id": context.request_id})
+    span.set_attributes({f"bertqa.{name}": value for name, value in context.fields().items()})
+    if status:
+        span.set_attribute("http.response.status_code", status)
+    if context.error_type:
+        span.set_attribute("error.type", context.error_type)
+    if status >= 500:
+        span.set_status(StatusCode.ERROR)

@@ -11,7 +11,7 @@ from bertqa.manifest import MODEL_NAME, WEIGHTS_FILE, BundleMismatch, OtherForma
 from bertqa.repository import Repository
 from service.observability import logging as logs
 from service.runtime.child import child
-from service.runtime.shutdown import DRAIN_S
+from service.shutdown import DRAIN_S
 
 log = logging.getLogger(logs.LAUNCHER)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.api.deadline import GONE
 from service.api.errors import (
     STATUS,
     BodiesOverloaded,
@@ -32,6 +33,7 @@ from service.api.errors import (
 from service.inference.memory import MemoryBudget
 from service.observability.metrics import Metrics
 from service.runtime.transport import JoiningTransport, Unread
+from service.services import Services
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -93,13 +95,16 @@ class Bodies:
 class BoundedProtocol(HttpToolsProtocol):
     """The protocol with bounds, over a transport that joins what is written in one turn of the event loop.
 
-    The application's state has its ``settings`` and ``metrics``, as `service.app` leaves them there.
+    The state of the lifespan has the application's ``services``, as `service.app` leaves them there.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._settings: Settings = self.app_state.get("settings") or Settings()
-        self._metrics: Metrics = self.app_state.get("metrics") or Metrics()
+        services: Services | None = self.app_state.get("services")
+        self._settings = services.settings if services else Settings()
+        self._metrics = services.metrics if services else Metrics()
+        self._gone: asyncio.Future[None] = self.loop.create_future()
+        self._extensions: dict[str, Any] = {GONE: self._gone}
         self._arrival: asyncio.TimerHandle | None = None  # ends the wait for a request, or for the rest of one
         self._taking: asyncio.TimerHandle | None = None  # ends the wait for a reply to be taken
         self._waiting_since = self.loop.time()
@@ -113,7 +118,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the last one that came
         self._last_reply: bytes | None = None  # written when the requests before it are answered
         self._unread: Unread = self.app_state.setdefault("unread", Unread())
-        memory = self.app_state.get("memory") or MemoryBudget(self._settings.max_memory_mb << 20)
+        memory = services.pipeline.memory if services else MemoryBudget(self._settings.max_memory_mb << 20)
         most = max(MAX_BODIES_BYTES, self._settings.max_body_bytes)
         self._bodies: Bodies = self.app_state.get("bodies") or self.app_state.setdefault("bodies", Bodies(most, memory))
 
@@ -149,6 +154,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bodies.free(self.body_bytes)
         self._body_sizes.clear()
         self.pipeline.clear()
+        if not self._gone.done():
+            self._gone.set_result(None)
         if self._running and not self._running.response_complete:  # uvicorn tells the last one alone
             self._running.disconnected = True
             self._running.message_event.set()
@@ -193,6 +200,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._raise(MalformedHttp(f"more than {MAX_PIPELINED} requests wait behind one another"))
         super().on_message_begin()
+        self.scope["extensions"] = self._extensions
         self._head_bytes = 0
         self._expect_request()
 
@@ -269,7 +277,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._end_wait_for_body(problem)
 
     def _end_wait_for_body(self, problem: RequestError) -> None:
-        self.cycle.scope["refusal"] = problem  # type: ignore[typeddict-unknown-key]  # read by `service.middleware.edge`
+        self.cycle.scope["refusal"] = problem  # type: ignore[typeddict-unknown-key]  # read by `service.middleware.body_limit`
         self.cycle.message_event.set()
 
     def _parse(self, data: bytes) -> bytes:

@@ -14,20 +14,23 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bertqa.manifest import BundleMismatch
 from bertqa.repository import ChangeRefused, Repository
-from service.commands.serve import ServeOptions
 from service.observability import logging as logs
 from service.runtime.child import child
 from service.runtime.engine import PROJECT, LaunchError, ensure_engine, settle
 from service.runtime.leftovers import Claim, remove_leftovers
 from service.runtime.ports import LOOPBACK, PortError, TritonPorts, hold_port
 from service.runtime.processes import restart_pauses
-from service.runtime.shutdown import DRAIN_S
 from service.runtime.triton_install import TritonError
 from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
+from service.shutdown import DRAIN_S
+
+if TYPE_CHECKING:
+    from service.commands.serve import ServeOptions  # the command starts the launcher, not the other way round
 
 log = logging.getLogger(logs.LAUNCHER)
 
@@ -45,7 +48,7 @@ class UsageError(LaunchError):
     """The options cannot work as they are."""
 
 
-def launch(options: ServeOptions) -> int:
+def launch(options: "ServeOptions") -> int:
     """Run until told to end; returns the process's exit code."""
     try:
         settings = Settings.from_environment(os.environ)
@@ -68,7 +71,7 @@ def launch(options: ServeOptions) -> int:
     return 0
 
 
-def _run(options: ServeOptions, settings: Settings, stopping: threading.Event) -> None:
+def _run(options: "ServeOptions", settings: Settings, stopping: threading.Event) -> None:
     with contextlib.ExitStack() as stack:
         port = _hold(stack, options.host, options.port, "--port")
         if options.triton_grpc_port:
@@ -101,7 +104,7 @@ def _hold(stack: contextlib.ExitStack, host: str, port: int, option: str) -> int
     return int(held.getsockname()[1])
 
 
-def _start_triton(stack: contextlib.ExitStack, options: ServeOptions, port: int, stopping: threading.Event) -> str:
+def _start_triton(stack: contextlib.ExitStack, options: "ServeOptions", port: int, stopping: threading.Event) -> str:
     """Start the embedded server, which the stack ends; gives its gRPC address."""
     settle(Repository(options.repository))
     wanted = TritonPorts.grpc if options.triton_grpc_port is None else options.triton_grpc_port
@@ -118,7 +121,7 @@ def _start_triton(stack: contextlib.ExitStack, options: ServeOptions, port: int,
 
 
 def _serve(
-    options: ServeOptions, settings: Settings, port: int, triton_url: str, stopping: threading.Event, scratch: Path
+    options: "ServeOptions", settings: Settings, port: int, triton_url: str, stopping: threading.Event, scratch: Path
 ) -> None:
     """Run the REST service, restarting it when it dies, until `stopping` is set; `scratch` is an empty directory.
 
@@ -155,7 +158,7 @@ def _serve(
         log.warning("the service ended with exit code %s; restarting", process.returncode)
 
 
-def _uvicorn(options: ServeOptions, port: int) -> list[str]:
+def _uvicorn(options: "ServeOptions", port: int) -> list[str]:
     command = [sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory", f"--app-dir={PROJECT}"]
     command += [f"--host={options.host}", f"--port={port}", f"--workers={options.workers}"]
     command += ["--loop=uvloop", "--http=service.runtime.http_protocol:BoundedProtocol"]

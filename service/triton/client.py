@@ -8,7 +8,7 @@ from typing import Protocol
 
 from bertqa.spans import Logits
 from bertqa.windows import Window
-from service.observability.request_context import current_record
+from service.observability.request_context import request_context
 from service.triton.failover import Failover
 from service.triton.wire import RequestEncoder, decode_logits
 
@@ -54,7 +54,7 @@ class TritonEngine:
 
     async def _predict(self, window: Window, deadline: float) -> Logits:
         request = self._encoder.encode(
-            window, request_id=current_record.get().request_id, timeout_s=deadline - time.monotonic()
+            window, request_id=request_context.get().request_id, timeout_s=deadline - time.monotonic()
         )
         read = partial(decode_logits, length=window.length)
         return await self._failover.call("ModelInfer", request, deadline, read, proves_engine=True)

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from loadtest.measure_admission import CLIENTS, CROWD, TOGETHER, Admission, Outcome
-from service.keys import new_key
+from service.api_keys import new_key
 from tests.chaos.clients import questions as known_questions
 from tests.chaos.faults import Scenario
 from tests.chaos.product import HOST, Layout, Product

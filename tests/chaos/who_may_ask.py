@@ -16,7 +16,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from service.keys import new_key
+from service.api_keys import new_key
 from service.observability.logging import JsonFormatter
 from tests.chaos.bad_input import (
     BODIES,

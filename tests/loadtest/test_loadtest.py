@@ -51,7 +51,7 @@ from loadtest.workload import (
     write_requests,
     zipf_shares,
 )
-from service.keys import new_key
+from service.api_keys import new_key
 from tests.support.paths import CHECKPOINT
 from tests.support.repositories import publish_toy_bundle
 from tests.support.servers import serving

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.api.errors import MalformedBody
-from service.api.exchange import MAX_VALUES, parse_json
+from service.api.json_body import MAX_VALUES, parse_json
 from service.app import create_app
 from service.settings import Settings
 from service.triton.errors import ModelBroken, ModelTimeout

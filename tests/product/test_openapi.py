@@ -13,10 +13,10 @@ import httpx
 import pytest
 
 from bertqa.manifest import MODEL_NAME
+from service.api_keys import new_key
 from service.app import create_app
 from service.inference import probe, readiness
 from service.inference.registry import ModelRegistry, ServedModel
-from service.keys import new_key
 from service.observability.metrics import Metrics
 from service.runtime.http_protocol import MAX_HEAD_BYTES, SMALL_BODY_BYTES, BoundedProtocol
 from service.settings import Settings
@@ -138,7 +138,7 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(
         limited = new_key(tmp_path / "keys", "limited", 0.001, 1)
     app = create_app(Settings(**settings), engine=engine, bundle=bundle)  # type: ignore[arg-type]
     with serving(app, http=BoundedProtocol) as url:
-        pipeline = app.state.pipeline
+        pipeline = app.state.services.pipeline
         other = ServedModel(bundle, engine, Metrics(), Settings())
         pipeline.registry = ModelRegistry(bundle.model, {bundle.model: pipeline.registry[None], "other": other})
         operations = Operations(url)
@@ -163,9 +163,9 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(
             operations.ask(key)
         engine.failure, engine.identity = None, "another"  # which is looked at after the engine was away
         operations.ask(key)
-        app.state.shutdown.has_begun = True
+        app.state.services.shutdown.has_begun = True
         operations.ask(key)
-        app.state.shutdown.has_begun, engine.identity, engine.delay_s = False, bundle.manifest.identity, 60.0
+        app.state.services.shutdown.has_begun, engine.identity, engine.delay_s = False, bundle.manifest.identity, 60.0
         with ExitStack() as stack:
             for _ in range(MAX_CONNECTIONS):  # none is idle
                 stack.enter_context(operations.connection()).sendall(_request(key))

@@ -29,8 +29,8 @@ from playwright.sync_api import (
 )
 
 from bertqa.manifest import Bundle
+from service.api_keys import new_key
 from service.app import create_app
-from service.keys import new_key
 from service.settings import Settings
 from service.triton.errors import ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
 from tests.support.servers import serving

@@ -24,12 +24,12 @@ from bertqa.manifest import Bundle, Manifest
 from bertqa.repository import Repository
 from bertqa.spans import Logits
 from bertqa.windows import Window
-from service import keys as api_keys
+from service import api_keys
+from service.api_keys import Keyring, new_key
 from service.app import create_app
 from service.inference import pipeline, watcher
 from service.inference.question import Question
 from service.inference.worker_pool import THREADS
-from service.keys import Keyring, new_key
 from service.settings import Settings
 from service.triton.errors import ModelUnavailable
 from tests.support.paths import CHECKPOINT
@@ -157,7 +157,7 @@ def test_what_cannot_be_stopped_ends_its_own_request_in_time_and_is_counted(
 ) -> None:
     app = make_app(max_in_flight=1)
     with connected(app) as client, stuck_threads(client, monkeypatch) as stuck:
-        parts = app.state.pipeline
+        parts = app.state.services.pipeline
         parts.registry[None].admission.call_s = 1.0
         assert parts.expected_wait() == THREADS * 1.0
         began = time.monotonic()
@@ -321,7 +321,7 @@ def test_replies_that_nobody_reads_are_counted_until_they_are_taken(make_app: Ma
             super().connection_made(transport)
 
     with serving(app, http=Narrow) as url, httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-        memory = app.state.pipeline.memory
+        memory = app.state.services.pipeline.memory
         address = urlsplit(url)
         with ExitStack() as connections:
             for _ in range(8):
@@ -430,7 +430,7 @@ def test_what_would_wait_too_long_is_refused_before_it_is_read(
 ) -> None:
     app = make_app(max_in_flight=1, max_wait_s=1)
     with connected(app) as client:
-        admission = app.state.pipeline.registry[None].admission
+        admission = app.state.services.pipeline.registry[None].admission
         admission.call_s = 0.25
         before = ExitStack()
         for _ in range(4):

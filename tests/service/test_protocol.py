@@ -137,7 +137,7 @@ def test_a_reply_leaves_before_it_is_counted(monkeypatch: pytest.MonkeyPatch) ->
         httpx.Client(base_url=url, trust_env=False, timeout=30) as client,
     ):
         client.get("/health/live")
-        monkeypatch.setattr(app.state.metrics, "requested", count)
+        monkeypatch.setattr(app.state.services.metrics, "requested", count)
         assert client.get("/info").status_code == 200
         taken.set()
     assert in_time == [True]

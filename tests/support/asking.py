@@ -13,3 +13,12 @@ def problem(response: httpx.Response, status: int, error_type: str, field: str |
     assert response.headers["x-request-id"]
     assert "Traceback" not in body["error"]
     return str(body["error"])
+
+
+def ask(client: httpx.Client, **fields: object) -> dict[str, object]:
+    """Ask ``/v1/answer`` for what must be answered."""
+    response = client.post("/v1/answer", json={**ASKED, **fields})
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert isinstance(found, dict)
+    return found

@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bertqa.spans import Logits
 from bertqa.windows import OUTPUT_NAMES
-from service.observability.request_context import RequestRecord, current_record
+from service.observability.request_context import RequestContext, request_context
 from service.triton.channels import Channels
 from service.triton.circuit_breaker import State
 from service.triton.client import TritonEngine
@@ -115,7 +115,7 @@ def ask_fake(fake: FakeTriton) -> list[Logits]:
         await fake_server.start()
         channels = Channels([f"localhost:{port}"])
         model = channels.engine()
-        current_record.set(RequestRecord("r-17"))
+        request_context.set(RequestContext("r-17"))
         try:
             return await model.predict([window()], deadline=soon(5))
         finally:

@@ -180,7 +180,7 @@ def test_the_same_question_is_computed_once(make_app: MakeApp, engine: FakeEngin
         told = client.get("/metrics").text
         assert 'bertqa_cache_lookups_total{source="hit"} 2.0' in told
         assert "bertqa_cache_entries 7.0" in told
-        served: ServedModel = app.state.pipeline.registry[None]
+        served: ServedModel = app.state.services.pipeline.registry[None]
         assert served.cache is not None
         assert f"bertqa_cache_bytes {float(served.cache.bytes)}" in told
         # an engine that is busy has no part in what is known
@@ -226,8 +226,8 @@ def test_errors_and_other_versions_are_not_answered_from_memory(make_app: MakeAp
         engine.failure = None
         for _ in range(2):
             assert client.post("/v1/answer", json=ASKED).status_code == 200
-        models = app.state.pipeline.registry
-        models.put(ServedModel(models[None].bundle, engine, app.state.metrics, Settings()))  # a new one
+        models = app.state.services.pipeline.registry
+        models.put(ServedModel(models[None].bundle, engine, app.state.services.metrics, Settings()))  # a new one
         assert client.post("/v1/answer", json=ASKED).headers["cache-status"] == "bertqa; fwd=miss; stored"
         assert engine.windows == 2
 
@@ -291,7 +291,7 @@ def test_batches_join_what_is_being_computed_and_a_bad_question_is_named_by_its_
     app = make_app(cache_mb=1)
     with serving(app) as url:
         asyncio.run(scenario(url))
-    assert app.state.pipeline.memory.held == app.state.pipeline.registry[None].admission.busy == 0
+    assert app.state.services.pipeline.memory.held == app.state.services.pipeline.registry[None].admission.busy == 0
 
 
 _FILL = """

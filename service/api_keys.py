@@ -1,10 +1,10 @@
-"""Who may ask: API keys, kept as hashes in a file, each with a name and a rate of its own; behind ``bertqa keys``.
+"""Who may ask: API keys, kept as hashes in a file, each with a name and a rate of its own.
 
 A line of the file is ``NAME SHA256 RATE BURST [UNIT]``: the hash of the key in hexadecimal, how many a second, and how
 many at once; ``- -`` where there is no limit. UNIT is what is counted: ``request`` (as without it), ``question``, or
 ``window``, a call of the engine. ``#`` begins a comment. A file without a single byte is being written: the keys from
-before stay valid. Keys are 256 random bits, so their plain
-SHA-256 cannot be guessed back, and a slow hash, made for passwords that people choose, would only slow requests down.
+before stay valid. Keys are 256 random bits, so their plain SHA-256 cannot be guessed back, and a slow hash, made for
+passwords that people choose, would only slow requests down.
 """
 
 import asyncio
@@ -21,19 +21,11 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
-
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from service.api.errors import RateLimited, Unauthorized, respond
-from service.inference.worker_pool import Watchman
-from service.observability.metrics import Metrics
-from service.observability.request_context import current_record
-from service.settings import Settings
 
 PREFIX = "bertqa_"
 """Begins every key, so that one that was left lying about is recognized."""
@@ -152,7 +144,6 @@ class Keyring:
         self._path = path
         self._stamp = self._look()
         self._keys = parse_keys(path)
-        self._watchman = Watchman("keys")
 
     def find(self, presented: bytes) -> Key | None:
         """The key that this is, compared with every one in constant time."""
@@ -188,16 +179,17 @@ class Keyring:
         log.warning("%s: %d keys from now on", self._path, len(keys))
 
     async def follow(self) -> None:
-        """Keep up with the file, for ever."""
+        """Keep up with the file until cancelled, from a thread of its own: others may be busy with long texts."""
+        loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1, "keys")
         try:
             while True:
                 await asyncio.sleep(FOLLOW_S)
                 try:
-                    await self._watchman.run(self.reload)
+                    await loop.run_in_executor(thread, self.reload)
                 except Exception:  # whatever it is, the next look may go well
                     log.exception("%s could not be looked at; it will be again", self._path)
         finally:
-            self._watchman.close()
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def _look(self) -> tuple[int, ...]:
         try:
@@ -205,65 +197,6 @@ class Keyring:
         except OSError:
             return ()
         return found.st_mtime_ns, found.st_ino, found.st_size
-
-
-def needs_key(method: str, path: str, settings: Settings) -> bool:
-    """Whether a guarded service answers there only those who have a key."""
-    if method not in ("GET", "HEAD"):
-        return True
-    access = {"/metrics": settings.metrics, "/openapi.json": settings.docs}.get(path)
-    if access:
-        return access != "open"
-    # The pages themselves are open; what they ask for needs the key.
-    return path not in ("/", "/docs") and not path.startswith(("/health/", "/static/"))
-
-
-class Guard:
-    """ASGI middleware: lets pass what is open to all or comes with a key, within the key's rate."""
-
-    def __init__(self, app: ASGIApp, *, keyring: Keyring, metrics: Metrics, settings: Settings) -> None:
-        self.app = app
-        self.keyring = keyring
-        self.metrics = metrics
-        self.settings = settings
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection."""
-        if scope["type"] != "http" or not needs_key(scope["method"], scope["path"], self.settings):
-            await self.app(scope, receive, send)
-            return
-        try:
-            key = self._admit(Headers(scope=scope))
-        except (Unauthorized, RateLimited) as error:
-            await respond(scope, error)(scope, receive, send)
-            return
-        scope["api_key"] = key.name
-        current_record.get().charge = key.charge
-        await self.app(scope, receive, send)
-
-    def _admit(self, headers: Headers) -> Key:
-        """The key that came along.
-
-        Raises:
-            Unauthorized: there is none, nobody knows it, or a header that has one stands there twice, of which a proxy
-                may have looked at the other.
-            RateLimited: it has been used too often.
-        """
-        for name in ("authorization", "x-api-key"):
-            if len(headers.getlist(name)) > 1:
-                raise Unauthorized(f"{name}: stands twice among the headers")
-        scheme, _, credentials = headers.get("authorization", "").partition(" ")
-        presented = headers.get("x-api-key") or (credentials.strip() if scheme.lower() == "bearer" else "")
-        if not presented:
-            raise Unauthorized("an API key is needed: authorization: Bearer KEY, or x-api-key: KEY")
-        key = self.keyring.find(presented.encode("latin-1"))
-        if key is None:
-            raise Unauthorized("this API key is not known")
-        wait_s = key.take()
-        self.metrics.admitted(key.name, not wait_s)
-        if wait_s:
-            raise RateLimited(key.name, key.rate, key.unit, wait_s)
-        return key
 
 
 def new_key(path: Path, name: str, rate: float | None, burst: float | None, unit: Unit = "request") -> str:

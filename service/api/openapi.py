@@ -1,0 +1,120 @@
+"""What the API's description says beside what FastAPI finds by itself: errors, headers, and where a key is needed."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from bertqa.errors import InvalidArgument
+from bertqa.manifest import BundleMismatch
+from service.api.deadline import DEADLINE_HEADER, MAX_TIMEOUT_MS
+from service.api.errors import (
+    STATUS,
+    BodiesOverloaded,
+    BodyTooLarge,
+    HeadTooLarge,
+    MalformedBody,
+    MalformedHttp,
+    NotJson,
+    RateLimited,
+    SlowRequest,
+    TooManyConnections,
+    Unauthorized,
+)
+from service.api.schemas import Problem
+from service.triton.errors import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+
+DESCRIPTION = """Extractive question answering: answers are spans of the texts given, with exact offsets.
+
+Errors have one shape on every route: `{"error": sentence, "error_type": name, "field": name or null}`. Every response
+to a request that arrived whole has an `x-request-id`, the client's own if it sent one."""
+
+DEADLINE_PARAMETER = {
+    "parameters": [
+        {
+            "in": "header",
+            "name": DEADLINE_HEADER,
+            "schema": {"type": "integer", "minimum": 1, "maximum": MAX_TIMEOUT_MS},
+            "description": "Milliseconds allowed for the answer, where less than the service allows by itself.",
+        }
+    ]
+}
+"""The header that `service.api.deadline` reads; questions do not go through FastAPI's own parameters."""
+
+ENGINE: tuple[type[Exception], ...] = (ModelOverloaded, ModelUnavailable, ModelBroken, BundleMismatch, ModelTimeout)
+"""What a route raises that asks the engine."""
+QUESTIONS: tuple[type[Exception], ...] = (
+    MalformedBody,
+    SlowRequest,
+    BodyTooLarge,
+    BodiesOverloaded,
+    NotJson,
+    InvalidArgument,
+    *ENGINE,
+)
+"""What a route raises that takes questions."""
+AUTH: tuple[type[Exception], ...] = (Unauthorized, RateLimited)
+"""What a request gets for its key, where one is needed."""
+_ANYWHERE = (
+    MalformedHttp,
+    SlowRequest,
+    HeadTooLarge,
+    TooManyConnections,
+)  # by the HTTP protocol, before any route
+_HEADERS = {
+    "www-authenticate": ({401}, {"description": "How to ask.", "schema": {"type": "string"}}),
+    "retry-after": ({429, 503, 504}, {"description": "Seconds.", "schema": {"type": "integer"}}),
+}
+
+
+def described(*raised: type[Exception]) -> dict[int | str, dict[str, Any]]:
+    """The errors of an operation as OpenAPI's responses, by status: those of these exceptions, and of every operation.
+
+    Their words are the exceptions' own docstrings.
+    """
+    found: dict[int, dict[str, str]] = {}
+    for exception in (*raised, *_ANYWHERE):
+        status, error_type = STATUS[exception]
+        found.setdefault(status, {}).setdefault(error_type, (exception.__doc__ or "").partition("\n")[0])
+    return {
+        status: {
+            "model": Problem,
+            "description": "\n\n".join(f"`{error_type}`: {text}" for error_type, text in sorted(kinds.items())),
+            "headers": {name: header for name, (statuses, header) in _HEADERS.items() if status in statuses},
+            "content": {
+                "application/json": {
+                    "schema": {"properties": {"error_type": {"enum": sorted(kinds)}}},
+                    "examples": {
+                        error_type: {"value": _example(error_type, text)} for error_type, text in kinds.items()
+                    },
+                }
+            },
+        }
+        for status, kinds in sorted(found.items())
+    }
+
+
+def _example(error_type: str, text: str) -> dict[str, str | None]:
+    field = "top_k" if error_type == STATUS[InvalidArgument][1] else None
+    return {
+        "error": f"{field}: must be at most 100; got 500" if field else text,
+        "error_type": error_type,
+        "field": field,
+    }
+
+
+class DescribedApplication(FastAPI):
+    """FastAPI, whose description has the header of every response, and says where a key is needed."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the description of the API, made once."""
+        if not self.openapi_schema:
+            document = super().openapi()
+            request_id = {"description": "The client's own, or a new one.", "schema": {"type": "string"}}
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    for response in operation["responses"].values():
+                        response.setdefault("headers", {})["x-request-id"] = request_id
+                    if "401" in operation["responses"]:
+                        operation["security"] = [{"api_key": []}]
+                        document["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
+        return super().openapi()

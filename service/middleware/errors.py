@@ -1,0 +1,45 @@
+"""Answers what routes and inner middleware raise, in the API's one shape."""
+
+import logging
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import error_response, is_known, respond
+from service.observability.request_context import request_context, route_of
+
+log = logging.getLogger("bertqa.service")
+
+
+class ErrorMiddleware:
+    """Must be inside of everything that adds headers to responses, and outside of everything that raises."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def noted_send(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted_send)
+        except Exception as error:
+            context = request_context.get()
+            if is_known(error) and not has_begun:
+                response = respond(scope, error)
+                error.__traceback__ = None  # its frames hold the body, which would wait with the reply for the client
+            else:
+                context.error_type = "internal"
+                log.exception("%s %s: request %s failed", scope["method"], route_of(scope), context.request_id)
+                if has_begun:
+                    raise  # the server can only cut the response off
+                message = f"internal error; the log knows it as {context.request_id}"
+                response = error_response(500, "internal", message)
+            await response(scope, receive, send)

@@ -1,0 +1,35 @@
+"""The parts of one application, which all of its requests share."""
+
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from service.api_keys import Keyring
+from service.inference.pipeline import Answering, Pipeline
+from service.inference.worker_pool import Watchman
+from service.observability.metrics import Metrics
+from service.observability.readiness import ReadinessLog
+from service.settings import Settings
+from service.shutdown import Shutdown
+
+
+@dataclass(slots=True, kw_only=True)
+class Services:
+    """Made by `service.app.create_app`; ``app.state.services``, and ``services`` in the state of the lifespan."""
+
+    settings: Settings
+    metrics: Metrics
+    shutdown: Shutdown
+    keyring: Keyring | None = None  # None: no keys are needed
+    readiness_log: ReadinessLog = field(default_factory=ReadinessLog)
+    scraper: Watchman = field(default_factory=lambda: Watchman("metrics"))
+    pipeline: Pipeline = field(init=False)
+    """There once the application has started."""
+    answering: Answering = field(init=False)
+    """The pipeline, or the cache around it; likewise."""
+
+
+def services_of(request: Request) -> Services:
+    """Return the parts of the application that handles a request."""
+    services: Services = request.scope["app"].state.services
+    return services
