@@ -92,7 +92,8 @@ finetune: $(VENV)/train.stamp  ## Train the shipped checkpoint again, from SQuAD
 	$(BIN)/horovodrun -np 2 --gloo $(BIN)/python -m training.finetune_squad \
 		--train $(SQUAD)/train-v1.1.json --output runs/minilm-l6-squad $(ARGS)
 
-constraints:  ## Resolve all dependencies again, for every supported Python (needs uv)
+constraints:  ## Resolve what pyproject.toml names, for every supported Python; pins stay where they fit (needs uv)
+	sed '1,/^nvidia-pytriton/d' constraints.txt > constraints.new
 	uv pip compile --quiet --universal --python-version 3.10 --all-extras --group dev --group fuzz --group horovod-build \
 		--no-annotate --no-header pyproject.toml --output-file constraints.new
 	{ sed '/^nvidia-pytriton/q' constraints.txt; cat constraints.new; } > constraints.tmp
