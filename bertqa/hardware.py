@@ -1,4 +1,4 @@
-"""What the machine's processor, or a GPU, can do, as far as an engine's speed or exactness hangs on it."""
+"""Detect the CPU and GPU features that decide an engine's speed or accuracy."""
 
 import platform
 import re
@@ -6,16 +6,16 @@ from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
-"""Sets that add int8 products up in 32 bits; older x86 saturates at 16."""
+"""Instruction sets that accumulate int8 products in 32 bits; older x86 CPUs saturate at 16 bits."""
 BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-"""Sets that multiply bf16."""
+"""Instruction sets that multiply bf16."""
 AMPERE = (8, 0)
-"""Lowest compute capability of a GPU that an engine for several models of GPU is built on, and runs on."""
+"""Lowest compute capability that can build and run a hardware-compatible engine."""
 _OTHERS = ("avx2", "avx512f")
 
 
 def cpu_features(cpuinfo: Path = CPUINFO) -> tuple[str, ...]:
-    """Instruction sets of this CPU that CPU engines use, as Linux names them; empty where it does not tell."""
+    """Return this CPU's instruction sets that CPU engines use, by their Linux names; empty if Linux lists none."""
     try:
         words = set(cpuinfo.read_text().split())
     except OSError:
@@ -24,7 +24,7 @@ def cpu_features(cpuinfo: Path = CPUINFO) -> tuple[str, ...]:
 
 
 def cpu_name(cpuinfo: Path = CPUINFO) -> str:
-    """The processor's name as Linux gives it, for reports."""
+    """Return the CPU's name as Linux reports it."""
     try:
         names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:

@@ -1,10 +1,10 @@
-"""The two small JSON files that tie a model's parts together.
+"""Read and write the two small JSON files that describe a model.
 
-``bertqa.json`` lies beside a checkpoint's weights: how it was trained to be asked (`Settings`). ``manifest.json`` lies
-beside an engine in ``model_repository/<model>/<version>/``, the *bundle*: what the engine was built from and measured
-at (`Manifest`). The service reads nothing else to learn how to make windows and where the null threshold lies, and
-refuses a bundle whose tokenizer, manifest and engine do not belong together. Which of the bundles is served is said by
-`bertqa.repository`.
+``bertqa.json`` is next to a checkpoint's weights and holds the window settings it was trained with (`Settings`).
+``manifest.json`` is next to an engine in ``model_repository/<model>/<version>/``, the *bundle*, and records what the
+engine was built from and how it was measured (`Manifest`). The service takes the window settings and the null threshold
+from the manifest alone. It refuses a bundle whose tokenizer, manifest and engine do not match. `bertqa.repository`
+decides which bundle is served.
 """
 
 import hashlib
@@ -21,27 +21,27 @@ from bertqa.targets import SERVED_TARGETS, ServedTarget, TargetName
 from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, WindowMaker
 
 MODEL_NAME = "bert_qa"
-"""Name of the model in Triton's repository, where no other is given."""
+"""Default name of the model in Triton's repository."""
 SETTINGS_FILE = "bertqa.json"
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 WEIGHTS_FILE = "model.safetensors"
 QUESTIONS_FILE = "questions.json"
 FORMAT = 2
-"""Version of the manifest's own layout."""
+"""Version of the manifest format."""
 
 _Any = TypeVar("_Any")
 _File = TypeVar("_File", bound="_JsonFile")
 
 
 def rebuild(target: object) -> str:
-    """How to fix a model version, of one of the targets, whose parts do not belong together."""
+    """Say how to fix a version of a target whose parts do not match; an unknown target counts as ``cpu``."""
     known = target if isinstance(target, str) and target in SERVED_TARGETS else "cpu"
     return f"build it again with `python -m engine_builder --checkpoint DIR --target {known}`"
 
 
 class BundleMismatch(ValueError):
-    """Parts of a bundle are missing or do not belong together; the message says how to fix it."""
+    """Parts of a bundle are missing or do not match; the message says how to fix it."""
 
 
 class OtherFormat(BundleMismatch):
@@ -56,7 +56,7 @@ class _JsonFile:
         """Read the file.
 
         Raises:
-            BundleMismatch: it is missing, not JSON, or has a missing or unknown field; the message names it.
+            BundleMismatch: the file is missing or not JSON, or a field is missing or unknown; the message names it.
         """
         return from_json(cls, read_object(path), str(path))
 
@@ -66,14 +66,14 @@ class _JsonFile:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Read a file that contains one JSON object.
 
     Raises:
-        BundleMismatch: it is missing, not JSON, or another value.
+        BundleMismatch: the file is missing, is not JSON, or contains another kind of value.
     """
     try:
         values = json.loads(path.read_bytes())
-        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate could not be written again
+        json.dumps(values, ensure_ascii=False).encode()  # rejects lone surrogates, which could not be written back
     except (OSError, ValueError, RecursionError) as error:
         raise BundleMismatch(f"{path}: not readable ({error})") from error
     if not isinstance(values, dict):
@@ -82,10 +82,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def from_json(cls: type[_Any], values: Mapping[str, Any], place: str) -> _Any:
-    """Make a dataclass of a JSON object with the same field names; lists become tuples.
+    """Build a dataclass from a JSON object with the same field names; lists become tuples.
 
     Raises:
-        BundleMismatch: a field is missing, unknown or of another type; the message begins with ``place`` and names it.
+        BundleMismatch: a field is missing, unknown or has the wrong type; the message starts with ``place`` and names
+            the field.
     """
     kinds = get_type_hints(cls)
     if unknown := sorted(values.keys() - kinds.keys()):
@@ -101,7 +102,7 @@ def from_json(cls: type[_Any], values: Mapping[str, Any], place: str) -> _Any:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether a JSON value is of the type that a field of a dataclass has; a whole number is a float, too."""
+    """Check whether a JSON value has the type of a dataclass field; an integer is a valid float."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is tuple and isinstance(value, list):
         kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
@@ -119,30 +120,30 @@ def _is_a(value: object, kind: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(_JsonFile):
-    """How a checkpoint wants to be asked. A checkpoint without the file is asked with these defaults."""
+    """The window settings and null threshold of a checkpoint; the defaults apply if it has no ``bertqa.json``."""
 
     name: str = "bert-qa"
     max_seq_len: int = MAX_SEQ_LEN
     overlap: int = OVERLAP
     max_question_tokens: int = MAX_QUESTION_TOKENS
-    null_threshold: float = 0.0  # fitted on held-back questions, of which half have no answer
+    null_threshold: float = 0.0  # fitted on held-back questions; half of them have no answer
 
     @classmethod
     def of_checkpoint(cls, directory: Path) -> "Settings":
-        """Read ``bertqa.json`` of a checkpoint, or take the defaults and the directory's name where there is none."""
+        """Read a checkpoint's ``bertqa.json``; without one, use the defaults and the directory's name."""
         path = directory / SETTINGS_FILE
         return cls.read(path) if path.exists() else cls(name=directory.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest(_JsonFile):
-    """What an engine is, what it was built from, and what it was measured at before it was published."""
+    """What an engine is, what it was built from, and what was measured before it was published."""
 
     name: str  # of the checkpoint
     target: TargetName
     precision: str  # e.g. "bf16", "int8"
-    engine_file: str  # beside the manifest
-    engine_sha256: str  # of all its files; an OpenVINO engine's are the .xml and then the .bin
+    engine_file: str  # in the manifest's directory
+    engine_sha256: str  # of all engine files; for OpenVINO the .xml, then the .bin
     tokenizer_sha256: str
     checkpoint_sha256: str  # of model.safetensors
     onnx_sha256: str  # of the graph between checkpoint and engine
@@ -158,11 +159,11 @@ class Manifest(_JsonFile):
     gate_data: str  # name and SHA-256 of the questions' file
     runtime: Mapping[str, str]  # library, driver or device -> version, at build time
     built: str  # UTC, ISO 8601
-    triton: tuple[str, str]  # lowest and highest version of Triton that it runs under; "" is open
-    latency_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # bucket -> "p50", ... of the engine
+    triton: tuple[str, str]  # lowest and highest Triton version that can run it; "" means no limit
+    latency_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # bucket -> "p50", ... per call
     files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of every other file of the bundle
-    cpu_features: tuple[str, ...] = ()  # of the CPU that it was built on, where it runs on one
-    buckets: tuple[int, ...]  # lengths of its windows, in tokens; those of the release that built it
+    cpu_features: tuple[str, ...] = ()  # of the CPU that built it; empty for GPU engines
+    buckets: tuple[int, ...]  # window lengths in tokens, as defined by the release that built it
     max_batch_size: int = 1
     format: int = FORMAT
 
@@ -171,14 +172,14 @@ class Manifest(_JsonFile):
         """Read the file.
 
         Raises:
-            OtherFormat: another release wrote it.
+            OtherFormat: another release wrote the file.
             BundleMismatch: as in `_JsonFile.read`.
         """
         values = read_object(path)
         found = values.get("format", FORMAT)
-        if found != FORMAT:  # first of all, for its fields may be others too
+        if found != FORMAT:  # checked first, because the fields may differ too
             fix = rebuild(values.get("target"))
-            raise OtherFormat(f"{path}: manifest format {reprlib.repr(found)}, this release reads {FORMAT}; {fix}")
+            raise OtherFormat(f"{path}: manifest format {reprlib.repr(found)}, but this release reads {FORMAT}; {fix}")
         return from_json(cls, values, str(path))
 
     @property
@@ -188,13 +189,13 @@ class Manifest(_JsonFile):
 
     @property
     def identity(self) -> str:
-        """Short name of exactly this engine; also a parameter in ``config.pbtxt``, where the service compares it."""
+        """Unique short name of this engine; the service compares it with the parameter in ``config.pbtxt``."""
         return f"{self.name}-{self.target}-{self.precision}-{self.engine_sha256[:12]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A published version: its manifest and the window maker that its engine was measured with."""
+    """A published version: its manifest, and the window maker that its engine was measured with."""
 
     model: str  # its name in Triton's repository
     version: int
@@ -205,11 +206,11 @@ class Bundle:
     def open(cls, directory: Path) -> "Bundle":
         """Open ``<model>/<version>`` and check that its tokenizer is the one that the engine was built with.
 
-        The engine's own bytes are not hashed here, which `changed_files` does: the service may run where only manifest
-        and tokenizer are at hand.
+        This does not hash the engine, because the service may run where only manifest and tokenizer are available;
+        `changed_files` does.
 
         Raises:
-            BundleMismatch: a part is missing, or they do not belong together.
+            BundleMismatch: a part is missing, or the parts do not match.
         """
         manifest = Manifest.read(directory / MANIFEST_FILE)
         tokenizer, fix = directory / TOKENIZER_FILE, rebuild(manifest.target)
@@ -233,7 +234,7 @@ class Bundle:
 
 
 def changed_files(directory: Path, manifest: Manifest) -> list[str]:
-    """Names of the bundle's files that are missing, unreadable, or not as they were when it was published."""
+    """Return the names of the bundle's files that are missing, unreadable, or changed since it was published."""
     changed = []
     for name, expected in sorted(manifest.files.items()):
         try:
@@ -246,7 +247,7 @@ def changed_files(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

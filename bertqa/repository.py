@@ -1,16 +1,16 @@
-"""Triton's model repository as files: which bundles there are, and which of them answer.
+"""Manage Triton's model repository on disk: which bundles exist, and which version of each model is active.
 
 ::
 
     model_repository/
-      serving.json          for each model its `Serving`: the loaded versions, the active one, the one before
-      <model>/config.pbtxt  generated from that and the manifests of its versions
+      serving.json          the `Serving` of each model: loaded versions, the active one, the previous one
+      <model>/config.pbtxt  generated from serving.json and the manifests of the versions
       <model>/<version>/    a bundle: engine, tokenizer, manifest.json
 
-Triton polls the directory and the service polls ``serving.json``, so a change of these files is all that it takes to
-load a version, to let it answer, and to take it away. Both must be able to read at any moment: every file is replaced
-in one step, and what is being written lies at the top, beside the models. (In poll mode Triton builds all versions of a
-model anew when a file appears in its directory that is neither ``config.pbtxt`` nor in the directory of a version.)
+Triton polls the directory and the service polls ``serving.json``, so changing these files is enough to load, activate
+or unload a version. Both may read at any moment, so every file is replaced atomically, and temporary files are at the
+top level, next to the models. (In poll mode, any file in a model's directory other than ``config.pbtxt`` and the
+version directories makes Triton reload all versions of that model.)
 """
 
 import fcntl
@@ -29,41 +29,41 @@ SERVING_FILE = "serving.json"
 CONFIG_FILE = "config.pbtxt"
 LOCK_FILE = ".lock"
 MODEL_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-"""Names that a model may have: part of paths, of URLs, and of Triton's configuration."""
+"""Valid model names; they are part of paths, URLs and Triton's configuration."""
 
 
 class ChangeRefused(Exception):
-    """What is served cannot be changed like that; the message names the version and what to do first."""
+    """The requested change is not possible; the message names the version and what to do first."""
 
 
 class Repository:
-    """A model repository on disk. Nothing is kept in memory: every call reads what is there now."""
+    """A model repository on disk. It caches nothing: every call reads the current files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def versions(self, model: str) -> list[int]:
-        """Published versions of a model, rising; a directory without a manifest is none."""
+        """Return the published versions of a model in ascending order; directories without a manifest do not count."""
         found = [entry for entry in (self.root / model).glob("[1-9]*") if entry.name.isdecimal()]
         return sorted(int(entry.name) for entry in found if (entry / MANIFEST_FILE).is_file())
 
     def directory(self, model: str, version: int) -> Path:
-        """Where the bundle lies."""
+        """Return the directory of a bundle."""
         return self.root / model / str(version)
 
     def manifest(self, model: str, version: int) -> Manifest:
         """Read a bundle's manifest.
 
         Raises:
-            BundleMismatch: it is missing or broken.
+            BundleMismatch: the manifest is missing or invalid.
         """
         return Manifest.read(self.directory(model, version) / MANIFEST_FILE)
 
     def serving(self) -> dict[str, Serving]:
-        """How each model is served, by name; one that ``serving.json`` does not know is served at its highest version.
+        """Return the `Serving` of each model by name; a model not in ``serving.json`` serves its highest version.
 
         Raises:
-            BundleMismatch: ``serving.json`` is broken; the message names the field.
+            BundleMismatch: ``serving.json`` is invalid; the message names the field.
         """
         names = sorted(path.name for path in self.root.glob("*/") if MODEL_NAMES.fullmatch(path.name))
         stated = self._stated()
@@ -71,22 +71,22 @@ class Repository:
         return {name: serving for name, serving in found.items() if serving}
 
     def served(self, model: str) -> Serving:
-        """How one model is served.
+        """Return how one model is served.
 
         Raises:
-            ChangeRefused: there is no such model; the message names those that there are.
-            BundleMismatch: ``serving.json`` is broken.
+            ChangeRefused: there is no such model; the message lists the existing ones.
+            BundleMismatch: ``serving.json`` is invalid.
         """
         models = self.serving()
         if model not in models:
-            raise ChangeRefused(f"{model}: no such model in {self.root}; there are {', '.join(models) or 'none'}")
+            raise ChangeRefused(f"{model}: no such model in {self.root}; found: {', '.join(models) or 'none'}")
         return models[model]
 
     def open(self, model: str = MODEL_NAME, version: int | None = None) -> Bundle:
         """Open a version of a model, by default the active one.
 
         Raises:
-            BundleMismatch: there is none, or its parts do not belong together.
+            BundleMismatch: there is no such version, or its parts do not match.
         """
         if version is None:
             serving = self.serving().get(model)
@@ -99,11 +99,11 @@ class Repository:
         return Bundle.open(self.directory(model, version))
 
     def expected_config(self, model: str, serving: Serving) -> ModelConfig:
-        """The configuration of a model that is served like that.
+        """Generate the configuration of a model for a `Serving`.
 
         Raises:
-            InvalidArgument: its loaded versions cannot be one model.
-            BundleMismatch: the manifest of a loaded version is broken; another one is no hindrance.
+            InvalidArgument: the loaded versions cannot be served as one model.
+            BundleMismatch: the manifest of a loaded version is invalid; those of other versions do not matter.
         """
         manifests = {}
         for version in self.versions(model):
@@ -115,16 +115,16 @@ class Repository:
         return model_config(model, manifests, serving)
 
     def written_config(self, model: str) -> ModelConfig:
-        """The configuration that Triton finds.
+        """Read the ``config.pbtxt`` on disk.
 
         Raises:
-            OSError: there is none to be read.
-            MalformedConfig: it is not one.
+            OSError: the file cannot be read.
+            MalformedConfig: the file is not a model configuration.
         """
         return parse((self.root / model / CONFIG_FILE).read_text())
 
     def is_configured(self, model: str) -> bool:
-        """Whether the ``config.pbtxt`` on disk says what belongs to how the model is served.
+        """Check whether the ``config.pbtxt`` on disk is the one expected for how the model is served.
 
         Raises:
             ChangeRefused, BundleMismatch: as in `served` and `expected_config`.
@@ -136,29 +136,29 @@ class Repository:
         return bool(written == self.expected_config(model, self.served(model)))
 
     def load(self, model: str, version: int) -> None:
-        """Have Triton load a version beside those that are loaded.
+        """Have Triton load a version in addition to those already loaded.
 
         Raises:
-            ChangeRefused: there is no such version, or it cannot be loaded beside the others.
+            ChangeRefused: there is no such version, or it cannot be loaded together with the others.
         """
         self._change(model, lambda serving: replace(serving, loaded=tuple(sorted({*serving.loaded, version}))))
 
     def unload(self, model: str, version: int) -> None:
-        """Have Triton drop a version; it stays on disk.
+        """Have Triton unload a version; it stays on disk.
 
         Raises:
-            ChangeRefused: it is the active one.
+            ChangeRefused: the version is active.
         """
 
         def change(serving: Serving) -> Serving:
             if version == serving.active:
-                raise ChangeRefused(f"{model}: version {version} is the active one; switch to another first")
+                raise ChangeRefused(f"{model}: version {version} is active; switch to another version first")
             return replace(serving, loaded=tuple(each for each in serving.loaded if each != version))
 
         self._change(model, change)
 
     def switch(self, model: str, version: int) -> None:
-        """Let a loaded version answer; the one that did before becomes the previous one.
+        """Make a loaded version active; the version active until now becomes the previous one.
 
         Raises:
             ChangeRefused: the version is not loaded.
@@ -176,12 +176,12 @@ class Repository:
         self._change(model, change)
 
     def activate(self, model: str, version: int, *, alone: bool = False, **options: object) -> None:
-        """Load a version and let it answer, unchecked; each service goes over to it when Triton has it ready.
+        """Load a version and make it active, without checking it; services switch once Triton has it ready.
 
         Args:
-            model: its name.
-            version: one on disk.
-            alone: load no other; only for a Triton that is not running yet.
+            model: name of the model.
+            version: a version on disk.
+            alone: load no other version; only for a Triton that is not running yet.
             options: as in `configure`.
         """
 
@@ -193,27 +193,27 @@ class Repository:
         self._change(model, change)
 
     def configure(self, model: str, **options: object) -> None:
-        """Set serving options, fields of `Serving`; those that are None stay as they are."""
+        """Set serving options (fields of `Serving`); options that are None keep their value."""
         self._change(model, lambda serving: _with(serving, options))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other writer away.
+        """Hold the repository's write lock.
 
         Raises:
-            ChangeRefused: the repository cannot be written to.
+            ChangeRefused: the repository is not writable.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = (self.root / LOCK_FILE).open("w")
         except OSError as error:
-            raise ChangeRefused(f"{self.root}: cannot be written to ({error.strerror})") from error
+            raise ChangeRefused(f"{self.root}: not writable ({error.strerror})") from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _change(self, model: str, change: Callable[[Serving], Serving]) -> None:
-        """Change how a model is served: first what Triton reads, then what the service does."""
+        """Change how a model is served: write the file that Triton reads first, then the one that the service reads."""
         with self.locked():
             serving = change(self.served(model))
             there = self.versions(model)
@@ -235,12 +235,12 @@ class Repository:
             )
 
     def _replace(self, texts: Mapping[Path, str]) -> None:
-        """Write files, each in one step, when all of them have found room on the disk.
+        """Write all new contents to temporary files, then replace each file atomically.
 
-        What holds just that already is left alone: its time of change is a signal to others.
+        Files that already have the new content are not touched, because others watch their modification time.
 
         Raises:
-            ChangeRefused: a file cannot be written; all are as they were.
+            ChangeRefused: a file cannot be written; none was changed.
         """
         written: dict[Path, Path] = {}
         for path, text in texts.items():
@@ -271,7 +271,7 @@ class Repository:
                 raise BundleMismatch(f"{place}: must be a JSON object")
             stated[name] = serving = from_json(Serving, values, place)
             if serving.active not in serving.loaded:
-                raise BundleMismatch(f"{place}: active is {serving.active}, which is not among the loaded")
+                raise BundleMismatch(f"{place}: active is {serving.active}, which is not one of the loaded versions")
         return stated
 
     def _highest(self, model: str) -> Serving | None:

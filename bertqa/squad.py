@@ -1,6 +1,7 @@
-"""SQuAD v1.1 and v2.0 files, answering all of their questions, and exact match and F1 by the official rules.
+"""Read SQuAD v1.1 and v2.0 files, answer their questions, and score the answers by the official rules.
 
-Rajpurkar et al. 2016 (v1.1) and 2018 (v2.0); the scoring follows the published evaluation scripts of both versions.
+The formats are those of Rajpurkar et al. 2016 (v1.1) and 2018 (v2.0). Exact match and F1 follow the evaluation scripts
+published with both versions.
 """
 
 import json
@@ -47,15 +48,15 @@ class Score:
 
 
 class MalformedSquad(ValueError):
-    """A file is not in the SQuAD layout; the message names the file and the place in it."""
+    """The file is not in SQuAD format; the message names the file and the place in it."""
 
 
 def read_squad(path: Path) -> list[Example]:
     """Read a SQuAD v1.1 or v2.0 file, in file order.
 
     Raises:
-        MalformedSquad: not JSON, a field is missing or of the wrong type, a question is blank, an id stands twice, or
-            an answer is not at its place.
+        MalformedSquad: the file is not JSON, a field is missing or has the wrong type, a question is blank, an id is
+            repeated, or an answer is not at its ``answer_start``.
         OSError: the file cannot be read.
     """
     try:
@@ -66,7 +67,7 @@ def read_squad(path: Path) -> list[Example]:
 
 
 def as_squad(examples: Iterable[Example]) -> dict[str, object]:
-    """Lay examples out as a SQuAD file's JSON object, one article for each title; `read_squad` reads it back."""
+    """Convert examples to the JSON object of a SQuAD file, one article per title; `read_squad` reads it back."""
     articles: dict[str, dict[str, list[dict[str, object]]]] = {}
     for example in examples:
         answers = [{"text": reference.text, "answer_start": reference.start} for reference in example.references]
@@ -84,7 +85,7 @@ def as_squad(examples: Iterable[Example]) -> dict[str, object]:
 
 
 def _examples(document: object, path: str) -> Iterator[Example]:
-    seen: dict[str, str] = {}  # id -> where it stands
+    seen: dict[str, str] = {}  # id -> its place in the file
     for a, article in enumerate(_field(document, "data", list, path)):
         at = f"{path}: data[{a}]"
         title = _field(article, "title", str, at, default="")
@@ -94,11 +95,11 @@ def _examples(document: object, path: str) -> Iterator[Example]:
             for q, entry in enumerate(_field(paragraph, "qas", list, at_paragraph)):
                 at_question = f"{at_paragraph}.qas[{q}]"
                 if (number := _field(entry, "id", str, at_question)) in seen:
-                    raise MalformedSquad(f"{at_question}.id: {reprlib.repr(number)} is also that of {seen[number]}")
+                    raise MalformedSquad(f"{at_question}.id: {reprlib.repr(number)} is already used at {seen[number]}")
                 seen[number] = at_question.removeprefix(f"{path}: ")
                 question = _field(entry, "question", str, at_question)
                 if all(unicodedata.category(character)[0] in "CZ" for character in question):
-                    raise MalformedSquad(f"{at_question}.question: holds nothing that can be read")
+                    raise MalformedSquad(f"{at_question}.question: must contain visible text")
                 impossible = _field(entry, "is_impossible", bool, at_question, default=False)
                 answers = [] if impossible else _field(entry, "answers", list, at_question)
                 yield Example(
@@ -116,7 +117,7 @@ def _reference(answer: object, context: str, at: str) -> Reference:
     text = _field(answer, "text", str, at)
     start = _field(answer, "answer_start", int, at)
     if start < 0 or not text or not context.startswith(text, start):
-        raise MalformedSquad(f"{at}: the context does not hold {reprlib.repr(text)} at character {start}")
+        raise MalformedSquad(f"{at}: the context does not contain {reprlib.repr(text)} at character {start}")
     return Reference(text, start)
 
 
@@ -124,7 +125,7 @@ _MISSING = object()
 
 
 def _field(holder: object, name: str, kind: type, at: str, default: object = _MISSING) -> Any:
-    """The field of a parsed JSON object, checked to be of a type; untyped because JSON is."""
+    """Return a field of a parsed JSON object after checking its type; the return type is Any because JSON has none."""
     if not isinstance(holder, dict):
         raise MalformedSquad(f"{at}: must be an object")
     value = holder.get(name, default)
@@ -141,7 +142,7 @@ def _field(holder: object, name: str, kind: type, at: str, default: object = _MI
 
 
 Predict = Callable[[Window], Logits]
-"""Runs the model on one window: tensors of shape (1, length) in, start and end logits of that shape out."""
+"""Runs the model on one window. Takes tensors of shape (1, length); returns start and end logits of that shape."""
 
 
 def answer_all(
@@ -152,7 +153,7 @@ def answer_all(
     max_answer_tokens: int = MAX_ANSWER_TOKENS,
     null_threshold: float = 0.0,
 ) -> Iterator[tuple[Example, Decoded]]:
-    """Answer every question of a SQuAD file with any runtime, one window at a time; lazy, in order."""
+    """Answer every question of a SQuAD file with any runtime, lazily and in order, one window at a time."""
     for example in examples:
         windows = maker(example.question, example.context)
         logits = [predict(window) for window in windows.windows]
@@ -163,16 +164,16 @@ def answer_all(
 
 
 def score(examples: Sequence[Example], predictions: Mapping[str, str]) -> Score:
-    """Exact match and F1 of predicted texts by question id; an empty text predicts "no answer".
+    """Compute exact match and F1 of predicted texts, keyed by question id; an empty text means "no answer".
 
-    Each question counts its best reference. A question without references is right when the prediction is empty, as in
-    the v2.0 script; a question without a prediction counts as wrong, as in the v1.1 script.
+    Each question is scored against its best reference. A question without references is right if the prediction is
+    empty, as in the v2.0 script. A question without a prediction counts as wrong, as in the v1.1 script.
 
     Raises:
-        ValueError: there is no example.
+        ValueError: ``examples`` is empty.
     """
     if not examples:
-        raise ValueError("nothing to score: no example")
+        raise ValueError("nothing to score: there are no examples")
     exact_matches = f1s = 0.0
     for example in examples:
         predicted = predictions.get(example.id)
@@ -185,13 +186,13 @@ def score(examples: Sequence[Example], predictions: Mapping[str, str]) -> Score:
 
 
 def score_by_kind(examples: Sequence[Example], predictions: Mapping[str, str]) -> dict[str, float]:
-    """What the official SQuAD v2.0 script prints, under its names: ``exact``, ``f1`` and ``total``.
+    """Return what the official SQuAD v2.0 script prints, under its names: ``exact``, ``f1`` and ``total``.
 
-    Over all questions, and with the prefixes ``HasAns_`` and ``NoAns_`` over those with and without an answer, each of
-    which is left out where there is no such question. References of articles and punctuation alone do not count there.
+    The names without a prefix cover all questions; ``HasAns_`` and ``NoAns_`` cover those with and without an answer,
+    and are left out if there are none. Like the script, this drops references that are only articles and punctuation.
 
     Raises:
-        ValueError: there is no example.
+        ValueError: ``examples`` is empty.
     """
     examples = [
         replace(example, references=tuple(r for r in example.references if normalize(r.text))) for example in examples
@@ -213,17 +214,17 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize(text: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and extra white space."""
+    """Convert to lower case and remove ASCII punctuation, English articles and extra white space."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(predicted: str, reference: str) -> float:
-    """1.0 where both texts are the same after normalization, else 0.0."""
+    """Return 1.0 if both texts are equal after normalization, else 0.0."""
     return float(normalize(predicted) == normalize(reference))
 
 
 def f1(predicted: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the bags of normalized words, in [0, 1]."""
+    """Return the harmonic mean of precision and recall over the bags of normalized words, in [0, 1]."""
     predicted_words, reference_words = normalize(predicted).split(), normalize(reference).split()
     if not predicted_words or not reference_words:
         return float(predicted_words == reference_words)

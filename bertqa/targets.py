@@ -1,4 +1,4 @@
-"""How Triton runs the engines of each target; how they are built is known to the builder alone."""
+"""How Triton runs the engines of each target; only the engine builder knows how to build them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ TargetName = Literal["cpu", "tensorrt"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedTarget:
-    """What the configuration of a model, the doctor and the publisher need to know of a target."""
+    """What Triton's configuration, the doctor and the publisher need to know about a target."""
 
-    backend: Literal["python", "tensorrt"]  # of Triton
-    processor: Literal["CPU", "GPU"]  # that Triton places the instances on
-    has_profiles: bool  # the engine holds a profile for each bucket, which Triton must be told by name
+    backend: Literal["python", "tensorrt"]  # Triton backend
+    processor: Literal["CPU", "GPU"]  # where Triton places the instances
+    has_profiles: bool  # the engine has one profile per bucket; Triton's configuration must list them
     has_cuda_graphs: bool
-    warms_every_batch_size: bool  # it compiles for a number of windows when it first sees it
+    warms_every_batch_size: bool  # the runtime compiles for each batch size on first use
 
 
 SERVED_TARGETS: Mapping[TargetName, ServedTarget] = {

@@ -1,4 +1,4 @@
-"""The ``config.pbtxt`` of a served model, as Triton's own message and as text."""
+"""Generate, print and parse the ``config.pbtxt`` of a served model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from bertqa.targets import ServedTarget
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
 
 MAX_QUEUE_SIZE = 256
-"""Requests that wait at most; Triton refuses the next at once."""
+"""Most requests that may wait in Triton's queue; Triton rejects further ones immediately."""
 QUEUE_TIMEOUT_MICROSECONDS = 5_000_000
-"""How long a request may wait unless it says otherwise; about the time that a full queue of long windows takes."""
+"""How long a request may wait by default; about the time that a full queue of long windows takes."""
 _HEADER = "# Written by bertqa from serving.json and the manifests; changes made by hand are lost.\n"
 
 ModelConfig = Any
@@ -20,41 +20,41 @@ ModelConfig = Any
 
 
 class MalformedConfig(ValueError):
-    """A text is not a ``config.pbtxt``; the message has line, column and reason."""
+    """The text is not a valid ``config.pbtxt``; the message has line, column and reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """How a model is served: which of its versions, and by what."""
+    """How a model is served: its versions, engine instances and devices."""
 
     active: int  # the version that answers
-    previous: int | None = None  # the one that did before, for a rollback
-    loaded: tuple[int, ...]  # versions that Triton holds ready, in rising order, the active one among them
-    instances: int = 2  # engines of each version side by side
-    threads: int = 0  # cores that each may use on a CPU; 0 is all of them
-    gpus: tuple[int, ...] = ()  # devices with so many engines each; none stands for all that there are
+    previous: int | None = None  # the version active before, for a rollback
+    loaded: tuple[int, ...]  # versions that Triton has loaded, ascending; includes the active one
+    instances: int = 2  # engine instances per version (per GPU on GPUs)
+    threads: int = 0  # CPU cores per instance; 0 means all
+    gpus: tuple[int, ...] = ()  # GPUs that run the instances; empty means all
 
 
 def model_config(model: str, manifests: Mapping[int, Manifest], serving: Serving) -> ModelConfig:
-    """Describe a model to Triton.
+    """Build the configuration of a model for Triton.
 
-    Triton leaves a loaded version alone when nothing but ``version_policy`` and ``instance_group`` change, and builds
-    it anew, beside the one that answers meanwhile, when anything else does. So every version on disk has its identity
-    here, whether it is loaded or not: to unload one then changes the policy alone.
+    If only ``version_policy`` or ``instance_group`` changes, Triton keeps loaded versions as they are. Any other change
+    makes it reload them, while the old ones go on answering. So the configuration lists the identity of every version
+    on disk, loaded or not: unloading one then changes the policy alone.
 
     Args:
-        model: its name.
-        manifests: of all versions in the repository.
-        serving: which of them are loaded.
+        model: name of the model.
+        manifests: the manifest of each version in the repository.
+        serving: which versions are loaded, and how.
 
     Raises:
-        InvalidArgument: the loaded versions run on different targets, or on a GPU with different buckets, and so cannot
-            be one model.
+        InvalidArgument: the loaded versions have different targets, or different buckets on a GPU; one model cannot
+            serve both.
     """
     pb = _messages()
     loaded = [manifests[version] for version in serving.loaded]
     target = _common_target(loaded)
-    lengths = sorted(set.intersection(*(set(manifest.buckets) for manifest in loaded)))  # those that every version can
+    lengths = sorted(set.intersection(*(set(manifest.buckets) for manifest in loaded)))  # in all versions
     max_batch_size = min(manifest.max_batch_size for manifest in loaded)
     parameters = {"threads": str(serving.threads)}
     parameters |= {f"identity_{version}": manifest.identity for version, manifest in manifests.items()}
@@ -72,8 +72,8 @@ def model_config(model: str, manifests: Mapping[int, Manifest], serving: Serving
         model_warmup=[_warm_up(length, windows) for length in lengths for windows in batch_sizes],
     )
     if target.has_cuda_graphs:
-        # Without graph_spec Triton captures every profile's best length, which is a bucket, at batch size 1 and the
-        # largest. A graph_spec it would try with all profiles, and log an error for each whose range it is outside.
+        # Without graph_spec, Triton captures each profile's optimal length, which is a bucket, at batch size 1 and the
+        # largest. It would try each graph_spec with all profiles and log an error for every profile it does not fit.
         config.optimization.cuda.graphs = True
     return config
 
@@ -86,10 +86,10 @@ def to_text(config: ModelConfig) -> str:
 
 
 def parse(text: str) -> ModelConfig:
-    """Read the text of a ``config.pbtxt``.
+    """Parse the text of a ``config.pbtxt``.
 
     Raises:
-        MalformedConfig: it is none.
+        MalformedConfig: the text is not a model configuration.
     """
     from google.protobuf import text_format  # noqa: PLC0415  see `_messages`
 
@@ -100,7 +100,7 @@ def parse(text: str) -> ModelConfig:
 
 
 def _messages() -> Any:
-    """Triton's messages, imported when a configuration is written or read: who only reads manifests needs none."""
+    """Import Triton's protobuf messages on first use, so that code that only reads manifests does not need them."""
     from tritonclient.grpc import model_config_pb2  # noqa: PLC0415
 
     return model_config_pb2
@@ -111,7 +111,7 @@ def _common_target(loaded: Sequence[Manifest]) -> ServedTarget:
     if len(targets) != 1:
         raise InvalidArgument(("loaded",), f"versions for {' and '.join(sorted(targets))} cannot be one model")
     buckets = {manifest.buckets for manifest in loaded}
-    if loaded[0].served.has_profiles and len(buckets) != 1:  # the profiles are named once for all versions
+    if loaded[0].served.has_profiles and len(buckets) != 1:  # the profiles are listed once for all versions
         raise InvalidArgument(
             ("loaded",),
             f"versions with the buckets {' and '.join(map(str, sorted(buckets)))} cannot be one model",
@@ -120,11 +120,11 @@ def _common_target(loaded: Sequence[Manifest]) -> ServedTarget:
 
 
 def _batching(serving: Serving) -> Any:
-    """Without an explicit batcher Triton ignores queue limits and timeouts.
+    """Configure the batcher explicitly, because Triton otherwise ignores queue limits and timeouts.
 
-    A queued request is refused once late, but one being computed always finishes. With a queue policy and a single
-    instance, Triton 2.51 leaves about one request in a hundred waiting for half a second or more while the instance is
-    idle; never seen without the policy, or with a second instance.
+    Triton rejects a queued request that is too late, but always finishes a running one. With a queue policy and a
+    single instance, Triton 2.51 makes about 1 % of requests wait half a second or more while the instance is idle. This
+    was never seen without the policy or with a second instance, so a single instance gets no policy.
     """
     pb = _messages()
     batching = pb.ModelDynamicBatching(max_queue_delay_microseconds=0)
@@ -141,7 +141,7 @@ def _batching(serving: Serving) -> Any:
 
 
 def _instance_group(target: ServedTarget, serving: Serving, profiles: int) -> Any:
-    """Without an explicit group Triton chooses the device, and of unnamed profiles it would use the first alone."""
+    """Name device and profiles explicitly: by default Triton picks the device and uses only the first profile."""
     group = _messages().ModelInstanceGroup
     return group(
         count=serving.instances,
@@ -152,7 +152,7 @@ def _instance_group(target: ServedTarget, serving: Serving, profiles: int) -> An
 
 
 def _warm_up(length: int, windows: int) -> Any:
-    """A request of zeros: token id 0 exists in every vocabulary, where random ids would not."""
+    """Build a warm-up request of zeros: every vocabulary has token id 0, but random ids might not exist."""
     pb = _messages()
     zeros = pb.ModelWarmup.Input(data_type=pb.TYPE_INT32, dims=[length], zero_data=True)
     name = f"length_{length}" + (f"_windows_{windows}" if windows > 1 else "")

@@ -91,7 +91,7 @@ def test_a_rollout_and_its_rollback(repository: Repository, add: Add) -> None:
     repository.switch(MODEL_NAME, 2)
     repository.switch(MODEL_NAME, 2)
     assert repository.serving()[MODEL_NAME] == Serving(active=2, previous=1, loaded=(1, 2))
-    with pytest.raises(ChangeRefused, match="version 2 is the active one; switch to another first"):
+    with pytest.raises(ChangeRefused, match="version 2 is active; switch to another version first"):
         repository.unload(MODEL_NAME, 2)
     repository.unload(MODEL_NAME, 1)
     unloaded = config(repository)
@@ -113,7 +113,7 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(repository: Reposi
     ):
         with pytest.raises(ChangeRefused, match=message):
             repository.load(MODEL_NAME, version)
-    with pytest.raises(ChangeRefused, match=r"german: no such model in .*; there are bert_qa"):
+    with pytest.raises(ChangeRefused, match=r"german: no such model in .*; found: bert_qa"):
         repository.load("german", 1)
     assert before == {path: path.read_bytes() for path in repository.root.rglob("*") if path.is_file()}
 
@@ -175,7 +175,7 @@ def test_a_file_that_stays_the_same_is_not_written_again(repository: Repository,
         ("{", "not readable"),
         ('{"bert_qa": 1}', "serving.json: bert_qa: must be a JSON object"),
         ('{"bert_qa": {"active": 1, "loaded": [1], "weight": 2}}', "serving.json: bert_qa: unknown field 'weight'"),
-        ('{"bert_qa": {"active": 2, "loaded": [1]}}', "bert_qa: active is 2, which is not among the loaded"),
+        ('{"bert_qa": {"active": 2, "loaded": [1]}}', "bert_qa: active is 2, which is not one of the loaded versions"),
     ],
 )
 def test_a_broken_serving_json_is_named(repository: Repository, add: Add, text: str, message: str) -> None:
@@ -187,7 +187,7 @@ def test_a_broken_serving_json_is_named(repository: Repository, add: Add, text: 
 
 def test_a_repository_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ChangeRefused, match=r"file/models: cannot be written to \(Not a directory\)"):
+    with pytest.raises(ChangeRefused, match=r"file/models: not writable \(Not a directory\)"):
         Repository(tmp_path / "file" / "models").load(MODEL_NAME, 1)
 
 

@@ -130,11 +130,11 @@ def test_settings_of_other_types_are_refused(tmp_path: Path, fields: dict[str, o
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"id": "0"}, r"qas\[1\]\.id: '0' is also that of data\[0\]\.paragraphs\[0\]\.qas\[0\]"),
-        ({"question": " \u200b"}, r"question: holds nothing that can be read"),
+        ({"id": "0"}, r"qas\[1\]\.id: '0' is already used at data\[0\]\.paragraphs\[0\]\.qas\[0\]"),
+        ({"question": " \u200b"}, r"question: must contain visible text"),
         ({"question": "\ud800"}, r"question: not valid Unicode, lone surrogate at character 0"),
-        ({"answers": [{"text": "", "answer_start": 0}]}, r"answers\[0\]: the context does not hold ''"),
-        ({"answers": [{"text": "Ada", "answer_start": 10**30}]}, r"answers\[0\]: the context does not hold 'Ada'"),
+        ({"answers": [{"text": "", "answer_start": 0}]}, r"answers\[0\]: the context does not contain ''"),
+        ({"answers": [{"text": "Ada", "answer_start": 10**30}]}, r"answers\[0\]: the context does not contain 'Ada'"),
     ],
 )
 def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path, change: dict[str, object], said: str) -> None:

@@ -137,7 +137,7 @@ def test_the_exit_code_says_whether_something_fails(
 def test_a_broken_serving_json(publish: Publish, repository: Repository, examine: Callable[..., list[Finding]]) -> None:
     publish()
     (repository.root / "serving.json").write_text('{"bert_qa": {"active": 2, "loaded": [1]}}')
-    one(examine(), "repository", "FAIL", "active is 2, which is not among the loaded")
+    one(examine(), "repository", "FAIL", "active is 2, which is not one of the loaded versions")
 
 
 # ---- files ----

@@ -146,7 +146,7 @@ def test_a_whole_rollout_under_load_fails_and_mixes_up_nothing(
         until(lambda: product.versions() == [1, 1], seconds=10)
         assert product.models("switch", MODEL_NAME, "2") == 0
         assert product.models("unload", MODEL_NAME, "2") == 1
-        assert "version 2 is the active one; switch to another first" in capsys.readouterr().err
+        assert "version 2 is active; switch to another version first" in capsys.readouterr().err
         assert product.models("unload", MODEL_NAME, "1") == 0
         assert product.models("list") == 0
         listed = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[1:]]
