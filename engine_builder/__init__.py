@@ -1,7 +1,7 @@
-"""Checkpoint directory -> measured engine in a Triton model repository; needs neither torch nor transformers."""
+"""Build a checkpoint into a measured engine in a Triton model repository, without torch or transformers."""
 
 import sys
 
-# OpenVINO would report its import, and NNCF what it quantizes, to their makers; see openvino_model.py, which in Triton
-# is on its own.
+# OpenVINO and NNCF send telemetry by default, so turn it off here. openvino_model.py repeats this, because Triton runs
+# it without this package.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Build an engine, measure it, and publish it as a version of the model that Triton serves.
+"""Build an engine, measure it, and publish it as a new version of the model that Triton serves.
 
 python -m engine_builder --checkpoint checkpoints/minilm-l6-squad --target cpu
 """
@@ -50,34 +50,34 @@ from engine_builder.publish import (
 from engine_builder.targets import TARGETS, Target
 
 MAX_LOGIT_ERRORS = {"fp32": 0.001, "fp16": 0.01, "bf16": 0.1, "int8": 0.25, "fp8": 0.25}
-"""Of an engine that computes the right thing, as a share of the logits' standard deviation; a few times what was
-measured (docs/benchmarks.md)."""
+"""Largest allowed error of the logits, as a share of their standard deviation; a few times what was measured on correct
+engines (docs/benchmarks.md)."""
 CALIBRATION_WINDOWS = 64
-"""Windows that int8 and fp8 ranges are measured on; more take longer and move F1 by less than its noise."""
+"""Windows used to calibrate int8 and fp8; more take longer and change F1 by less than its noise."""
 MIN_TRITON = "2.49.0"
-"""The first whose poll mode leaves the versions alone that did not change."""
+"""The first Triton release whose poll mode does not reload unchanged versions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions(EngineOptions):
-    """What a build needs to know; the fields, with those of the engine, are the flags of the command line."""
+    """Options of a build; these fields and those of `EngineOptions` are the command-line flags."""
 
     checkpoint: str  # directory or hub id
     target: TargetName
-    precision: str | None = None  # the target's default on this machine
+    precision: str | None = None  # None: the target's default on this machine
     repository: Path = Path("model_repository")
     model: str = MODEL_NAME
-    version: int | None = None  # one above the latest
+    version: int | None = None  # None: one above the latest
     activate: bool = False
-    gate_data: Path | None = None  # gate.json of the checkpoint
-    calibration_data: Path | None = None  # calibration.json of the checkpoint
+    gate_data: Path | None = None  # None: the checkpoint's gate.json
+    calibration_data: Path | None = None  # None: the checkpoint's calibration.json
     max_f1_loss: float = 0.5  # percentage points below the float32 checkpoint
-    max_logit_error: float | None = None  # of `MAX_LOGIT_ERRORS`
-    instances: int | None = None  # None: as the model has it, or the default of `Serving`; so are threads and gpus
+    max_logit_error: float | None = None  # None: from `MAX_LOGIT_ERRORS`
+    instances: int | None = None  # None: keep the model's value, or the default of `Serving`; also for threads, gpus
 
     @property
     def publication(self) -> Publication:
-        """Those of the flags that say where it goes and how it is served."""
+        """The flags that say where to publish and how to serve."""
         return Publication(**{each.name: getattr(self, each.name) for each in fields(Publication)})
 
 
@@ -91,12 +91,12 @@ class _Inputs:
     maker: WindowMaker
     gate_file: Path
     gate: Sequence[Example]
-    calibration: Sequence[Window]  # none where the precision needs none
+    calibration: Sequence[Window]  # empty if the precision needs no calibration
     precision: str
 
 
 def build(options: BuildOptions) -> Manifest:
-    """Build and publish; a refused build leaves the repository as it was.
+    """Build and publish an engine; a refused build leaves the repository unchanged.
 
     Raises:
         BuildRefused, InvalidCheckpoint, BundleMismatch, MalformedSquad, GateFailed: nothing was published.
@@ -126,38 +126,39 @@ def build(options: BuildOptions) -> Manifest:
 
 
 def _precision(target: Target, options: BuildOptions) -> str:
-    """The precision to build at, once it is clear that this machine can.
+    """Check the flags and the machine, and return the precision to build at.
 
     Raises:
-        BuildRefused: a flag does not go with the target, or the machine lacks what the target needs.
+        BuildRefused: a flag does not fit the target, or the machine lacks something that the target needs.
     """
     precision = options.precision or target.default_precision()
     if precision not in target.precisions:
-        raise BuildRefused(f"--precision {precision}: --target {options.target} has {', '.join(target.precisions)}")
+        supported = ", ".join(target.precisions)
+        raise BuildRefused(f"--precision {precision}: --target {options.target} supports {supported}")
     defaults = {each.name: each.default for each in fields(EngineOptions)}
     for name, other in TARGETS.items():
         for option in sorted(other.own_options - target.own_options):
             if getattr(options, option) != defaults[option]:
-                raise BuildRefused(f"--{option.replace('_', '-')}: only for --target {name}")
+                raise BuildRefused(f"--{option.replace('_', '-')}: only valid with --target {name}")
     return target.check_machine(precision, options)
 
 
 def _read_inputs(options: BuildOptions, target: Target, precision: str) -> _Inputs:
-    """Read and check everything before anything is computed.
+    """Read and check all inputs before computing anything.
 
     Raises:
-        BuildRefused, InvalidCheckpoint, MalformedSquad, GateFailed: something is missing or broken.
+        BuildRefused, InvalidCheckpoint, MalformedSquad, GateFailed: an input is missing or invalid.
     """
     checkpoint = find_checkpoint(options.checkpoint)
     settings = Settings.of_checkpoint(checkpoint)
-    if not (checkpoint / SETTINGS_FILE).exists():  # the directory of a hub snapshot is named after its commit
+    if not (checkpoint / SETTINGS_FILE).exists():  # a hub snapshot's directory is named after its commit
         settings = replace(settings, name=Path(options.checkpoint).resolve().name)
     architecture = read_architecture(checkpoint)
     maker = window_maker(checkpoint, settings, architecture)
     gate_file = _data_file(options.gate_data, checkpoint / GATE_FILE, "--gate-data")
     gate = read_squad(gate_file)
     if not any(example.context.strip() for example in gate):
-        raise BuildRefused(f"--gate-data: {gate_file} holds no question over a text")
+        raise BuildRefused(f"--gate-data: {gate_file} contains no question with a context")
     check_tokenizer(maker, gate)
     has_calibration = options.calibration_data or (checkpoint / CALIBRATION_FILE).is_file()
     if options.precision is None and precision in target.calibrated and not has_calibration:
@@ -171,7 +172,7 @@ def _read_inputs(options: BuildOptions, target: Target, precision: str) -> _Inpu
         file = _data_file(options.calibration_data, checkpoint / CALIBRATION_FILE, "--calibration-data")
         calibration = calibration_windows(read_squad(file), maker)
         if not calibration:
-            raise BuildRefused(f"--calibration-data: {file} holds no question over a text")
+            raise BuildRefused(f"--calibration-data: {file} contains no question with a context")
     return _Inputs(
         checkpoint=checkpoint,
         settings=settings,
@@ -187,7 +188,7 @@ def _read_inputs(options: BuildOptions, target: Target, precision: str) -> _Inpu
 def _build_engine(
     inputs: _Inputs, target: Target, reference: Path, directory: Path, options: BuildOptions, stack: ExitStack
 ) -> Engine:
-    """Write the float32 graph to ``reference``, and build from it."""
+    """Write the float32 graph to ``reference``, and build the engine from it."""
     with tqdm(total=2, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}]") as steps:
         steps.set_description("exporting the graph")
         weights = read_weights(inputs.checkpoint, inputs.architecture)
@@ -207,7 +208,7 @@ def _build_engine(
 
 
 def _manifest(inputs: _Inputs, target: TargetName, engine: Engine, measured: Measured) -> Manifest:
-    """Describe the engine, and time it."""
+    """Create the manifest of an engine, and measure its latency."""
     maker, settings = inputs.maker, inputs.settings
     latency_ms = {
         str(length): engine.latency(full_windows(inputs.gate, maker, length))
@@ -243,17 +244,18 @@ def _manifest(inputs: _Inputs, target: TargetName, engine: Engine, measured: Mea
 
 
 def _floating(target: Target, precision: str) -> list[str]:
-    """Other precisions of a target, in floating point, that may lose less than this one."""
+    """Return the target's floating-point precisions that may lose less accuracy than this one."""
     if precision == "fp32":
-        return []  # loses nothing
+        return []  # fp32 loses nothing
     return [name for name in target.precisions if name != precision and name not in target.calibrated]
 
 
 def window_maker(checkpoint: Path, settings: Settings, architecture: Architecture) -> WindowMaker:
-    """The checkpoint's tokenizer with its limits, checked against the weights.
+    """Load the checkpoint's tokenizer with its window settings, and check both against the model.
 
     Raises:
-        InvalidCheckpoint: the tokenizer is missing or has more tokens than the model, or a window is too long for it.
+        InvalidCheckpoint: the tokenizer is missing or has more tokens than the model, or windows are too long for the
+            model.
     """
     longest = architecture.max_tokens
     if settings.max_seq_len > longest:
@@ -262,7 +264,7 @@ def window_maker(checkpoint: Path, settings: Settings, architecture: Architectur
             f"{CONFIG_FILE} is {longest}"
         )
     fits = next((length for length in BUCKETS if settings.max_seq_len <= length <= longest), longest)
-    buckets = [length for length in BUCKETS if length < fits] + [fits]  # a longer one would be memory for nothing
+    buckets = [length for length in BUCKETS if length < fits] + [fits]  # longer buckets would only waste memory
     try:
         maker = WindowMaker.from_directory(
             checkpoint,
@@ -275,14 +277,14 @@ def window_maker(checkpoint: Path, settings: Settings, architecture: Architectur
         raise InvalidCheckpoint(str(error)) from error
     if maker.vocabulary_size > architecture.vocab_size:
         raise InvalidCheckpoint(
-            f"{checkpoint / TOKENIZER_FILE}: has {maker.vocabulary_size} tokens, but vocab_size of {CONFIG_FILE} is "
+            f"{checkpoint / TOKENIZER_FILE}: has {maker.vocabulary_size} tokens, but vocab_size in {CONFIG_FILE} is "
             f"{architecture.vocab_size}; it belongs to another checkpoint"
         )
     return maker
 
 
 def calibration_windows(examples: Sequence[Example], maker: WindowMaker) -> list[Window]:
-    """Up to `CALIBRATION_WINDOWS` windows, spread evenly over the questions."""
+    """Return up to `CALIBRATION_WINDOWS` windows, spread evenly over the questions."""
     chosen = examples[:: max(1, len(examples) // CALIBRATION_WINDOWS)]
     windows = [window for example in chosen for window in maker(example.question, example.context).windows[:1]]
     return windows[:CALIBRATION_WINDOWS]
@@ -291,9 +293,8 @@ def calibration_windows(examples: Sequence[Example], maker: WindowMaker) -> list
 def _data_file(given: Path | None, default: Path, flag: str) -> Path:
     path = given or default
     if not path.is_file():
-        raise BuildRefused(
-            f"{flag}: {given} is no file" if given else f"{flag}: needed, because the checkpoint has no {default.name}"
-        )
+        missing = f"{given} is not a file" if given else f"required, because the checkpoint has no {default.name}"
+        raise BuildRefused(f"{flag}: {missing}")
     return path
 
 
@@ -306,7 +307,7 @@ def _summary(published: Published, where: Publication, measured: Measured, secon
             f"\n  not active yet: bertqa models load {where.model} {published.directory.name}, then check, then switch"
         )
     )
-    # where there is a CUDA graph, Triton runs that
+    # Triton runs the CUDA graph if there is one
     latencies = ", ".join(
         f"{length}: {each.get('graph_p50', each['p50']):.2f}" for length, each in manifest.latency_ms.items()
     )
@@ -316,7 +317,7 @@ def _summary(published: Published, where: Publication, measured: Measured, secon
         f"on {manifest.gate_questions} questions\n"
         f"  same span as float32 for {measured.same_spans:.1%}, logits off by {measured.logit_error:.2%} "
         f"(at most {measured.max_logit_error:.3f})\n"
-        f"  ms for one window of so many tokens, median: {latencies}\n"
+        f"  median ms for one window, by tokens: {latencies}\n"
         f"  {sum(file.stat().st_size for file in published.directory.iterdir()) / 1e6:.0f} MB, built in {seconds:.0f} s"
         + next_step
     )

@@ -1,4 +1,4 @@
-"""A question-answering checkpoint on disk: its files and weights, read without torch and never unpickled."""
+"""Find a question-answering checkpoint and read its weights, without torch and without unpickling anything."""
 
 import re
 from collections.abc import Mapping
@@ -25,30 +25,30 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 class InvalidCheckpoint(ValueError):
-    """A checkpoint cannot be built from; the message names the file and, where there is one, the field or tensor."""
+    """The checkpoint cannot be used; the message names the file and, if there is one, the field or tensor."""
 
 
 class Tensors(Protocol):
-    """Which tensors a model needs; `engine_builder.architectures.Architecture` says it in full."""
+    """The tensors that a model needs; a part of `engine_builder.architectures.Architecture`."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor, and its shape."""
+        """Return the shape of every tensor, by name."""
 
     def tensor_name(self, stored: str) -> str | None:
-        """The name of a stored tensor in ``shapes()``; None if it is not needed."""
+        """Map the name of a stored tensor to its name in ``shapes()``, or to None if it is not needed."""
 
 
 def find_checkpoint(checkpoint: str) -> Path:
-    """A local checkpoint directory as it is, or a snapshot of a hub checkpoint; never a pickle.
+    """Return a local checkpoint directory, or download a hub checkpoint without its pickle files.
 
     Raises:
-        InvalidCheckpoint: there is no such directory and no such hub checkpoint.
+        InvalidCheckpoint: there is neither such a directory nor such a hub checkpoint.
     """
     directory = Path(checkpoint)
     if directory.is_dir():
         return directory
     if not _HUB_ID.fullmatch(checkpoint) or directory.exists():
-        raise InvalidCheckpoint(f"{checkpoint}: no such directory, and not a hub id of the form OWNER/NAME")
+        raise InvalidCheckpoint(f"{checkpoint}: no such directory, and not a hub id such as OWNER/NAME")
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415  needed for hub ids only
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
@@ -60,7 +60,7 @@ def find_checkpoint(checkpoint: str) -> Path:
     try:
         return Path(snapshot_download(checkpoint, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InvalidCheckpoint(f"{checkpoint}: no such directory, and the hub did not give it ({error})") from error
+        raise InvalidCheckpoint(f"{checkpoint}: no such directory, and the hub download failed ({error})") from error
 
 
 def read_weights(directory: Path, wanted: Tensors) -> dict[str, FloatArray]:
@@ -70,13 +70,13 @@ def read_weights(directory: Path, wanted: Tensors) -> dict[str, FloatArray]:
         The tensors of ``wanted.shapes()`` under those names.
 
     Raises:
-        InvalidCheckpoint: the file is missing, truncated or no safetensors file, or a tensor is missing, unknown, not
-            finite, or of another shape than the configuration says.
+        InvalidCheckpoint: the file is missing, truncated or not a safetensors file, or a tensor is missing, unknown or
+            not finite, or has another shape than ``config.json`` says.
     """
     path = directory / WEIGHTS_FILE
     if not path.is_file():
         pickled = next((name for name in _PICKLES if (directory / name).exists()), None)
-        also = f"; {pickled} is not read, because loading it can run code: save as safetensors" if pickled else ""
+        also = f"; {pickled} is not read, because loading it can run code; save it as safetensors" if pickled else ""
         raise InvalidCheckpoint(f"{path}: is missing{also}")
     weights: dict[str, FloatArray] = {}
     shapes = wanted.shapes()
@@ -87,19 +87,19 @@ def read_weights(directory: Path, wanted: Tensors) -> dict[str, FloatArray]:
                     continue
                 if name not in shapes:
                     raise InvalidCheckpoint(
-                        f"{path}: tensor {stored} has no place in the model that {CONFIG_FILE} describes"
+                        f"{path}: tensor {stored} does not belong to the model that {CONFIG_FILE} describes"
                     )
                 found = tuple(file.get_slice(stored).get_shape())
                 if found != shapes[name]:
                     raise InvalidCheckpoint(
-                        f"{path}: tensor {stored} has shape {found}; {CONFIG_FILE} expects {shapes[name]}"
+                        f"{path}: tensor {stored} has shape {found}, but {CONFIG_FILE} expects {shapes[name]}"
                     )
                 if (kind := file.get_slice(stored).get_dtype()) not in _FLOATS:
-                    raise InvalidCheckpoint(f"{path}: tensor {stored} is of type {kind}; only {_FLOATS} can be read")
-                with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+                    raise InvalidCheckpoint(f"{path}: tensor {stored} has type {kind}; supported: {', '.join(_FLOATS)}")
+                with np.errstate(over="ignore"):  # overflow gives infinity, which is refused below
                     weights[name] = file.get_tensor(stored).astype(np.float32)
     except (SafetensorError, OSError) as error:
-        raise InvalidCheckpoint(f"{path}: truncated, or no safetensors file ({error})") from error
+        raise InvalidCheckpoint(f"{path}: truncated, or not a safetensors file ({error})") from error
     _check_values(path, weights, shapes)
     return weights
 
@@ -109,4 +109,4 @@ def _check_values(path: Path, weights: Mapping[str, FloatArray], shapes: Mapping
         if name not in weights:
             raise InvalidCheckpoint(f"{path}: tensor {name} of shape {shape} is missing")
         if not np.isfinite(weights[name]).all():
-            raise InvalidCheckpoint(f"{path}: tensor {name} holds NaN or infinite values")
+            raise InvalidCheckpoint(f"{path}: tensor {name} contains NaN or infinite values")

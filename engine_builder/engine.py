@@ -1,4 +1,4 @@
-"""What the builder of a target is given and what it leaves: all that `build` knows of OpenVINO and TensorRT."""
+"""The inputs and outputs of a target's builder; `build` knows nothing else about OpenVINO and TensorRT."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from engine_builder.architectures import Architecture
 from engine_builder.checkpoint import FloatArray
 
 _MIN_CALLS, _MAX_CALLS = 10, 200
-_SECONDS = 2.0  # of measuring at one length, unless the calls are slower than the fewest allow
+_SECONDS = 2.0  # time to measure one length; slow engines take longer, for the minimum number of calls
 _WARM_UP_CALLS = 3
 
 
@@ -25,16 +25,16 @@ class Source:
     architecture: Architecture
     weights: Mapping[str, FloatArray]
     reference: Path  # the float32 graph, in ONNX
-    buckets: Sequence[int]  # lengths that it will be asked for, in tokens
-    calibration: Sequence[Window]  # real windows; none where the precision needs none
+    buckets: Sequence[int]  # window lengths that the engine must support, in tokens
+    calibration: Sequence[Window]  # real windows; empty if the precision needs no calibration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What the target that builds an engine may be told; the fields are flags of the command line."""
+    """Options of a target's builder; the fields are command-line flags."""
 
-    threads: int | None = None  # cores that an engine may use on a CPU; None and 0 are all
-    gpus: tuple[int, ...] | None = None  # devices that Triton shall use
+    threads: int | None = None  # CPU cores that an engine may use; None and 0 mean all
+    gpus: tuple[int, ...] | None = None  # GPUs that Triton uses
     max_batch_size: int = 1  # windows in one call
     optimization_level: int | None = None  # None: TensorRT's own default
     timing_cache: Path | None = None
@@ -43,11 +43,11 @@ class EngineOptions:
 
 
 def wall_clock(predict: Predict, windows: Sequence[Window]) -> dict[str, float]:
-    """Percentiles of the time of one call, in milliseconds: "p50", "p90" and "p99".
+    """Measure percentiles of the time of one call, in milliseconds: "p50", "p90" and "p99".
 
     Args:
         predict: the engine.
-        windows: taken in turns; at least one.
+        windows: inputs of the calls, in turn; at least one.
     """
     for n in range(_WARM_UP_CALLS):
         predict(windows[n % len(windows)])
@@ -62,17 +62,17 @@ def wall_clock(predict: Predict, windows: Sequence[Window]) -> dict[str, float]:
 
 
 def percentiles(milliseconds: Sequence[float], prefix: str = "") -> dict[str, float]:
-    """The 50th, 90th and 99th, rounded to microseconds, by the names ``p50`` and so on."""
+    """Return the 50th, 90th and 99th percentile, rounded to microseconds, as ``p50`` and so on."""
     return {f"{prefix}p{n}": round(float(np.percentile(milliseconds, n)), 3) for n in (50, 90, 99)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """A built engine, ready to be asked as Triton will ask it."""
+    """A built engine, loaded as Triton will load it."""
 
-    file: str  # in the directory of the bundle
-    sha256: str  # of all its files
-    onnx_sha256: str  # of the graph that it was built from
+    file: str  # name in the bundle's directory
+    sha256: str  # of all engine files
+    onnx_sha256: str  # of the graph that the engine was built from
     runtime: Mapping[str, str]  # library, driver or device -> version
     predict: Predict
     latency: Callable[[Sequence[Window]], Mapping[str, float]]  # windows of one length -> percentiles, in ms
@@ -81,13 +81,13 @@ class Engine:
 
 
 def full_windows(examples: Sequence[Example], maker: WindowMaker, length: int, count: int = 8) -> list[Window]:
-    """Real windows without padding, spread over the data; contexts are joined, and repeated, where one is too short.
+    """Make windows of real text without padding, spread over the data; short contexts are joined and repeated.
 
     Args:
-        examples: what they are made of.
-        maker: with the model's tokenizer.
-        length: of each window, in tokens.
-        count: at most that many; fewer where there are fewer examples.
+        examples: source of questions and contexts.
+        maker: window maker with the model's tokenizer.
+        length: length of each window, in tokens.
+        count: number of windows at most; there may be fewer examples.
     """
     step = max(1, len(examples) // count)
     windows: list[Window] = []

@@ -1,4 +1,4 @@
-"""Whether an engine still answers like its checkpoint: F1 and logits of both on the same real questions."""
+"""Check that an engine answers like its checkpoint, by F1 and logits on the same real questions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,32 +14,32 @@ from bertqa.squad import Example, Predict, Score, answer_all, score
 from bertqa.windows import OUTPUT_NAMES, Window, WindowMaker
 
 MAX_UNKNOWN_SHARE = 0.05
-"""Share of [UNK] among the gate's tokens above which tokenizer and text do not belong together. WordPiece on English
-text stays below 0.005."""
+"""Largest allowed share of [UNK] among the gate's tokens; above it, the tokenizer does not fit the text. WordPiece on
+English text stays below 0.005."""
 
 
 class GateFailed(Exception):
-    """The engine is not good enough to publish; the message has the measured number and its limit."""
+    """The engine is not good enough to publish; the message has the measured value and the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """An engine beside its float32 reference on the same questions."""
+    """Scores of an engine and of its float32 reference on the same questions."""
 
     engine: Score
     reference: Score
-    same_spans: float  # share of questions with the very same best span, in [0, 1]
-    max_logit_error: float  # over all tokens of all windows; padding not counted
-    logit_error: float  # root of the mean square over the same, as a share of the reference's standard deviation
+    same_spans: float  # share of questions with the same best span, in [0, 1]
+    max_logit_error: float  # over all tokens of all windows, without padding
+    logit_error: float  # root mean square over the same tokens, as a share of the reference's standard deviation
 
 
 def load_onnx(path: Path, *, threads: int = 0, spinning: bool = False) -> Predict:
-    """A graph in ONNX Runtime; the plain one is the float32 reference.
+    """Load a graph in ONNX Runtime; the float32 graph is the reference.
 
     Args:
-        path: of the ONNX file.
-        threads: cores; 0 is all.
-        spinning: let idle threads wait busily, which is faster where nothing else runs.
+        path: the ONNX file.
+        threads: number of CPU cores; 0 means all.
+        spinning: let idle threads spin, which is faster if nothing else runs.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -54,7 +54,7 @@ def load_onnx(path: Path, *, threads: int = 0, spinning: bool = False) -> Predic
 
 
 def check_tokenizer(maker: WindowMaker, examples: Sequence[Example]) -> None:
-    """Refuse a tokenizer that does not know the language of the questions.
+    """Refuse a tokenizer that does not fit the language of the questions.
 
     Raises:
         GateFailed: more than `MAX_UNKNOWN_SHARE` of the tokens are [UNK].
@@ -71,10 +71,10 @@ def check_tokenizer(maker: WindowMaker, examples: Sequence[Example]) -> None:
 def measure(examples: Sequence[Example], maker: WindowMaker, engine: Predict, reference: Predict) -> Measured:
     """Answer all questions with the reference, then with the engine.
 
-    One after the other, because the idle threads of two runtimes take each other's cores.
+    They run one after the other, because idle threads of one runtime would slow down the other.
 
     Raises:
-        GateFailed: logits of either are not finite or of the wrong shape.
+        GateFailed: logits of either are not finite or have the wrong shape.
     """
     expected_logits: list[Logits] = []
     expected = _answers(examples, maker, _recording(reference, expected_logits), "float32 reference")
@@ -82,7 +82,7 @@ def measure(examples: Sequence[Example], maker: WindowMaker, engine: Predict, re
     try:
         found = _answers(examples, maker, _recording(engine, found_logits), "engine")
     except GateFailed as failed:
-        raise GateFailed(f"{failed}; what overflows fp16, at 65,504, does not overflow --precision bf16") from failed
+        raise GateFailed(f"{failed}; values above 65,504 overflow fp16, so try --precision bf16") from failed
     reference_logits, engine_logits = (
         np.concatenate([np.concatenate(pair, axis=1)[0] for pair in each] or [np.zeros(1, np.float32)])
         for each in (expected_logits, found_logits)
@@ -116,7 +116,7 @@ def _answers(examples: Sequence[Example], maker: WindowMaker, predict: Predict, 
 
 
 def _recording(predict: Predict, record: list[Logits]) -> Predict:
-    """The same runtime, noting the logits of tokens; those of padding are never read."""
+    """Wrap a runtime to record the logits of tokens, without those of padding."""
 
     def recorded(window: Window) -> Logits:
         start, end = predict(window)
@@ -129,20 +129,20 @@ def _recording(predict: Predict, record: list[Logits]) -> Predict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccuracyGate:
-    """What an engine may lose against its float32 checkpoint."""
+    """How far an engine may fall behind its float32 checkpoint."""
 
     max_f1_loss: float  # in percentage points
     max_logit_error: float  # as a share of the standard deviation of the reference's logits
 
     def check(self, measured: Measured, instead: Sequence[str] = ()) -> None:
-        """Refuse an engine that lost too much F1, or computes something else though no question noticed.
+        """Refuse an engine that lost too much F1, or whose logits are wrong although the answers are not.
 
         Args:
-            measured: by `measure`.
-            instead: precisions that may lose less, to be named in the message.
+            measured: result of `measure`.
+            instead: precisions to suggest in the message, because they may lose less.
 
         Raises:
-            GateFailed: it is over a limit.
+            GateFailed: a limit is exceeded.
         """
         if (loss := measured.reference.f1 - measured.engine.f1) > self.max_f1_loss:
             raise GateFailed(

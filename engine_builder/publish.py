@@ -1,4 +1,4 @@
-"""Where a build becomes a version of a model: written where nobody looks, and moved to its place when it is whole."""
+"""Publish a build as a model version: write it outside the repository, and move it in when it is complete."""
 
 import errno
 import json
@@ -15,51 +15,51 @@ from bertqa.squad import Example, Predict, answer_all
 from bertqa.windows import WindowMaker
 
 NO_CACHE = "__pycache__"
-"""A file of this name keeps Triton's Python from writing its cache beside ``model.py``, which in poll mode is a change
-of the version and has it loaded a second time. The stub ignores PYTHONDONTWRITEBYTECODE."""
+"""A file of this name stops Python from writing its bytecode cache next to ``model.py``. In poll mode Triton would see
+the cache as a change and load the version again. Triton's Python stub ignores PYTHONDONTWRITEBYTECODE."""
 CHECK_QUESTIONS = 8
-"""Questions that a bundle carries with its own answers, to be asked again wherever it is loaded."""
+"""Number of questions stored in a bundle with its answers, to check it wherever it is loaded."""
 
 
 class BuildRefused(Exception):
-    """The arguments or the state of the repository do not allow the build; the message names the flag."""
+    """The options or the state of the repository do not allow the build; the message names the flag."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
-    """Where and how to publish; the fields are flags of the command line."""
+    """Where and how to publish; the fields are command-line flags."""
 
     repository: Path = Path("model_repository")
     model: str = MODEL_NAME
-    version: int | None = None  # one above the latest
-    activate: bool = False  # the first version of a model is active in any case
-    instances: int | None = None  # this and the rest: as they were, or the defaults of `Serving`
+    version: int | None = None  # None: one above the latest
+    activate: bool = False  # a model's first version is always active
+    instances: int | None = None  # here and below, None: keep the value, or the default of `Serving`
     threads: int | None = None
     gpus: tuple[int, ...] | None = None
 
     def next_version(self) -> int:
-        """The version that would be published now.
+        """Return the number of the version to publish.
 
         Raises:
-            BuildRefused: the model cannot have that name, or already has this version or a later one.
+            BuildRefused: the model name is not valid, or the model already has this version or a later one.
         """
         if not MODEL_NAMES.fullmatch(self.model):
-            raise BuildRefused(f"--model {self.model}: must be letters, digits and _.- and begin with no sign")
+            raise BuildRefused(f"--model {self.model}: use letters, digits and _.- and start with a letter or digit")
         model = self.repository / self.model
         versions = [int(entry.name) for entry in model.glob("[0-9]*") if entry.name.isdecimal()]
         latest = max(versions, default=0)
         if self.version is None:
             return latest + 1
         if self.version <= latest:
-            raise BuildRefused(f"--version {self.version}: {model} already has version {latest}; numbers only rise")
+            raise BuildRefused(f"--version {self.version}: {model} already has version {latest}; give a higher number")
         return self.version
 
 
 @contextmanager
 def building() -> Iterator[Path]:
-    """A directory to build a bundle in, gone in the end unless it was published.
+    """Create a temporary directory to build a bundle in; it is removed at the end unless it was published.
 
-    It is not in the repository: a Triton that polls that would take it for a model, or for a change of one.
+    It is outside the repository, because a polling Triton would take it for a model or for a change of one.
     """
     with tempfile.TemporaryDirectory(prefix="bertqa-build-") as parent:
         directory = Path(parent) / "bundle"
@@ -68,9 +68,9 @@ def building() -> Iterator[Path]:
 
 
 def write_questions(path: Path, examples: Sequence[Example], maker: WindowMaker, engine: Predict) -> None:
-    """Write the questions that the engine is surest of, with its answers, as a JSON list of objects.
+    """Write the questions that the engine is most certain of, with its answers, as a JSON list of objects.
 
-    The surest, because no rounding on another machine turns them round.
+    Rounding on another machine does not change these answers.
     """
     found = [(example, decoded.best) for example, decoded in answer_all(examples, maker, engine)]
     sure = sorted((pair for pair in found if pair[1]), key=lambda pair: -pair[1].score if pair[1] else 0)
@@ -84,7 +84,7 @@ def write_questions(path: Path, examples: Sequence[Example], maker: WindowMaker,
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A version in its place."""
+    """A published version."""
 
     directory: Path
     manifest: Manifest
@@ -92,13 +92,13 @@ class Published:
 
 
 def publish(directory: Path, manifest: Manifest, where: Publication) -> Published:
-    """Make a built directory a version of the model; its manifest is written here, with the hashes of all files.
+    """Write the manifest with the hashes of all files, and move a built directory into place as a model version.
 
-    The active version and the one before stay on disk, and whatever is loaded; other older ones are removed.
+    Keeps the active, previous and loaded versions on disk, and removes other older ones.
 
     Raises:
         BuildRefused: as in `Publication.next_version`.
-        ChangeRefused: the repository cannot be written to.
+        ChangeRefused: the repository is not writable.
     """
     repository = Repository(where.repository)
     if manifest.served.backend == "python":
@@ -110,7 +110,7 @@ def publish(directory: Path, manifest: Manifest, where: Publication) -> Publishe
     for path in directory.iterdir():
         path.chmod(0o644)
     if answering := _answers(repository, where.model):
-        repository.configure(where.model)  # states what is active, so that a higher number alone changes nothing
+        repository.configure(where.model)  # records the active version, so that a higher number alone changes nothing
     with repository.locked():
         version = where.next_version()
         serving = repository.serving().get(where.model) if answering else None
@@ -130,7 +130,7 @@ def publish(directory: Path, manifest: Manifest, where: Publication) -> Publishe
 
 
 def _answers(repository: Repository, model: str) -> bool:
-    """Whether the model has an active version that this release can serve."""
+    """Check whether the model has an active version that this release can serve."""
     serving = repository.serving().get(model)
     try:
         return serving is not None and bool(repository.manifest(model, serving.active))
@@ -139,7 +139,7 @@ def _answers(repository: Repository, model: str) -> bool:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename, or copy to another file system, the manifest last: a directory without one is no version."""
+    """Move a directory, or copy it to another file system with the manifest last: without one it is not a version."""
     try:
         source.rename(target)
     except OSError as error:

@@ -1,10 +1,10 @@
-"""Explicit quantization: scales for the inputs of all linear layers, measured on real windows.
+"""Explicit quantization: measure scales for the inputs of all linear layers on real windows.
 
-TensorRT 11 calibrates nothing by itself; it computes in int8 or fp8 where the graph holds a pair of QuantizeLinear and
-DequantizeLinear. A transformer's activations have a few features far larger than the rest, which one scale for all
-features cannot hold in 8 bits. SmoothQuant (Xiao et al. 2023, equation 4) divides each feature j by
-``s_j = max|x_j|^a / max|w_j|^(1 - a)`` and multiplies the weights by it, which changes no result and leaves the
-weights, with a scale for each output, the harder half.
+TensorRT 11 does not calibrate; it computes in int8 or fp8 where the graph has a pair of QuantizeLinear and
+DequantizeLinear. A transformer's activations have a few features far larger than the rest, so a single scale for all
+features loses too much in 8 bits. SmoothQuant (Xiao et al. 2023, equation 4) divides each feature j by
+``s_j = max|x_j|^a / max|w_j|^(1 - a)`` and multiplies the weights by it. This does not change the result, and moves the
+difficulty to the weights, which have one scale per output.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,25 +22,25 @@ from engine_builder.checkpoint import FloatArray
 
 QuantizedType = Literal["int8", "fp8"]
 LARGEST: dict[QuantizedType, float] = {"int8": 127, "fp8": 448}
-"""Largest magnitude of the type; fp8 is E4M3 (Micikevicius et al. 2022)."""
+"""Largest magnitude of each type; fp8 is E4M3 (Micikevicius et al. 2022)."""
 
 SMOOTHING = 0.9
-"""The exponent ``a``, for int8; docs/benchmarks.md has the sweep. Fp8 keeps small features as exact as large ones."""
+"""The exponent ``a`` for int8; docs/benchmarks.md has the sweep. Fp8 is as exact for small features as for large."""
 _SMALLEST_SCALE = float(np.finfo(np.float16).smallest_normal)
 
 
 @dataclass(frozen=True, slots=True)
 class LinearScales:
-    """How a linear layer's input and weight become 8-bit numbers."""
+    """Scales that convert a linear layer's input and weight to 8 bits."""
 
     smoothing: FloatArray | None  # (inputs,), divides the input's features and multiplies the weight's
-    input: float  # of the smoothed input, one for all features
-    weight: FloatArray  # of the smoothed weight: (outputs,) for int8, () for fp8
+    input: float  # scale of the smoothed input, one for all features
+    weight: FloatArray  # scales of the smoothed weight: (outputs,) for int8, () for fp8
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Scales for all linear layers of the encoder, by their names."""
+    """Scales for all linear layers of the encoder, by layer name."""
 
     type: QuantizedType
     layers: Mapping[str, LinearScales]
@@ -49,16 +49,16 @@ class Quantization:
 def calibrate(
     reference: Path, weights: Mapping[str, FloatArray], windows: Sequence[Window], kind: QuantizedType
 ) -> Quantization:
-    """Measure scales.
+    """Measure the scales for all linear layers.
 
     Args:
         reference: float32 graph of `engine_builder.architectures`.
-        weights: that it was written from.
-        windows: real ones; their padding is not looked at.
+        weights: the weights that the graph was written from.
+        windows: real windows; their padding is ignored.
         kind: type to quantize to.
 
     Raises:
-        ValueError: there is no window.
+        ValueError: ``windows`` is empty.
     """
     if not windows:
         raise ValueError("windows: at least one is needed")
@@ -85,14 +85,14 @@ def calibrate(
 
 
 def _scale(largest: FloatArray | np.float32, kind: QuantizedType) -> FloatArray:
-    """The largest magnitude on the largest number; never zero nor subnormal, for float16 has to hold it too."""
+    """Map the largest magnitude to the type's largest value; never zero or subnormal, also in float16."""
     return np.asarray(np.maximum(largest / LARGEST[kind], _SMALLEST_SCALE), np.float32)
 
 
 def _largest_features(
     model: onnx.ModelProto, tensors: Sequence[str], windows: Sequence[Window]
 ) -> dict[str, FloatArray]:
-    """Largest magnitude of each feature of each tensor, (features,), over the tokens of all windows."""
+    """Measure the largest magnitude of each feature of each tensor, (features,), over the tokens of all windows."""
     model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     largest: dict[str, FloatArray] = {}

@@ -1,8 +1,7 @@
-"""Model families that the builder can write as a graph, without torch.
+"""Model families that the builder can write as an ONNX graph, without torch.
 
-A family is one file here with a class that follows `Architecture`, and one line in `FAMILIES`. The class reads
-``config.json``, says which tensors it needs and by which names checkpoints store them, and writes the graph with the
-parts of `GraphWriter`.
+To add a family, add a file here with a class that implements `Architecture`, and a line in `FAMILIES`. The class reads
+``config.json``, lists the tensors it needs and their names in checkpoints, and writes the graph with `GraphWriter`.
 """
 
 import reprlib
@@ -23,7 +22,7 @@ from engine_builder.quantization import Quantization
 
 
 class Architecture(Protocol):
-    """A checkpoint's model as its ``config.json`` describes it."""
+    """The model that a checkpoint's ``config.json`` describes."""
 
     @classmethod
     def read(cls, config: ConfigFile) -> "Architecture":
@@ -35,35 +34,35 @@ class Architecture(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids that the embeddings have a row for."""
+        """Number of rows of the word embeddings."""
 
     @property
     def max_tokens(self) -> int:
-        """The longest window that the positions allow, special tokens included."""
+        """Longest window that the position embeddings allow, in tokens, special tokens included."""
 
     @property
     def encoder(self) -> Encoder:
-        """The sizes of the layers."""
+        """Sizes of the encoder's layers."""
 
     def shapes(self) -> Shapes:
-        """Every tensor that the graph needs, and its shape."""
+        """Return the shape of every tensor that the graph needs, by name."""
 
     def tensor_name(self, stored: str) -> str | None:
-        """The name in ``shapes()`` of a tensor of the checkpoint; None if the graph does not need it."""
+        """Map a tensor name of the checkpoint to its name in ``shapes()``, or to None if the graph does not need it."""
 
     def write(self, graph: GraphWriter) -> None:
-        """Write all nodes, from the inputs to the two logits of every token."""
+        """Write all nodes, from the inputs to the start and end logits of every token."""
 
 
 FAMILIES: Mapping[str, type[Architecture]] = {"bert": Bert, "distilbert": DistilBert, "electra": Electra}
-"""By ``model_type`` of ``config.json``."""
+"""Families by the ``model_type`` of ``config.json``."""
 
 
 def read_architecture(checkpoint: Path) -> Architecture:
-    """Read ``config.json`` of a checkpoint's directory.
+    """Read the ``config.json`` of a checkpoint directory.
 
     Raises:
-        InvalidCheckpoint: it is missing, malformed, or of a model that is not supported; the message names the field.
+        InvalidCheckpoint: the file is missing or malformed, or the model is not supported; the message names the field.
     """
     config = ConfigFile.read(checkpoint / CONFIG_FILE)
     found = config.values.get("model_type", "bert")
@@ -81,17 +80,17 @@ def build_graph(
     float_type: FloatType = "float32",
     quantization: Quantization | None = None,
 ) -> onnx.ModelProto:
-    """Write the graph.
+    """Write the ONNX graph of a checkpoint.
 
     Args:
-        architecture: of the checkpoint.
+        architecture: the checkpoint's model.
         weights: float32 tensors by the names of ``architecture.shapes()``.
         float_type: type of weights, matrix products and activations. Layer normalization and softmax always compute
             in float32, and the outputs are float32.
         quantization: scales for the linear layers of the encoder; without them nothing is quantized.
 
     Returns:
-        A checked model: int32 (batch, length) inputs by `INPUT_NAMES`, float32 (batch, length) outputs by
+        A checked model: int32 inputs (batch, length) named `INPUT_NAMES`, float32 outputs (batch, length) named
         `OUTPUT_NAMES`.
     """
     graph = GraphWriter(weights, float_type, quantization)

@@ -1,4 +1,4 @@
-"""Write a checkpoint's float32 graph alone, for other runtimes.
+"""Write a checkpoint's float32 ONNX graph for use in other runtimes.
 
 python -m engine_builder.architectures CHECKPOINT model.onnx
 """
@@ -16,7 +16,7 @@ def main(checkpoint: Path, destination: Path) -> None:
     """Read the checkpoint and write the graph.
 
     Raises:
-        InvalidCheckpoint: it cannot be built from.
+        InvalidCheckpoint: the checkpoint is incomplete, malformed or not supported.
     """
     architecture = read_architecture(checkpoint)
     onnx.save(build_graph(architecture, read_weights(checkpoint, architecture)), destination)

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018): words, positions and token types are added, normed, and read by the encoder."""
+"""BERT (Devlin et al. 2018): the encoder reads the normalized sum of word, position and token-type embeddings."""
 
 import re
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Bert:
 
 
 def read_encoder(config: ConfigFile) -> Encoder:
-    """Read the sizes of an encoder by the names that BERT's ``config.json`` has for them.
+    """Read the encoder's sizes from the fields of BERT's ``config.json``.
 
     Raises:
         InvalidCheckpoint: a field is missing or has a value that the graph cannot express.
@@ -69,7 +69,7 @@ def read_encoder(config: ConfigFile) -> Encoder:
 
 
 def embedding_shapes(vocab_size: int, positions: int, token_types: int, size: int) -> Shapes:
-    """The tensors of the embeddings, each of ``size`` numbers."""
+    """Return the shapes of the embedding tensors, with ``size`` numbers per row."""
     return {
         "embeddings.word_embeddings.weight": (vocab_size, size),
         "embeddings.position_embeddings.weight": (positions, size),
@@ -78,7 +78,7 @@ def embedding_shapes(vocab_size: int, positions: int, token_types: int, size: in
 
 
 def bert_name(name: str) -> str | None:
-    """The name of a tensor without its family's prefix; TensorFlow called parts of a layer normalization otherwise."""
+    """Remove the family's prefix from a tensor name, and rename TensorFlow's layer normalization parameters."""
     if _UNUSED.fullmatch(name):
         return None
     for old, new in _LAYER_NORM_OF_TENSORFLOW.items():
@@ -87,7 +87,7 @@ def bert_name(name: str) -> str | None:
 
 
 def write_embeddings(graph: GraphWriter, epsilon: float) -> str:
-    """Write the sum of the three embeddings, normed: (batch, length, size)."""
+    """Write the normalized sum of the three embeddings, (batch, length, size)."""
     words = graph.lookup("embeddings.word_embeddings", "input_ids", "embeddings.words")
     types = graph.lookup("embeddings.token_type_embeddings", "token_type_ids", "embeddings.token_types")
     positions = graph.positions("embeddings.position_embeddings", "embeddings.positions")

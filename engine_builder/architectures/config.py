@@ -12,7 +12,7 @@ from engine_builder.checkpoint import InvalidCheckpoint
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """The values of one ``config.json``; every error names the file and the field."""
+    """The fields of one ``config.json``; every error names the file and the field."""
 
     path: Path
     values: Mapping[str, Any]
@@ -22,7 +22,7 @@ class ConfigFile:
         """Read the file.
 
         Raises:
-            InvalidCheckpoint: it is missing or is not a JSON object.
+            InvalidCheckpoint: the file is missing or is not a JSON object.
         """
         try:
             values = json.loads(path.read_bytes())
@@ -33,7 +33,7 @@ class ConfigFile:
         return cls(path, values)
 
     def require(self, field: str, known: object, default: object = None) -> None:
-        """Refuse every value of a field but one.
+        """Check that a field has the only supported value.
 
         Raises:
             InvalidCheckpoint: the field has another value.
@@ -42,38 +42,38 @@ class ConfigFile:
             raise InvalidCheckpoint(f"{self.path}: {field} is {reprlib.repr(found)}; only {known!r} is supported")
 
     def count(self, field: str) -> int:
-        """A whole number of at least 1.
+        """Return an integer field that must be at least 1.
 
         Raises:
-            InvalidCheckpoint: the field is missing or holds something else.
+            InvalidCheckpoint: the field is missing or has another value.
         """
         number = self.values.get(field)
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise InvalidCheckpoint(f"{self.path}: {field} must be a positive whole number, not {reprlib.repr(number)}")
+            raise InvalidCheckpoint(f"{self.path}: {field} must be a positive integer, not {reprlib.repr(number)}")
         return number
 
     def epsilon(self, field: str, default: float) -> float:
-        """A number between 0 and 1, as layer normalization adds it to the variance.
+        """Return a field that must be between 0 and 1: the epsilon that layer normalization adds to the variance.
 
         Raises:
-            InvalidCheckpoint: the field holds something else.
+            InvalidCheckpoint: the field has another value.
         """
         epsilon = self.values.get(field, default)
         if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-            raise InvalidCheckpoint(f"{self.path}: {field} must lie between 0 and 1, not {reprlib.repr(epsilon)}")
+            raise InvalidCheckpoint(f"{self.path}: {field} must be between 0 and 1, not {reprlib.repr(epsilon)}")
         return epsilon
 
     def check_heads(self, hidden: str, heads: str) -> None:
-        """Check that the hidden size can be split into the attention heads.
+        """Check that the hidden size is a multiple of the number of attention heads.
 
         Raises:
-            InvalidCheckpoint: it cannot.
+            InvalidCheckpoint: the hidden size is not a multiple.
         """
         if (size := self.count(hidden)) % (number := self.count(heads)):
             raise InvalidCheckpoint(f"{self.path}: {hidden} {size} is not a multiple of {heads} {number}")
 
     def check_token_types(self) -> None:
-        """Check that question and context can have types of their own.
+        """Check that question and context can have different token types.
 
         Raises:
             InvalidCheckpoint: there are fewer than two token types.

@@ -1,4 +1,4 @@
-"""DistilBERT (Sanh et al. 2019): BERT's encoder under other names, without token types."""
+"""DistilBERT (Sanh et al. 2019): BERT's encoder with other tensor names and without token types."""
 
 import re
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class DistilBert:
         )
 
     def tensor_name(self, stored: str) -> str | None:
-        """Give a layer's tensors BERT's names, and drop the head of pretraining; see `Architecture`."""
+        """Rename the layers' tensors as in BERT, and drop the pretraining head; see `Architecture`."""
         name = stored.removeprefix("distilbert.")
         if name.startswith("vocab_") or name == "embeddings.position_ids":
             return None

@@ -1,4 +1,4 @@
-"""ELECTRA (Clark et al. 2020): BERT whose embeddings may be narrower than its encoder, with a projection between."""
+"""ELECTRA (Clark et al. 2020): BERT with embeddings that may be narrower than the encoder, and a projection between."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class Electra:
 
     @property
     def is_projected(self) -> bool:
-        """Whether there is a layer between embeddings and encoder."""
+        """Whether a linear layer projects the embeddings to the encoder's size."""
         return self.embedding_size != self.encoder.hidden_size
 
     def shapes(self) -> Shapes:
@@ -46,7 +46,7 @@ class Electra:
         )
 
     def tensor_name(self, stored: str) -> str | None:
-        """Drop the prefix and the heads of pretraining; see `Architecture`."""
+        """Drop the prefix and the pretraining heads; see `Architecture`."""
         if stored.startswith(("generator_", "discriminator_")):
             return None
         return bert_name(stored.removeprefix("electra."))

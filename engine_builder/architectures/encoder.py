@@ -1,7 +1,7 @@
-"""The encoder that BERT and its relatives share: layers of self-attention and a feed-forward part, normed afterwards.
+"""The encoder of BERT and its relatives: layers of self-attention and a feed-forward network, with post-normalization.
 
-Tensors and nodes have BERT's names in every family (``encoder.layer.0.attention.self.query.weight``): a family maps the
-names of its checkpoints to these, and so quantization, fusion in OpenVINO and the tests know one set of names.
+Tensors and nodes have BERT's names in every family (``encoder.layer.0.attention.self.query.weight``). Each family maps
+its checkpoints' names to these, so that quantization, fusion in OpenVINO and the tests need only one set of names.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Encoder:
     layers: int
     hidden_size: int
     heads: int
-    intermediate_size: int  # of the feed-forward part
+    intermediate_size: int  # of the feed-forward network
     layer_norm_eps: float
 
     def shapes(self) -> Shapes:
-        """The encoder's tensors and their shapes, by BERT's names."""
+        """Return the shapes of the encoder's tensors, by BERT's names."""
         hidden, inner = self.hidden_size, self.intermediate_size
         shapes: Shapes = {}
         for n in range(self.layers):
@@ -46,12 +46,12 @@ class Encoder:
         """Write all layers.
 
         Args:
-            graph: to write into.
+            graph: the graph to write into.
             hidden: the embedded tokens, (batch, length, hidden size).
-            mask: added to the attention scores, float32 and broadcast to (batch, heads, length, length).
+            mask: added to the attention scores, float32, broadcastable to (batch, heads, length, length).
 
         Returns:
-            The last layer's value, shaped as ``hidden``.
+            The output of the last layer, with the shape of ``hidden``.
         """
         for n in range(self.layers):
             hidden = self._layer(graph, f"encoder.layer.{n}", hidden, mask)
@@ -82,7 +82,7 @@ class Encoder:
             root = graph.constant("attention.root_of_width", np.float32(np.sqrt(width)))
             scores = graph.add("MatMul", [query, key], f"{scope}.self.products")
             scores = graph.add("Div", [scores, root], f"{scope}.self.scores")
-        else:  # the order that TensorRT fuses, in which the products are smaller too
+        else:  # the order that TensorRT fuses; its products are also smaller
             root = graph.number("attention.root_of_width", 1 / np.sqrt(width))
             query = graph.add("Mul", [query, root], f"{scope}.self.query.scaled")
             scores = graph.to(TensorProto.FLOAT, graph.add("MatMul", [query, key], f"{scope}.self.scores"))
@@ -99,10 +99,10 @@ class Encoder:
 
 
 def linear_shapes(name: str, outputs: int, inputs: int) -> Shapes:
-    """The tensors of a linear layer."""
+    """Return the tensor shapes of a linear layer."""
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
 def norm_shapes(name: str, size: int) -> Shapes:
-    """The tensors of a layer normalization."""
+    """Return the tensor shapes of a layer normalization."""
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}

@@ -1,9 +1,9 @@
-"""The parts that an ONNX graph is written from, node by node.
+"""Write an ONNX graph node by node.
 
-One graph serves every target: inputs and outputs as in `bertqa.windows`, dynamic batch and length. Written by hand it
-needs no torch, keeps stable names, and holds just the patterns (attention, erf GELU, LayerNormalization) that ONNX
-Runtime, OpenVINO and TensorRT fuse. For TensorRT, which from version 11 on takes every type from the graph, it is
-written in half precision, with the types of all tensors stated, and quantized where asked.
+One graph serves every target: inputs and outputs as in `bertqa.windows`, dynamic batch and length. Writing it directly
+needs no torch, keeps names stable, and produces exactly the patterns (attention, erf GELU, LayerNormalization) that
+ONNX Runtime, OpenVINO and TensorRT fuse. TensorRT 11 and later takes every type from the graph, so its graph is written
+in half precision with all tensor types stated, and quantized if requested.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ from engine_builder.checkpoint import FloatArray
 from engine_builder.quantization import Quantization
 
 OPSET = 17  # the first with LayerNormalization
-IR_VERSION = 8  # the one of that opset: older runtimes read it
+IR_VERSION = 8  # the version of that opset, so that older runtimes can read it
 QUANTIZED_OPSET = 19  # the first with half-precision scales, and with fp8; TensorRT 10.0 reads up to 20
 QUANTIZED_IR_VERSION = 9
 
 MASK_VALUE = -10_000.0
-"""Added to the attention score of padding: vanishes in softmax, yet finite in every float type. The lowest float32
-would round to infinity in bfloat16, and 0 * infinity is NaN."""
+"""Added to the attention scores of padding. Softmax turns it to 0, and it is finite in every float type: the lowest
+float32 would round to infinity in bfloat16, and 0 * infinity is NaN."""
 
 FloatType = Literal["float32", "float16", "bfloat16"]
 _ELEMENT_TYPES: dict[FloatType, int] = {
@@ -37,7 +37,7 @@ _QUANTIZED_TYPES = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 
 
 class GraphWriter:
-    """Collects nodes and initializers; every method adds some and returns the name of the value it leaves."""
+    """Collects nodes and initializers; every method adds some and returns the name of its output."""
 
     def __init__(
         self, weights: Mapping[str, FloatArray], float_type: FloatType, quantization: Quantization | None
@@ -46,23 +46,23 @@ class GraphWriter:
         self._weights = weights
         self._type = _ELEMENT_TYPES[float_type]
         self._quantization = quantization
-        self._dequantized: dict[str, str] = {}  # by the value that was quantized: several layers share an input
+        self._dequantized: dict[str, str] = {}  # keyed by the quantized value, because several layers share an input
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
 
     def lookup(self, scope: str, ids: str, output: str) -> str:
-        """The rows of a table of embeddings, (batch, length, size)."""
+        """Look up rows of an embedding table, (batch, length, size)."""
         return self.add("Gather", [self._weight(f"{scope}.weight"), ids], output)
 
     def positions(self, scope: str, output: str) -> str:
-        """The first rows of a table of positions, as many as a window has tokens: (length, size)."""
+        """Take the first ``length`` rows of a position table, for windows of that many tokens: (length, size)."""
         shape = self.add("Shape", ["input_ids"], "embeddings.shape")
         length = self.add("Gather", [shape, self.integers([1])], "embeddings.length")  # (1,)
         bounds = [self.integers([0]), length, self.integers([0])]
         return self.add("Slice", [self._weight(f"{scope}.weight"), *bounds], output)
 
     def padding_mask(self) -> str:
-        """0 for tokens and `MASK_VALUE` for padding, float32 (batch, 1, 1, length)."""
+        """Add the attention mask: 0 for tokens and `MASK_VALUE` for padding, float32 (batch, 1, 1, length)."""
         mask = "attention_mask"
         for axis in (1, 2):  # one at a time, as ONNX Runtime's attention fusion expects
             mask = self.add("Unsqueeze", [mask, self.integers([axis])], f"mask.unsqueezed_{axis}")
@@ -71,7 +71,7 @@ class GraphWriter:
         return self.add("Mul", [padding, self.constant("mask.value", np.float32(MASK_VALUE))], "mask.additive")
 
     def answer_logits(self, hidden: str) -> None:
-        """The graph's outputs: ``qa_outputs`` of (batch, length, hidden size), split into start and end."""
+        """Add the graph's outputs: ``qa_outputs`` of (batch, length, hidden size), split into start and end."""
         logits = self.to(TensorProto.FLOAT, self.linear("qa_outputs", hidden))  # (batch, length, 2)
         halves = [f"qa_outputs.{name}" for name in OUTPUT_NAMES]
         self._nodes.append(
@@ -81,7 +81,7 @@ class GraphWriter:
             self._nodes.append(helper.make_node("Squeeze", [half, self.integers([-1])], [name], name))
 
     def model(self) -> onnx.ModelProto:
-        """The graph as it was written, unchecked."""
+        """Return the model as written, without checking it."""
         shape = ["batch", "length"]
         graph = helper.make_graph(
             self._nodes,
@@ -95,7 +95,7 @@ class GraphWriter:
         return helper.make_model(graph, opset_imports=imports, ir_version=ir_version, producer_name="bertqa")
 
     def linear(self, scope: str, value: str) -> str:
-        """A linear layer; quantized where the writer was given scales for it."""
+        """Add a linear layer, quantized if the writer has scales for it."""
         if self._quantization and scope in self._quantization.layers:
             value, weight = self._quantized(scope, value, self._quantization)
         else:
@@ -104,7 +104,7 @@ class GraphWriter:
         return self.add("Add", [product, self._weight(f"{scope}.bias")], f"{scope}.sum")
 
     def _quantized(self, scope: str, value: str, quantization: Quantization) -> tuple[str, str]:
-        """A linear layer's input and weight, both quantized and back; TensorRT multiplies the 8-bit numbers between."""
+        """Quantize and dequantize a linear layer's input and weight; TensorRT fuses this into an 8-bit product."""
         scales = quantization.layers[scope]
         kind = helper.tensor_dtype_to_np_dtype(_QUANTIZED_TYPES[quantization.type])
 
@@ -125,11 +125,11 @@ class GraphWriter:
         weight = self._weights[f"{scope}.weight"]
         weight = weight if scales.smoothing is None else weight * scales.smoothing
         name = self.constant(f"{scope}.weight", self._typed(weight.T))
-        axis = {"axis": 1} if scales.weight.ndim else {}  # one scale for each output
+        axis = {"axis": 1} if scales.weight.ndim else {}  # one scale per output
         return self._dequantized[value], there_and_back(f"{scope}.weight", name, scales.weight, **axis)
 
     def gelu(self, scope: str, value: str) -> str:
-        """Half of x * (1 + erf(x / sqrt 2)), in the order of operations that the runtimes fuse."""
+        """Add the erf GELU, x * (1 + erf(x / sqrt 2)) / 2, in the order of operations that the runtimes fuse."""
         scaled = self.add("Div", [value, self.number("gelu.root_of_two", np.sqrt(2))], f"{scope}.scaled")
         bent = self.add("Erf", [scaled], f"{scope}.erf")
         bent = self.add("Add", [bent, self.number("gelu.one", 1)], f"{scope}.erf_plus_one")
@@ -137,7 +137,7 @@ class GraphWriter:
         return self.add("Mul", [product, self.number("gelu.half", 0.5)], f"{scope}.gelu")
 
     def layer_norm(self, scope: str, value: str, epsilon: float) -> str:
-        """Layer normalization over the last axis, computed in float32."""
+        """Add layer normalization over the last axis, computed in float32."""
         parameters = [self.constant(f"{scope}.{part}", self._weights[f"{scope}.{part}"]) for part in ("weight", "bias")]
         normed = self.add(
             "LayerNormalization",
@@ -153,7 +153,7 @@ class GraphWriter:
         return self.to(self._type, value)
 
     def to(self, element_type: int, value: str) -> str:
-        """Cast between float32 and the graph's own type; nothing where that is float32."""
+        """Cast between float32 and the graph's own type; adds nothing if that is float32."""
         if self._type == TensorProto.FLOAT:
             return value
         name = helper.tensor_dtype_to_string(element_type).removeprefix("TensorProto.").lower()
@@ -164,23 +164,23 @@ class GraphWriter:
         return self.constant(name, self._typed(array.T if transpose else array))
 
     def number(self, name: str, value: float) -> str:
-        """A constant of the type of weights and activations."""
+        """Add a constant of the type of weights and activations."""
         return self.constant(name, self._typed(np.float32(value)))
 
     def _typed(self, array: FloatArray | np.float32) -> NDArray[np.generic]:
         return np.asarray(array).astype(helper.tensor_dtype_to_np_dtype(self._type))
 
     def integers(self, values: Sequence[int]) -> str:
-        """A constant int64 vector."""
+        """Add a constant int64 vector."""
         return self.constant("integers." + "_".join(map(str, values)), np.array(values, dtype=np.int64))
 
     def constant(self, name: str, array: NDArray[np.generic] | np.float32) -> str:
-        """A constant; a name that is there already keeps its value."""
+        """Add a constant; an existing name keeps its value."""
         if name not in self._initializers:
             self._initializers[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
     def add(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        """A node with one output, and of its name."""
+        """Add a node with one output; node and output have the same name."""
         self._nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
         return output

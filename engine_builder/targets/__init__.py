@@ -1,6 +1,6 @@
-"""What an engine can be built for.
+"""The targets that an engine can be built for.
 
-A target is one file here with a class that follows `Target`, one line in `TARGETS`, and one row in
+To add a target, add a file here with a class that implements `Target`, a line in `TARGETS`, and a row in
 `bertqa.targets.SERVED_TARGETS`, which says how Triton runs its engines.
 """
 
@@ -20,34 +20,34 @@ class Target(Protocol):
 
     @property
     def precisions(self) -> Sequence[str]:
-        """Those that an engine can be built at."""
+        """Precisions that an engine can be built at."""
 
     @property
     def calibrated(self) -> frozenset[str]:
-        """Those of the precisions whose ranges are measured on real windows."""
+        """Precisions that are calibrated on real windows."""
 
     @property
     def uncalibrated(self) -> str:
-        """The precision to fall back to where there is no calibration data."""
+        """Precision to fall back to without calibration data."""
 
     @property
     def own_options(self) -> frozenset[str]:
-        """Fields of `EngineOptions` that mean nothing to the other targets."""
+        """Fields of `EngineOptions` that only this target uses."""
 
     def default_precision(self) -> str:
-        """The precision to build on this machine where none is asked for."""
+        """Return the default precision on this machine."""
 
     def diagnose(self) -> Mapping[str, str]:
-        """What this machine lacks to build an engine, and how to get it; empty where nothing is missing."""
+        """Return what this machine lacks to build an engine, and how to get it; empty if nothing is missing."""
 
     def check_machine(self, precision: str, options: EngineOptions) -> str:
-        """Refuse to begin what cannot end, and say what would be faster.
+        """Refuse a build that would fail on this machine, and log which precision would be faster.
 
         Returns:
-            The precision to build at: the one asked for, or another where this machine has to do without.
+            The precision to build at: the requested one, or another if this machine does not support it.
 
         Raises:
-            BuildRefused: the machine lacks something, or an option cannot be met; the message says what would work.
+            BuildRefused: the machine lacks something or does not support an option; the message says what would work.
         """
 
     def build(
@@ -56,14 +56,14 @@ class Target(Protocol):
         """Build an engine, and load it as Triton will.
 
         Args:
-            source: what to build; a precision in ``calibrated`` needs its calibration windows.
-            directory: of the model version; gets the engine's files. Others may be written beside it.
-            precision: as `check_machine` returned it.
-            options: of the build.
-            stack: ends the engine's use of the machine.
+            source: what to build; a precision in ``calibrated`` needs calibration windows.
+            directory: directory of the model version, for the engine's files; other files may be written next to it.
+            precision: the precision that `check_machine` returned.
+            options: options of the build.
+            stack: closing it releases what the engine uses.
 
         Raises:
-            BuildRefused: the runtime could not; the message has its reason.
+            BuildRefused: the runtime cannot build the engine; the message has its reason.
         """
 
 

@@ -1,4 +1,4 @@
-"""ONNX graph -> OpenVINO model at the wanted precision; int8 is calibrated on real windows."""
+"""Convert an ONNX graph to an OpenVINO model at a given precision; int8 is calibrated on real windows."""
 
 import contextlib
 import io
@@ -38,21 +38,21 @@ class OpenVINO:
     own_options = frozenset[str]()
 
     def default_precision(self) -> str:
-        """The fastest on this CPU among those that keep F1; docs/benchmarks.md has the comparison.
+        """Return the fastest precision on this CPU that keeps F1; docs/benchmarks.md has the comparison.
 
-        With AMX bf16 is as fast as int8, closer to float32, and built without calibration. With AVX-512 alone it is
-        slower than fp32, and int8 is fastest wherever its products are added up in 32 bits.
+        With AMX, bf16 is as fast as int8, closer to float32, and needs no calibration. With AVX-512 alone, bf16 is
+        slower than fp32. Int8 is fastest on CPUs that accumulate its products in 32 bits.
         """
         if multiplies_bf16_fast():
             return "bf16"
         return "int8" if adds_int8_fast() else "fp32"
 
     def diagnose(self) -> Mapping[str, str]:
-        """Nothing is missing: every machine has a CPU."""
+        """Return nothing: every machine has a CPU."""
         return {}
 
     def check_machine(self, precision: str, options: EngineOptions) -> str:
-        """Take fp32 where this CPU would only emulate bf16, and say which precision is faster."""
+        """Fall back to fp32 if this CPU would only emulate bf16, and log which precision is faster."""
         wanted = cast(Precision, precision)
         supported = supported_precision(wanted)
         if supported != wanted:
@@ -73,9 +73,9 @@ class OpenVINO:
         directory: Path,
         precision: str,
         options: EngineOptions,
-        stack: ExitStack,  # holds nothing that outlives the process
+        stack: ExitStack,  # not used: the engine needs no cleanup
     ) -> Engine:
-        """Build the engine, and copy the code that Triton's Python backend runs beside it."""
+        """Build the engine, and copy the code that Triton's Python backend runs into the same directory."""
         path, kind = directory / ENGINE_FILE, cast(Precision, precision)
         convert(source.reference, path, kind, source.calibration)
         predict = load(path, kind, source.buckets, options.threads or 0)
@@ -107,19 +107,19 @@ def load(path: Path, precision: Precision, buckets: Sequence[int], threads: int)
 
 
 def supported_precision(wanted: Precision) -> Precision:
-    """The wanted precision, or fp32 where this CPU would only emulate bf16. Int8 runs everywhere."""
+    """Return the requested precision, or fp32 if this CPU would only emulate bf16. Int8 runs everywhere."""
     if wanted == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "fp32"
     return wanted
 
 
 def multiplies_bf16_fast() -> bool:
-    """Whether this CPU has AMX for bf16; AVX-512's instructions do no more in a cycle than those for float32."""
+    """Check whether this CPU has AMX for bf16; AVX-512's bf16 instructions are no faster than those for float32."""
     return "amx_bf16" in cpu_features()
 
 
 def adds_int8_fast() -> bool:
-    """Whether this CPU adds int8 products up in 32 bits; older x86 saturates at 16, and is faster with floats."""
+    """Check whether this CPU accumulates int8 products in 32 bits; older x86 CPUs saturate at 16 and prefer floats."""
     return any(name in INT8 for name in cpu_features())
 
 
@@ -127,25 +127,25 @@ def convert(onnx_file: Path, destination: Path, precision: Precision, calibratio
     """Convert a graph and write it as ``destination`` (``.xml``) with its ``.bin``.
 
     Args:
-        onnx_file: of `engine_builder.architectures`, float32.
+        onnx_file: float32 graph of `engine_builder.architectures`.
         destination: the ``.xml`` file to write.
-        precision: weights are stored as float32, float16 (for bf16) or int8 with float32 embeddings, which all
-            buckets and processes then share as they lie in the file.
+        precision: weights are stored as float32, float16 (for bf16), or int8 with float32 embeddings, so that all
+            buckets and processes can share the memory-mapped file.
         calibration: real windows; needed for int8 only.
     """
     model = ov.Core().read_model(onnx_file)
     model.reshape({name: [1, -1] for name in INPUT_NAMES})
     if precision == "int8":
         model = _quantize(model, calibration)
-    # float16 holds every weight of a checkpoint stored as such, and more bits than bf16 keeps
+    # float16 represents float16 checkpoints exactly, and has more mantissa bits than bf16
     ov.save_model(model, destination, compress_to_fp16=precision == "bf16")
 
 
 def _quantize(model: ov.Model, calibration: Sequence[Window]) -> ov.Model:
     import nncf  # noqa: PLC0415  slow to import, and needed for int8 only
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # set_log_level would set handlers too, also those of others
-    with contextlib.redirect_stdout(io.StringIO()):  # its own progress bars, one per internal pass
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf's set_log_level would also change other handlers
+    with contextlib.redirect_stdout(io.StringIO()):  # nncf prints a progress bar per internal pass
         return nncf.quantize(
             model,
             nncf.Dataset([window.tensors() for window in calibration]),
@@ -153,14 +153,14 @@ def _quantize(model: ov.Model, calibration: Sequence[Window]) -> ov.Model:
             subset_size=max(1, len(calibration)),
             ignored_scope=nncf.IgnoredScope(
                 patterns=[
-                    # scores and context of attention: in floating point they fuse into one operator, which is as fast
+                    # attention: in floating point its products fuse into one operator, which is as fast as int8
                     r".*\.attention\.self\.(products|context)",
-                    # quantized, the table would be unpacked once for every bucket, 47 MB each time
+                    # a quantized embedding table would be unpacked once per bucket, at 47 MB each
                     r"embeddings\.words",
                 ]
             ),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
-                # weights of 7 bits where products would saturate
+                # 7-bit weights on CPUs whose products would saturate
                 overflow_fix=nncf.OverflowFix.DISABLE if adds_int8_fast() else nncf.OverflowFix.ENABLE
             ),
         )

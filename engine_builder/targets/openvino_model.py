@@ -1,6 +1,6 @@
-"""The CPU engine under Triton's Python backend; copied into every version directory as ``model.py``.
+"""Run the CPU engine in Triton's Python backend; the builder copies this file into each version as ``model.py``.
 
-Imports nothing of this project, because Triton runs it alone: numpy, OpenVINO, and inside Triton its
+It imports nothing from this project, because Triton runs it alone: only numpy, OpenVINO and, inside Triton,
 ``triton_python_backend_utils``. The builder measures the engine through the same `Engine`.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Where this module is to be had, OpenVINO reports every import to Google Analytics, and does so from a fork of Triton's
-# process: where no network answers, the fork lives on, and the engine's end waits for it.
+# If openvino_telemetry is installed, OpenVINO reports every import to Google Analytics from a forked process. Without
+# a network that process stays alive, and stopping the engine waits for it.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import openvino as ov  # noqa: E402
@@ -28,9 +28,9 @@ _log = logging.getLogger("bert_qa")
 
 
 class Engine:
-    """One OpenVINO graph per bucket, compiled for the latency of single requests; for one thread at a time.
+    """An OpenVINO engine with one graph per bucket, compiled for latency; not thread-safe.
 
-    A graph of fixed length needs no shape inference per call, which takes up to a third of the time of a short window.
+    A graph of fixed length avoids shape inference per call, which takes up to a third of the time of a short window.
     """
 
     def __init__(
@@ -39,27 +39,27 @@ class Engine:
         """Compile the engine.
 
         Args:
-            path: of the OpenVINO ``.xml`` file; its ``.bin`` lies beside it.
-            precision: "fp32", "bf16" or "int8"; what int8 leaves in floating point computes in bf16 where there is
-                AMX for it, and else in float32, which is faster then.
+            path: the OpenVINO ``.xml`` file, with its ``.bin`` in the same directory.
+            precision: "fp32", "bf16" or "int8". The floating-point parts of int8 compute in bf16 if the CPU has AMX
+                for it, otherwise in float32, which is then faster.
             buckets: lengths to compile for, in tokens.
-            threads: cores that one call may use.
-            max_batch_size: windows of one length in a call.
+            threads: CPU cores that one call may use.
+            max_batch_size: most windows of one length in a call.
         """
         core = ov.Core()
         self.float_type = "bf16" if precision == "bf16" or (precision == "int8" and _has_amx()) else "f32"
         if self.float_type == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            _log.warning("this CPU has no bf16: %s computes in f32, slower and no less exact", path.name)
+            _log.warning("this CPU has no bf16: %s computes in float32, which is slower but as exact", path.name)
             self.float_type = "f32"
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self.float_type,
             "INFERENCE_NUM_THREADS": threads,
-            "ENABLE_CPU_PINNING": False,  # several instances would be pinned to the same cores
+            "ENABLE_CPU_PINNING": False,  # pinning would put several instances on the same cores
         }
         model = core.read_model(path)
         self.output_names = [output.any_name for output in model.outputs]
-        self._requests: dict[tuple[int, bool], ov.InferRequest] = {}  # by length, and whether for several windows
+        self._requests: dict[tuple[int, bool], ov.InferRequest] = {}  # keyed by length and "several windows"
         for length in buckets:
             for several in (False, True)[: 1 + (max_batch_size > 1)]:
                 windows = ov.Dimension(2, max_batch_size) if several else 1
@@ -74,25 +74,25 @@ class Engine:
             tensors: the inputs by name, each int32 of shape (windows, length); length is one of the buckets.
 
         Returns:
-            Every output in the order of ``output_names``, float32 of shape (windows, length).
+            The outputs in the order of ``output_names``, each float32 of shape (windows, length).
 
         Raises:
-            ValueError: the length is no bucket.
+            ValueError: the length is not one of the buckets.
         """
         windows, length = next(iter(tensors.values())).shape
         request = self._requests.get((length, windows > 1))
         if request is None:
             raise ValueError(
-                f"length {length} is none of the engine's buckets {sorted({n for n, _ in self._requests})}"
+                f"length {length} is not one of the engine's buckets {sorted({n for n, _ in self._requests})}"
             )
         request.infer(tensors, share_inputs=True, share_outputs=True)
-        # copied, because the next call of this length writes into the same memory
+        # copied, because the next call of this length overwrites the memory
         return [np.array(request.get_output_tensor(n).data) for n in range(len(self.output_names))]
 
 
 def _has_amx() -> bool:
-    # As `bertqa.hardware.cpu_features` has it, which is not there in a Triton of somebody's own with numpy and OpenVINO
-    # alone; and a bundle must not change with the release that lies beside it.
+    # A copy of the check in `bertqa.hardware.cpu_features`: a Triton with only numpy and OpenVINO cannot import bertqa,
+    # and a bundle must not change with the installed release.
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -100,7 +100,7 @@ def _has_amx() -> bool:
 
 
 def engine_sha256(path: Path) -> str:
-    """SHA-256 over both files of an OpenVINO model, the ``.xml`` and then its ``.bin``, as hexadecimal digits."""
+    """Return the SHA-256 over both files of an OpenVINO model, the ``.xml`` and then its ``.bin``, in hexadecimal."""
     digest = hashlib.sha256()
     for part in (path, path.with_suffix(".bin")):
         with part.open("rb") as file:
@@ -110,13 +110,13 @@ def engine_sha256(path: Path) -> str:
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls; one instance is one process with one engine."""
+    """The interface of Triton's Python backend; each instance is a process with one engine."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the engine that the manifest beside this file describes.
 
         Raises:
-            RuntimeError: the engine's files are not the ones that the manifest describes.
+            RuntimeError: the engine's files do not match the manifest.
         """
         import triton_python_backend_utils  # noqa: PLC0415  exists inside Triton only
 
@@ -125,7 +125,7 @@ class TritonPythonModel:
         manifest = json.loads((directory / "manifest.json").read_text())
         path = directory / manifest["engine_file"]
         if engine_sha256(path) != manifest["engine_sha256"]:
-            raise RuntimeError(f"{path}: not the engine that manifest.json describes; build it again")
+            raise RuntimeError(f"{path}: does not match manifest.json; build the engine again")
         config = json.loads(args["model_config"])
         self._inputs = [tensor["name"] for tensor in config["input"]]
         threads = int(config["parameters"]["threads"]["string_value"]) or len(os.sched_getaffinity(0))
@@ -138,29 +138,29 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer requests, which Triton's batcher chose to be of one length; if together they fail, each on its own."""
+        """Answer requests of one length, grouped by Triton's batcher; if the batch fails, answer each one alone."""
         if len(requests) > 1:
             try:
                 inputs = [self._read(request) for request in requests]
                 joined = {name: np.concatenate([each[name] for each in inputs]) for name in self._inputs}
                 return [self._write(rows) for rows in zip(*self._infer_rows(joined), strict=True)]
-            except Exception as error:  # a bad one among them must fail alone
-                _log.warning("%d requests together failed: %s", len(requests), error)
+            except Exception as error:  # only the bad request must fail
+                _log.warning("a batch of %d requests failed: %s", len(requests), error)
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:
         try:
             return self._write(self._engine.infer(self._read(request)))
-        except Exception as error:  # whatever it is, the next request must find a living instance
+        except Exception as error:  # whatever the error is, the instance must survive it
             return self._triton.InferenceResponse(error=self._triton.TritonError(f"{type(error).__name__}: {error}"))
 
     def _infer_rows(self, tensors: Mapping[str, NDArray[Any]]) -> list[list[NDArray[np.float32]]]:
-        """For each output its rows, each with memory of its own, for Triton takes it over."""
+        """Split each output into rows with memory of their own, because Triton takes ownership of it."""
         return [[row.copy() for row in np.split(array, len(array))] for array in self._engine.infer(tensors)]
 
     def _read(self, request: Any) -> dict[str, NDArray[Any]]:
-        # In and out through DLPack: Triton's own conversions were compiled for NumPy 1, and with NumPy 2 they read
-        # zeros and send empty tensors.
+        # Tensors pass through DLPack: Triton's own conversions were compiled for NumPy 1, and with NumPy 2 they
+        # read zeros and send empty tensors.
         return {name: np.from_dlpack(self._triton.get_input_tensor_by_name(request, name)) for name in self._inputs}
 
     def _write(self, outputs: Sequence[NDArray[np.float32]]) -> Any:
@@ -171,7 +171,7 @@ class TritonPythonModel:
     def _tensor(self, name: str, array: NDArray[np.float32]) -> Any:
         capsule = array.__dlpack__()
         tensor = self._triton.Tensor.from_dlpack(name, capsule)
-        # Triton marks a capsule that it took over with a name of its own, and NumPy, which knows only the one of the
-        # DLPack standard, would report an error on the log for every tensor.
+        # Triton renames a capsule that it takes over. NumPy knows only the name in the DLPack standard, and would
+        # log an error for every tensor.
         ctypes.pythonapi.PyCapsule_SetName(ctypes.py_object(capsule), _TAKEN_OVER)
         return tensor

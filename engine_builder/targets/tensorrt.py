@@ -1,9 +1,9 @@
-"""Weights -> TensorRT engine, through Polygraphy: one optimization profile for each length bucket.
+"""Build a TensorRT engine with Polygraphy, with one optimization profile per length bucket.
 
-For TensorRT 10 and 11. The graph states the type of every tensor (`engine_builder.architectures`) and the network is
-built strongly typed, so no precision flag is set: version 11 has none left, and takes int8 and fp8 from the graph.
-Every profile has one length, for which TensorRT chooses its kernels; windows are padded to just these lengths. NVIDIA's
-packages are imported when they are needed, so that a machine without them can build for the CPU.
+This supports TensorRT 10 and 11. The graph states the type of every tensor (`engine_builder.architectures`) and the
+network is strongly typed, so no precision flags are set: version 11 has none, and takes int8 and fp8 from the graph.
+Each profile has a single length, so that TensorRT chooses kernels for it; windows are padded to these lengths. NVIDIA's
+packages are imported on first use, so that a machine without them can build for the CPU.
 """
 
 import ctypes
@@ -40,14 +40,14 @@ OPTIMIZATION_LEVELS = range(6)
 MAX_BATCH_SIZE = 256
 
 _CAPABILITY: dict[Precision, tuple[int, int]] = {"fp16": (7, 5), "int8": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
-"""Lowest compute capability with tensor cores for a type; TensorRT 10 and 11 need 7.5 in any case."""
+"""Lowest compute capability with tensor cores for a type; TensorRT 10 and 11 always need at least 7.5."""
 _WARM_UP_CALLS, _CALLS = 100, 500
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
 
 
 class TensorRT:
-    """TensorRT on an NVIDIA GPU, under Triton's own backend for it; see `engine_builder.targets.Target`."""
+    """TensorRT on an NVIDIA GPU, in Triton's TensorRT backend; see `engine_builder.targets.Target`."""
 
     precisions: Sequence[str] = PRECISIONS
     calibrated = frozenset[str](CALIBRATED)
@@ -55,7 +55,7 @@ class TensorRT:
     own_options = frozenset({"gpus", "optimization_level", "timing_cache", "version_compatible", "hardware_compatible"})
 
     def default_precision(self) -> str:
-        """The fastest that needs no calibration."""
+        """Return the fastest precision that needs no calibration."""
         return DEFAULT_PRECISION
 
     def diagnose(self) -> Mapping[str, str]:
@@ -63,13 +63,13 @@ class TensorRT:
         return missing_parts()
 
     def check_machine(self, precision: str, options: EngineOptions) -> str:
-        """Refuse what TensorRT, the driver or the GPU cannot do; see `Target`."""
+        """Refuse what TensorRT, the driver or the GPU does not support; see `Target`."""
         cache, wanted = options.timing_cache, cast(Precision, precision)
         if cache and not cache.absolute().parent.is_dir():
-            raise BuildRefused(f"--timing-cache {cache}: there is no such directory to write it in")
+            raise BuildRefused(f"--timing-cache {cache}: the directory does not exist")
         if missing := missing_parts():
             parts = "".join(f"\n  - {part}: {fix}" for part, fix in missing.items())
-            raise BuildRefused(f"--target tensorrt needs what this machine has not:{parts}\n--target cpu works here")
+            raise BuildRefused(f"--target tensorrt: this machine lacks:{parts}\n--target cpu works here")
         from cuda.core import Device  # noqa: PLC0415
 
         device = Device()
@@ -90,14 +90,14 @@ class TensorRT:
     def build(
         self, source: Source, directory: Path, precision: str, options: EngineOptions, stack: ExitStack
     ) -> Engine:
-        """Build and load the engine; the graph is written beside the directory; see `Target`."""
+        """Build and load the engine, and write the graph next to the directory; see `Target`."""
         from polygraphy.backend.trt import EngineBytesFromNetwork, EngineFromBytes, NetworkFromOnnxPath  # noqa: PLC0415
         from polygraphy.exception import PolygraphyException  # noqa: PLC0415
         from polygraphy.logger import G_LOGGER  # noqa: PLC0415
 
         G_LOGGER.module_severity = G_LOGGER.WARNING
         _load_cuda_runtime()
-        runtime = _runtime(options)  # what cannot be told is known before minutes of building
+        runtime = _runtime(options)  # fails before minutes of building if versions are unknown
         graph = directory.parent / "typed.onnx"
         onnx.save(typed_graph(source, cast(Precision, precision)), graph)
         plan = directory / ENGINE_FILE
@@ -112,7 +112,7 @@ class TensorRT:
             engine = EngineFromBytes(plan.read_bytes())()
             runners = _runners(engine, source.buckets, stack)
         except PolygraphyException as error:
-            raise BuildRefused(f"--target tensorrt: TensorRT built no engine: {error}") from error
+            raise BuildRefused(f"--target tensorrt: TensorRT could not build the engine: {error}") from error
         return Engine(
             file=ENGINE_FILE,
             sha256=sha256_of(plan),
@@ -125,7 +125,7 @@ class TensorRT:
 
 
 def missing_parts() -> dict[str, str]:
-    """What an engine cannot be built without and this machine lacks, and how to get it; empty where all is there."""
+    """Return what this machine lacks to build an engine, and how to get it; empty if nothing is missing."""
     missing = {}
     for module, package in (("polygraphy", "polygraphy"), ("cuda.core", "cuda-core")):
         try:
@@ -133,7 +133,7 @@ def missing_parts() -> dict[str, str]:
         except ImportError:
             install = "pip install --constraint constraints.txt --editable '.[tensorrt]'"
             missing[f"the Python package {package}"] = install
-    fix = "build in NVIDIA's container of Triton's own release, or pip install tensorrt"
+    fix = "build in NVIDIA's TensorRT container of Triton's release, or pip install tensorrt"
     try:
         tensorrt = importlib.import_module("tensorrt")
         if int(tensorrt.__version__.split(".")[0]) < 10:
@@ -143,10 +143,10 @@ def missing_parts() -> dict[str, str]:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        missing["the CUDA driver (libcuda)"] = "install NVIDIA's, or start the container with --gpus all"
+        missing["the CUDA driver (libcuda)"] = "install NVIDIA's driver, or start the container with --gpus all"
         vendors = [path.read_text().strip() for path in _PCI_DEVICES.glob("*/vendor")]
         if _NVIDIA not in vendors:
-            missing["a GPU"] = "there is no device of NVIDIA's on the PCI bus"
+            missing["a GPU"] = "there is no NVIDIA device on the PCI bus"
     else:
         count = ctypes.c_int(0)
         status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
@@ -157,7 +157,7 @@ def missing_parts() -> dict[str, str]:
 
 
 def typed_graph(source: Source, precision: Precision) -> onnx.ModelProto:
-    """The graph to build from; what int8 and fp8 leave in floating point is float16."""
+    """Write the graph to build from; the floating-point parts of int8 and fp8 are float16."""
     float_type: FloatType = "bfloat16" if precision == "bf16" else "float16"
     quantization = None
     if precision in CALIBRATED:
@@ -166,7 +166,7 @@ def typed_graph(source: Source, precision: Precision) -> onnx.ModelProto:
 
 
 def builder_config(buckets: Sequence[int], options: EngineOptions) -> Callable[..., Any]:
-    """Polygraphy's recipe of a builder configuration: profile n is for bucket n."""
+    """Create Polygraphy's builder configuration; profile n is for bucket n."""
     import tensorrt  # noqa: PLC0415
     from polygraphy.backend.trt import CreateConfig, Profile  # noqa: PLC0415
 
@@ -191,7 +191,7 @@ def builder_config(buckets: Sequence[int], options: EngineOptions) -> Callable[.
 
 
 def _runners(engine: Any, buckets: Sequence[int], stack: ExitStack) -> dict[int, Any]:
-    """A runner for each bucket, with its profile set."""
+    """Create a runner for each bucket, with its profile selected."""
     from polygraphy.backend.trt import TrtRunner  # noqa: PLC0415
 
     return {length: stack.enter_context(TrtRunner(engine, optimization_profile=n)) for n, length in enumerate(buckets)}
@@ -199,12 +199,12 @@ def _runners(engine: Any, buckets: Sequence[int], stack: ExitStack) -> dict[int,
 
 def _predict(runners: Mapping[int, Any], window: Window) -> Logits:
     found = runners[window.length].infer(window.tensors())
-    start, end = (np.array(found[name]) for name in OUTPUT_NAMES)  # copied: the next call writes into the same memory
+    start, end = (np.array(found[name]) for name in OUTPUT_NAMES)  # copied: the next call overwrites the memory
     return start, end
 
 
 def _latency(runners: Mapping[int, Any], windows: Sequence[Window]) -> dict[str, float]:
-    """Percentiles of the GPU's time for one window, without copies to and from it; "graph_p50" ... by a CUDA graph."""
+    """Measure percentiles of the GPU time of one window, without copies; "graph_p50" and so on use a CUDA graph."""
     from cuda.core import Device, EventOptions, Stream  # noqa: PLC0415
 
     runner = runners[windows[0].length]
@@ -250,15 +250,15 @@ def _runtime(options: EngineOptions) -> dict[str, str]:
         "compute_capability": _dotted((capability.major, capability.minor)),
     }
     facts |= {name: version_of(name) for name in ("polygraphy", "onnxruntime", "onnx")}
-    # Triton loads the first only with --backend-config=tensorrt,version-compatible=true
+    # Triton loads version-compatible engines only with --backend-config=tensorrt,version-compatible=true
     return facts | {name: "true" for name in ("version_compatible", "hardware_compatible") if getattr(options, name)}
 
 
 def _load_cuda_runtime() -> None:
-    """Have Polygraphy load the CUDA runtime, which it does not look for among the pip packages of CUDA 13.
+    """Have Polygraphy load the CUDA runtime, which it does not find in the pip packages of CUDA 13.
 
     Raises:
-        BuildRefused: there is none, or the driver is too old for it.
+        BuildRefused: there is no CUDA runtime, or the driver is too old for it.
     """
     from cuda.core import system  # noqa: PLC0415
     from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib  # noqa: PLC0415
@@ -281,7 +281,7 @@ def _load_cuda_runtime() -> None:
     runtime, driver = (version.value // 1000, version.value % 1000 // 10), system.get_user_mode_driver_version()
     if runtime[0] > driver[0]:
         raise BuildRefused(
-            f"--target tensorrt: the driver knows CUDA up to {_dotted(driver)}, and the CUDA runtime is "
+            f"--target tensorrt: the driver supports CUDA up to {_dotted(driver)}, but the CUDA runtime is "
             f"{_dotted(runtime)}; install a newer driver (580 is the first for CUDA 13)"
         )
 

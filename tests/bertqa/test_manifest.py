@@ -88,7 +88,7 @@ def test_another_manifest_format_is_refused_whatever_its_fields(directory: Path,
         path.write_text(json.dumps({"format": found, "a_field_of_its_own": True, "target": target}))
         with pytest.raises(
             OtherFormat,
-            match=f"manifest format {found}, but this release reads 2; build it again with .python .* --target {named}`",
+            match=f"manifest format {found}, but this release reads 2; build it again with .python .*--target {named}`",
         ):
             Bundle.open(directory)
 

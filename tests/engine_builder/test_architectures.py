@@ -299,9 +299,9 @@ QUERY = "bert.encoder.layer.0.attention.self.query.weight"
     [
         (change(QUERY, None), r"encoder\.layer\.0\.attention\.self\.query\.weight of shape \(32, 32\) is missing"),
         (change(QUERY, np.zeros((32, 31))), rf"{QUERY} has shape \(32, 31\); config\.json expects \(32, 32\)"),
-        (change(QUERY, np.full((32, 32), np.nan)), r"self\.query\.weight holds NaN or infinite values"),
+        (change(QUERY, np.full((32, 32), np.nan)), r"self\.query\.weight contains NaN or infinite values"),
         (change("bert.encoder.layer.2.output.dense.bias", np.zeros(32)), r"layer\.2\.output\.dense\.bias has no place"),
-        (truncate, "truncated, or no safetensors file"),
+        (truncate, "truncated, or not a safetensors file"),
         (replace_by_pickle, r"is missing; pytorch_model\.bin is not read"),
     ],
 )

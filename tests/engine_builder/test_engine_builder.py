@@ -107,7 +107,7 @@ def test_every_precision_answers(options: BuildOptions, precision: openvino.Prec
         assert array.dtype == np.float32
         assert np.isfinite(array).all()
         np.testing.assert_array_equal(array, copy)  # the next call leaves it alone
-    with pytest.raises(ValueError, match=r"length 65 is none of the engine's buckets \[64, 128\]"):
+    with pytest.raises(ValueError, match=r"length 65 is not one of the engine's buckets \[64, 128\]"):
         engine.infer({name: np.zeros((1, 65), np.int32) for name in INPUT_NAMES})
 
 
@@ -283,7 +283,7 @@ def test_logits_that_are_not_finite_are_refused(options: BuildOptions) -> None:
     save_file(weights, file)
     with (
         np.errstate(over="ignore"),
-        pytest.raises(InvalidCheckpoint, match=r"qa_outputs\.weight holds NaN or infinite"),
+        pytest.raises(InvalidCheckpoint, match=r"qa_outputs\.weight contains NaN or infinite"),
     ):
         build(options)
     weights["qa_outputs.weight"] = np.full((2, 32), 3e38, np.float32)
@@ -302,7 +302,7 @@ def test_an_engine_that_overflows_is_refused(bundle: Bundle, tmp_path: Path) -> 
 
     examples = read_squad(write_squad(tmp_path / "squad.json"))
     assert measure(examples, bundle.maker, finite, finite).logit_error == 0
-    with pytest.raises(GateFailed, match=r"^engine: unusable logits, .*does not overflow --precision bf16$"):
+    with pytest.raises(GateFailed, match=r"^engine: unusable logits, .*so try --precision bf16$"):
         measure(examples, bundle.maker, infinite, finite)
 
 
@@ -315,7 +315,7 @@ def test_a_tokenizer_of_another_language_is_refused(options: BuildOptions) -> No
 @pytest.mark.parametrize(
     ("file", "fields", "message"),
     [
-        ("config.json", {"vocab_size": 8}, r"tokenizer\.json: has \d+ tokens, but vocab_size of config\.json is 8"),
+        ("config.json", {"vocab_size": 8}, r"tokenizer\.json: has \d+ tokens, but vocab_size in config\.json is 8"),
         ("bertqa.json", {"max_seq_len": 256}, "max_seq_len of bertqa.json is 256, but max_position_embeddings"),
     ],
 )
@@ -331,7 +331,7 @@ def test_parts_that_do_not_belong_together_are_refused(
 @pytest.mark.parametrize(("name", "flag"), [("gate", "--gate-data"), ("calibration", "--calibration-data")])
 def test_missing_questions_name_their_flag(options: BuildOptions, name: str, flag: str) -> None:
     (Path(options.checkpoint) / f"{name}.json").unlink()
-    with pytest.raises(BuildRefused, match=f"{flag}: needed, because the checkpoint has no {name}.json"):
+    with pytest.raises(BuildRefused, match=f"{flag}: required, because the checkpoint has no {name}.json"):
         build(replace(options, precision="int8"))
 
 

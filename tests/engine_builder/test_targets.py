@@ -57,11 +57,11 @@ def test_a_new_target_is_one_class_and_one_row(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(targets.TARGETS, "tensorrt", Elsewhere())
     monkeypatch.setitem(served_targets.SERVED_TARGETS, "tensorrt", row)
     options = BuildOptions(checkpoint=str(checkpoint), target="tensorrt", repository=tmp_path / "repository")
-    with pytest.raises(BuildRefused, match="--precision int8: --target tensorrt has fp32"):
+    with pytest.raises(BuildRefused, match="--precision int8: --target tensorrt supports fp32"):
         build(replace(options, precision="int8"))
     with pytest.raises(BuildRefused, match="--gpus: there are two"):
         build(replace(options, gpus=(2,)))
-    with pytest.raises(BuildRefused, match="--gpus: only for --target tensorrt"):
+    with pytest.raises(BuildRefused, match="--gpus: only valid with --target tensorrt"):
         build(replace(options, target="cpu", gpus=(1,)))
     manifest = build(replace(options, gpus=(1,)))
     assert (manifest.target, manifest.precision) == ("tensorrt", "fp32")

@@ -187,7 +187,7 @@ def test_a_cuda_runtime_that_is_missing_or_too_new_is_told_before_anything_is_bu
     monkeypatch.setattr(cuda.core.system, "get_user_mode_driver_version", lambda: (12, 9))
     for wrapper, words in (
         (missing, r"needs the CUDA runtime: libcudart.*; pip install"),
-        (newer, r"the driver knows CUDA up to 12\.9, and the CUDA runtime is 13\.3; install a newer driver"),
+        (newer, r"the driver supports CUDA up to 12\.9, but the CUDA runtime is 13\.3; install a newer driver"),
     ):
         monkeypatch.setattr(polygraphy.cuda, "wrapper", wrapper)
         with ExitStack() as stack, pytest.raises(BuildRefused, match=words):
@@ -223,7 +223,7 @@ def test_a_machine_without_gpu_is_told_what_is_missing_and_what_works(tmp_path: 
     )
     assert done.returncode == 1
     first, *parts, last = done.stderr.strip().splitlines()
-    assert first == "engine_builder: --target tensorrt needs what this machine has not:"
+    assert first == "engine_builder: --target tensorrt: this machine lacks:"
     assert all(part.startswith("  - ") for part in parts)
     assert any(part.startswith("  - a GPU: ") for part in parts)
     assert last == "--target cpu works here"

@@ -85,7 +85,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path, name: str, job: str) 
         (cut("config.json"), "config.json"),
         (without(QUERY), f"model.safetensors has no tensor {QUERY}"),
         (with_array(QUERY, np.zeros((3, 3), np.float32)), "cannot be used"),
-        (with_array(QUERY, np.full((32, 32), np.nan, np.float32)), f"tensor {QUERY} holds NaN"),
+        (with_array(QUERY, np.full((32, 32), np.nan, np.float32)), f"tensor {QUERY} contains NaN"),
         (change_json("config.json", num_hidden_layers=3), "has no tensor bert.encoder.layer.2"),
     ],
 )
@@ -108,7 +108,7 @@ def test_a_job_refuses_a_tokenizer_that_is_corrupt(tmp_path: Path) -> None:
 
 def test_weights_of_whole_numbers_are_refused(tmp_path: Path) -> None:
     with_array("qa_outputs.bias", np.zeros(2, np.int64))(write_checkpoint(tmp_path))
-    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors: tensor qa_outputs\.bias is of type I64"):
+    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors: tensor qa_outputs\.bias has type I64"):
         read_weights(tmp_path, read_architecture(tmp_path))
 
 
