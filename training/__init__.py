@@ -1,1 +1,1 @@
-"""The Horovod jobs that train a checkpoint; run from the repository's root as ``python -m training.<job>``."""
+"""The Horovod jobs that train a checkpoint; run them from the repository root as ``python -m training.<job>``."""

@@ -1,11 +1,11 @@
 """Average the weights of checkpoints: a *model soup* (Wortsman et al. 2022).
 
-Runs that fine-tune one encoder, or go on from one another, end in one valley of the loss. The mean of their weights
-often answers better than any of them, and costs no more than one: it is a checkpoint like theirs. Measure it, fit its
-null threshold and complete it with ``python -m training.finetune_squad --epochs 0 --init DIR``.
+Runs that fine-tune the same encoder, or continue one another, end in the same valley of the loss. The mean of their
+weights often answers better than each of them, and is as fast, because it is a checkpoint of the same size. Measure it,
+fit its null threshold and complete it with ``python -m training.finetune_squad --epochs 0 --init DIR``.
 """
 
-if __name__ == "__main__":  # before the imports, of which --help needs none
+if __name__ == "__main__":  # before the slow imports, which --help does not need
     from bertqa.cli.command import run
     from training.commands import average_app
 
@@ -28,7 +28,7 @@ from training.encoders import CONFIG_FILE, write_checkpoint
 from training.options import AverageArguments
 
 FUNCTION = ("num_attention_heads", "hidden_act", "layer_norm_eps")
-"""What two configs must have in common, beside the shapes of the weights, for these to mean the same in both."""
+"""Config fields that must be equal, as well as the shapes of the weights, before weights can be averaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,13 @@ class Checkpoint:
 
     directory: Path
     config: dict[str, Any]
-    architecture: str  # name of the model's class in transformers
+    architecture: str  # class name of the model in transformers
     tokenizer: str
     weights: Tensors
 
     @classmethod
     def read(cls, directory: Path) -> "Checkpoint":
-        """Read a directory.
+        """Read a checkpoint directory.
 
         Raises:
             SystemExit: a file is missing or corrupt.
@@ -61,14 +61,14 @@ class Checkpoint:
             raise SystemExit(f"{directory}: {name} cannot be used ({error})") from error
 
     def refuse_unlike(self, other: "Checkpoint") -> None:
-        """End the job, by what differs, where the weights of ``other`` mean something else than those of this one."""
+        """End the job if ``other`` is not a checkpoint of the same model; the message names the difference."""
         if self.architecture != other.architecture:
             raise SystemExit(f"{other.directory} is a {other.architecture}, {self.directory} a {self.architecture}")
         for name in FUNCTION:
             if (ours := self.config.get(name)) != (theirs := other.config.get(name)):
                 raise SystemExit(f"{other.directory}: {CONFIG_FILE}: {name} is {theirs}, in {self.directory} {ours}")
         if json.loads(self.tokenizer) != json.loads(other.tokenizer):
-            raise SystemExit(f"{other.directory}: {TOKENIZER_FILE} is not that of {self.directory}")
+            raise SystemExit(f"{other.directory}: {TOKENIZER_FILE} differs from that of {self.directory}")
         ours, theirs = ({name: tuple(x.shape) for name, x in c.weights.items()} for c in (self, other))
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
@@ -77,7 +77,7 @@ class Checkpoint:
 
 
 def main(args: AverageArguments) -> None:
-    """Refuse checkpoints that are not of one model, average the others, and write the result."""
+    """Check that all checkpoints are of the same model, average them, and write the result."""
     first, *others = (Checkpoint.read(directory) for directory in args.checkpoints)
     for other in others:
         first.refuse_unlike(other)
@@ -90,11 +90,11 @@ def main(args: AverageArguments) -> None:
 
 
 def mean(weights: Sequence[Tensors], shares: Sequence[float]) -> Tensors:
-    """The weighted mean of tensors of the same names and shapes, in float32, whatever they are stored in.
+    """Compute the weighted mean of tensors with the same names and shapes, in float32, whatever their stored dtype.
 
     Args:
-        weights: of each checkpoint.
-        shares: of each checkpoint, in proportion.
+        weights: tensors of each checkpoint.
+        shares: weight of each checkpoint; they need not sum to 1.
     """
     parts = [share / sum(shares) for share in shares]
     return {

@@ -1,4 +1,4 @@
-"""From a step of a run to its global batch, as a pure function, and short sequences packed into rows."""
+"""Compute a step's global batch as a pure function of the step, and pack short sequences into rows."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 class Batches:
     """The global batches of a run: a function from the step to the indexes of its sequences, in order of length.
 
-    Each epoch takes the sequences in another random order. Pools of ``pool`` batches are sorted by length before they
-    are cut into batches, so that little is padded and the order is still random. What is left at the end of an epoch,
-    less than a batch, is not taken. A resumed run and every process get the same batches, whatever came before.
+    Each epoch has a new random order. Pools of ``pool`` batches are sorted by length before they are cut into batches,
+    so that there is little padding and the order is still random. Sequences left over at the end of an epoch, fewer
+    than a batch, are dropped. A resumed run and every process get the same batches.
     """
 
     def __init__(
@@ -29,33 +29,33 @@ class Batches:
         Args:
             lengths: of all sequences, in tokens.
             batch_size: sequences in a global batch.
-            seed: of the order.
-            pool: batches that are sorted by length together.
-            block: consecutive sequences that stay in one pool as far as it holds them; for sequences that are read from
-                disk in blocks, so that a pool reads few of them. Within the pool they are shuffled all the same.
+            seed: seed of the order.
+            pool: number of batches that are sorted by length together.
+            block: number of consecutive sequences that stay in one pool if they fit; for sequences that are read from
+                disk in blocks, so that a pool reads few blocks. Within the pool they are still shuffled.
             by_length: whether pools are sorted by length; sequences that are packed into rows need no sorting.
 
         Raises:
-            ValueError: there are fewer sequences than a batch takes.
+            ValueError: there are fewer sequences than one batch needs.
         """
         self._lengths = np.asarray(lengths)
         if len(self._lengths) < batch_size:
-            raise ValueError(f"{len(self._lengths)} sequences are less than one batch of {batch_size}")
+            raise ValueError(f"{len(self._lengths)} sequences are fewer than one batch of {batch_size}")
         self._batch_size, self._seed, self._block, self._by_length = batch_size, seed, block, by_length
         self._pool = pool
         self._pooled: tuple[tuple[int, int], NDArray[np.int64]] | None = None  # (epoch, pool) and its batches
 
     @property
     def per_epoch(self) -> int:
-        """Steps of one pass over the sequences."""
+        """Number of steps in one pass over the sequences."""
         return len(self._lengths) // self._batch_size
 
     def epoch(self, step: int) -> int:
-        """The epoch of a step, from 0."""
+        """Return the epoch of a step, from 0."""
         return step // self.per_epoch
 
     def __call__(self, step: int) -> list[int]:
-        """The indexes of a step's global batch."""
+        """Return the indexes of a step's global batch."""
         epoch, batch = divmod(step, self.per_epoch)
         number, place = divmod(batch, self._pool)
         if self._pooled is None or self._pooled[0] != (epoch, number):
@@ -64,7 +64,7 @@ class Batches:
         return indexes
 
     def _batches_of(self, epoch: int, number: int) -> NDArray[np.int64]:
-        """The batches of one pool, (batches, batch size)."""
+        """Return the batches of one pool, (batches, batch size)."""
         size, total = self._pool * self._batch_size, len(self._lengths)
         blocks = np.random.default_rng([self._seed, epoch]).permutation(-(-total // self._block))
         ends = np.cumsum(np.minimum(self._block, total - blocks * self._block))
@@ -83,10 +83,10 @@ class Batches:
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put sequences into rows of ``capacity`` tokens, each as a whole: best fit, longest first.
+    """Pack whole sequences into rows of ``capacity`` tokens by best-fit decreasing.
 
-    Each sequence goes to the fullest row that still has room for it, else to a new one; at most 11/9 of the fewest rows
-    possible, and a constant (Johnson 1973).
+    Each sequence goes to the fullest row that still has room for it, or to a new row. This uses at most 11/9 of the
+    smallest possible number of rows, plus a constant (Johnson 1973).
 
     Returns:
         The indexes of each row's sequences; every index occurs once.

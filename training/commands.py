@@ -1,4 +1,4 @@
-"""``bertqa train``: fine-tune, pre-train, distil, average checkpoints, and make the data."""
+"""``bertqa train``: fine-tune, pre-train and distil models, average checkpoints, and prepare data."""
 
 from bertqa.cli.command import command, group
 from training.data.commands import app as data_app
@@ -13,10 +13,10 @@ from training.options import (
     TeachSquadArguments,
 )
 
-app = group("Train models: fine-tune, pre-train, distil, average, and make the data.")
+app = group("Train models: fine-tune, pre-train, distil, average, and prepare data.")
 app.add_typer(data_app, name="data")
 squad_app, glue_app = group("Fine-tune an encoder on SQuAD."), group("Fine-tune an encoder on a GLUE task.")
-teach_app = group("Write the soft labels of a teacher, for --teacher-logits.")
+teach_app = group("Write a teacher's soft labels, for --teacher-logits.")
 app.add_typer(teach_app, name="teach")
 hard_negatives_app = group("Make unanswerable questions that look answerable.")
 import_mpnet_app = group("Make an encoder of all-mpnet-base-v2 that reads BERT's windows.")
@@ -28,7 +28,7 @@ pretrain_app, average_app = group("Pre-train a BERT."), group("Average the weigh
 def squad(options: SquadArguments) -> None:
     """Fine-tune a BERT encoder on SQuAD.
 
-    On several processes: horovodrun -np 2 python -m training.finetune_squad, with the same options.
+    To use several processes: horovodrun -np 2 python -m training.finetune_squad, with the same options.
     """
     from training.finetune_squad import main  # noqa: PLC0415
 
@@ -40,7 +40,7 @@ def squad(options: SquadArguments) -> None:
 def glue(options: GlueArguments) -> None:
     """Fine-tune a BERT encoder on a GLUE task.
 
-    On several processes: horovodrun -np 2 python -m training.finetune_glue, with the same options.
+    To use several processes: horovodrun -np 2 python -m training.finetune_glue, with the same options.
     """
     from training.finetune_glue import main  # noqa: PLC0415
 
@@ -52,7 +52,7 @@ def glue(options: GlueArguments) -> None:
 def pretrain(options: PretrainArguments) -> None:
     """Pre-train a BERT, from scratch or from a checkpoint.
 
-    Every number of NVIDIA's recipe for LAMB is an option. On several processes: horovodrun -np 2 python -m
+    Every number in NVIDIA's recipe for LAMB is an option. To use several processes: horovodrun -np 2 python -m
     training.pretrain, with the same options.
     """
     from training.pretrain import main  # noqa: PLC0415
@@ -73,7 +73,7 @@ def average(options: AverageArguments) -> None:
 def teach_squad(options: TeachSquadArguments) -> None:
     """Run a question-answering teacher over the windows of `bertqa train squad`.
 
-    On several processes: horovodrun -np 2 python -m training.teach squad, with the same options.
+    To use several processes: horovodrun -np 2 python -m training.teach squad, with the same options.
     """
     from training.teach import main  # noqa: PLC0415
 
@@ -82,9 +82,9 @@ def teach_squad(options: TeachSquadArguments) -> None:
 
 @command(teach_app, TeachGlueArguments, extra="training", name="glue")
 def teach_glue(options: TeachGlueArguments) -> None:
-    """Run a teacher that classifies over the training set of `bertqa train glue`.
+    """Run a classification teacher over the training set of `bertqa train glue`.
 
-    On several processes: horovodrun -np 2 python -m training.teach glue, with the same options.
+    To use several processes: horovodrun -np 2 python -m training.teach glue, with the same options.
     """
     from training.teach import main  # noqa: PLC0415
 
@@ -94,9 +94,9 @@ def teach_glue(options: TeachGlueArguments) -> None:
 @command(hard_negatives_app, HardNegativesArguments, extra="training")
 @command(app, HardNegativesArguments, extra="training")
 def hard_negatives(options: HardNegativesArguments) -> None:
-    """Make unanswerable questions by exchanging names and numbers.
+    """Make unanswerable questions by replacing names and numbers.
 
-    A file for --impossible of `bertqa train squad`.
+    The output is a file for --impossible of `bertqa train squad`.
     """
     from training.hard_negatives import main  # noqa: PLC0415
 

@@ -1,10 +1,10 @@
-"""Soft labels: the logits of a teacher on disk, and the loss that brings a student close to them.
+"""Store a teacher's logits (soft labels) on disk, and compute the loss that trains a student on them.
 
-Hinton et al. 2015: the student learns the teacher's distribution at a temperature above 1, which also says how wrong
-the wrong answers are, beside the label. `training.teach` writes the logits once; students read them as often as needed.
+Hinton et al. 2015: the student learns the label and the teacher's distribution at a temperature above 1, which also
+says how wrong each wrong answer is. `training.teach` writes the logits once; students read them as often as needed.
 
-A directory of logits has ``logits-00000.safetensors`` and so on, each with the fp16 logits of some features and, in its
-header, of which features and which teacher, and ``teacher.json``, which is written last. Safetensors and JSON only.
+A directory of logits has files ``logits-00000.safetensors`` and so on. Each contains the fp16 logits of some features;
+its header names the features and the teacher. ``teacher.json`` is written last. All files are safetensors or JSON.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ Rows = NDArray[np.float16]
 
 
 class UnsuitableLogits(ValueError):
-    """The logits are not of this run's features, or are damaged; the message says which."""
+    """The logits are damaged or belong to other features than this run's; the message says which."""
 
 
 def fingerprint(features: Iterable[tuple[NDArray[np.int32], int]]) -> str:
-    """SHA-256 of what a teacher reads: the tokens of each feature, and where its second text begins."""
+    """Return the SHA-256 of a teacher's input: the tokens of each feature, and where its second text begins."""
     digest = hashlib.sha256()
     for input_ids, second in features:
         digest.update(np.array([len(input_ids), second], "<i8").tobytes())
@@ -41,20 +41,20 @@ def fingerprint(features: Iterable[tuple[NDArray[np.int32], int]]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What logits were made of; equal for a student that uses them, but for the teacher."""
+    """The features that logits belong to; must be equal for the teacher and its students."""
 
     kind: str  # "squad", or the name of a GLUE task
-    features: str  # `fingerprint`
-    rows: tuple[int, ...]  # of logits, for each feature
-    settings: Mapping[str, object]  # the flags that decide the features, to name what differs
+    features: str  # `fingerprint` of the features
+    rows: tuple[int, ...]  # number of logit rows of each feature
+    settings: Mapping[str, object]  # the flags that decide the features, to report differences
     per_file: int = FEATURES_PER_FILE
 
     def shards(self) -> range:
-        """The numbers of the files."""
+        """Return the numbers of the files."""
         return range(-(-len(self.rows) // self.per_file))
 
     def of_shard(self, number: int) -> slice:
-        """The features of a file."""
+        """Return the features of a file."""
         return slice(number * self.per_file, min((number + 1) * self.per_file, len(self.rows)))
 
 
@@ -64,14 +64,14 @@ def save_shard(
     """Write the logits of one shard's features.
 
     Args:
-        directory: made if it is not there.
-        source: of the features.
-        teacher: SHA-256 of its weights.
-        number: of the shard.
-        logits: of each of its features, (rows, columns).
+        directory: output directory; created if missing.
+        source: the features.
+        teacher: SHA-256 of the teacher's weights.
+        number: number of the shard.
+        logits: logits of each of its features, (rows, columns).
 
     Raises:
-        UnsuitableLogits: the teacher gave something that fp16 cannot hold.
+        UnsuitableLogits: the logits are not finite in fp16.
         CheckpointError: the file cannot be written.
     """
     rows = np.concatenate(logits)
@@ -82,10 +82,10 @@ def save_shard(
 
 
 def has_shard(directory: Path, source: Source, teacher: str, number: int) -> bool:
-    """Whether a shard was written already; True lets a teacher that was killed go on where it was.
+    """Check whether a shard is already written, so that a killed teacher can resume.
 
     Raises:
-        UnsuitableLogits: the file is damaged, or of other features or of another teacher.
+        UnsuitableLogits: the file is damaged, or belongs to other features or another teacher.
     """
     if not _file(directory, number).exists():
         return False
@@ -94,7 +94,7 @@ def has_shard(directory: Path, source: Source, teacher: str, number: int) -> boo
 
 
 def finish(directory: Path, source: Source, teacher: Mapping[str, object]) -> None:
-    """Write ``teacher.json`` when all shards are there; ``teacher`` has at least the ``sha256`` of its weights."""
+    """Write ``teacher.json`` once all shards exist; ``teacher`` has at least the ``sha256`` of the weights."""
     described: dict[str, object] = {
         "kind": source.kind,
         "features": len(source.rows),
@@ -106,18 +106,18 @@ def finish(directory: Path, source: Source, teacher: Mapping[str, object]) -> No
 
 @dataclass(frozen=True, slots=True)
 class TeacherLogits:
-    """The logits of a run's features, in their order, all in memory: about 700 bytes for a window of SQuAD."""
+    """The logits of a run's features, in order and in memory: about 700 bytes for a SQuAD window."""
 
-    teacher: str  # SHA-256 of its weights
+    teacher: str  # SHA-256 of the teacher's weights
     logits: Rows  # (rows of all features, columns)
     bounds: NDArray[np.int64]  # (features + 1,)
 
     @classmethod
     def read(cls, directory: Path, source: Source) -> "TeacherLogits":
-        """Read a directory.
+        """Read a directory of logits.
 
         Raises:
-            UnsuitableLogits: a file is missing or damaged, or the logits are of other features than the run's.
+            UnsuitableLogits: a file is missing or damaged, or the logits belong to other features than the run's.
         """
         path = directory / TEACHER_FILE
         try:
@@ -128,23 +128,23 @@ class TeacherLogits:
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise UnsuitableLogits(f"{path} cannot be used ({error}); did training.teach finish?") from error
         if kind != source.kind:
-            raise UnsuitableLogits(f"{path} is of {kind}, this run is of {source.kind}")
+            raise UnsuitableLogits(f"{path} is for {kind}, but this run is for {source.kind}")
         if features != source.features:
-            raise UnsuitableLogits(f"{path} is of other features: {_difference(settings, count, source)}")
+            raise UnsuitableLogits(f"{path} is for other features: {_difference(settings, count, source)}")
         source = replace(source, per_file=per_file)
         shards = [_read(_file(directory, number), source, teacher) for number in source.shards()]
         return cls(teacher, np.concatenate(shards), np.cumsum([0, *source.rows]))
 
     def __getitem__(self, index: int) -> Rows:
-        """The logits of one feature, (rows, columns)."""
+        """Return the logits of one feature, (rows, columns)."""
         return self.logits[self.bounds[index] : self.bounds[index + 1]]
 
 
 def read_teacher(args: DistillationArguments, source: Source) -> TeacherLogits | None:
-    """The logits that ``--teacher-logits`` names, None without it.
+    """Load the logits that ``--teacher-logits`` names, or return None without that option.
 
     Raises:
-        SystemExit: they are not of the run's features, or are damaged.
+        SystemExit: the logits are damaged or belong to other features than the run's.
     """
     if not args.teacher_logits:
         return None
@@ -155,26 +155,26 @@ def read_teacher(args: DistillationArguments, source: Source) -> TeacherLogits |
 
 
 def distilled_identity(args: DistillationArguments, teacher: TeacherLogits | None) -> dict[str, object]:
-    """What decides the result of a step, beside the rest; nothing without a teacher."""
+    """Return the distillation settings that decide a step's result; empty without a teacher."""
     if not teacher:
         return {}
     return {"teacher": teacher.teacher, "temperature": args.temperature, "soft_share": args.soft_share}
 
 
 def loss_terms(teacher: TeacherLogits | None, soft_share: float) -> dict[str, float]:
-    """Names and weights of the terms of the loss."""
+    """Return the names and weights of the loss terms."""
     return {"hard": 1 - soft_share, "soft": soft_share} if teacher else {"loss": 1.0}
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL divergence from the teacher's distribution to the student's, both at a temperature, times its square.
+    """Compute the KL divergence from the teacher's distribution to the student's, times the temperature squared.
 
-    The square keeps the gradient's size when the temperature changes (Hinton et al. 2015, section 2).
+    The square keeps the gradient's size independent of the temperature (Hinton et al. 2015, section 2).
 
     Args:
         student: float32 logits, (…, classes).
-        teacher: the same; what no answer may be is at -1e9 in both.
-        temperature: that both are divided by.
+        teacher: float32 logits of the same shape; positions that cannot be an answer are -1e9 in both.
+        temperature: divisor of both logits.
 
     Returns:
         The sum over all distributions, a scalar.
@@ -185,15 +185,15 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float)
 
 
 def _difference(settings: Mapping[str, object], count: int, source: Source) -> str:
-    """What makes the features of a student others than those of the teacher."""
+    """Describe how a student's features differ from those of the teacher."""
     ours = json.loads(json.dumps(dict(source.settings)))
     names = [name for name in sorted(settings.keys() | ours.keys()) if settings.get(name) != ours.get(name)]
     if names:
-        flags = (f"--{name.replace('_', '-')} {settings.get(name)}, here {ours.get(name)}" for name in names)
+        flags = (f"--{name.replace('_', '-')} was {settings.get(name)}, is {ours.get(name)}" for name in names)
         return "; ".join(flags)
     if count != len(source.rows):
-        return f"it has {count}, this run {len(source.rows)}"
-    return "the flags are the same, so the data or tokenizer.json is not"
+        return f"it has {count}, this run has {len(source.rows)}"
+    return "the flags are the same, so the data or tokenizer.json differ"
 
 
 def _file(directory: Path, number: int) -> Path:

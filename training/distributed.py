@@ -1,7 +1,7 @@
-"""The processes of one training run; the only importer of Horovod.
+"""Coordinate the processes of a training run; the only module that imports Horovod.
 
-A job started by ``horovodrun -np N`` runs N processes; the same job started plainly runs alone and needs no Horovod.
-With ``--host-discovery-script`` the run is *elastic*: processes may be lost and others may join between two steps.
+``horovodrun -np N`` starts N processes; without it, a job runs in a single process and needs no Horovod. With
+``--host-discovery-script`` the run is *elastic*: processes may be lost and others may join between two steps.
 """
 
 import os
@@ -17,52 +17,51 @@ _T = TypeVar("_T")
 
 
 class Workers(Protocol):
-    """The processes of a run, as one of them sees them."""
+    """The processes of a run, from the view of one of them."""
 
     @property
     def rank(self) -> int:
-        """Of this process, from 0."""
+        """Rank of this process, from 0."""
 
     @property
     def size(self) -> int:
-        """Number of processes; an elastic run may change it whenever it is inside `run`."""
+        """Number of processes; in an elastic run it may change inside `run`."""
 
     @property
     def device(self) -> torch.device:
-        """This process's GPU, or the CPU where there is none."""
+        """This process's GPU, or the CPU if there is none."""
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module, compression: Compression) -> Any:
-        """An optimizer whose gradients are summed over all processes while the last backward of a step still runs."""
+        """Wrap an optimizer so that gradients are summed over all processes during the last backward of a step."""
 
     def begin_step(self, optimizer: Any, backwards: int) -> None:
-        """Forget all gradients, and sum the next ones once, after so many backward passes on this process."""
+        """Clear all gradients, and sum the next ones after the given number of backward passes on this process."""
 
     def reduced_gradients(self, optimizer: Any) -> Any:
-        """A context in which the gradients are summed already and the optimizer may step."""
+        """Return a context in which the gradients are already summed and the optimizer may step."""
 
     def sum(self, values: Sequence[float], *, between_steps: bool = False) -> list[float]:
-        """The sums of some numbers over all processes; ``between_steps`` lets an elastic run change its size here."""
+        """Sum numbers over all processes; with ``between_steps`` an elastic run may change its size here."""
 
     def gather(self, value: _T) -> list[_T]:
-        """The picklable values of all processes, in order of rank, on each of them."""
+        """Return the values of all processes, in order of rank, on every process; values must be picklable."""
 
     def share(self, value: _T) -> _T:
-        """The picklable value of process 0, on every process."""
+        """Return the value of process 0 on every process; it must be picklable."""
 
     def share_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of process 0, on every process's own device."""
+        """Return the tensors of process 0 on every process, on its own device."""
 
     def run(self, synchronize: Callable[[], None], steps: Callable[[], _T]) -> _T:
-        """Call ``synchronize``, which gives every process the state of process 0, and then ``steps``.
+        """Call ``synchronize``, which copies the state of process 0 to every process, and then ``steps``.
 
-        An elastic run does both again whenever a process was lost or has joined; both must then hold no memory of the
-        rank and the size they saw before. No collective operation may come before this one: a process that joins would
-        take part in it alone.
+        An elastic run calls both again whenever a process is lost or joins, so they must not keep an earlier rank or
+        size. No collective operation may come before this call, because a joining process would be alone in it.
         """
 
 
 class Alone:
-    """A run of one process, without Horovod; methods as in `Workers`."""
+    """A single process without Horovod; implements `Workers`."""
 
     rank = 0
     size = 1
@@ -96,14 +95,14 @@ class Alone:
 
 
 class HorovodWorkers:
-    """The processes that horovodrun started; methods as in `Workers`."""
+    """The processes that horovodrun started; implements `Workers`."""
 
     def __init__(self) -> None:
         import horovod.torch as hvd  # noqa: PLC0415 - a run of one process needs no Horovod
 
         hvd.init()
         self._hvd = hvd
-        # The number of the GPU stays what it was at the start, whatever rank an elastic run gives this process later.
+        # The GPU index stays fixed, even if an elastic run gives this process another rank later.
         self.device = torch.device("cuda", hvd.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -133,7 +132,7 @@ class HorovodWorkers:
 
     @contextmanager
     def reduced_gradients(self, optimizer: Any) -> Iterator[None]:
-        # Clipping must see the summed gradients, so the wait comes before it and not inside step().
+        # Clipping needs the summed gradients, so the wait comes before it and not inside step().
         optimizer.synchronize()
         with optimizer.skip_synchronize():
             yield
@@ -167,11 +166,11 @@ class HorovodWorkers:
 
 
 class ElasticWorkers(HorovodWorkers):
-    """The processes of a run of ``horovodrun --host-discovery-script``, which may lose some and take new ones.
+    """The processes of an elastic run, started by ``horovodrun --host-discovery-script``.
 
-    Weights change only after the last sum of a step has arrived, so what a process holds in memory is always the whole
-    state of a whole step, and no copy of it need be kept to go back to: after a loss, everyone continues from what the
-    new process 0 has, which is the end of the last step or of the one before.
+    Weights change only after the last sum of a step has arrived, so each process's memory always has the complete state
+    after some step, and no backup copy is needed. After a loss, all processes continue from the state of the new
+    process 0, which is the end of the last step or of the one before.
     """
 
     def __init__(self) -> None:
@@ -190,7 +189,7 @@ class ElasticWorkers(HorovodWorkers):
     def sum(self, values: Sequence[float], *, between_steps: bool = False) -> list[float]:
         if not between_steps:
             return super().sum(values)
-        # Horovod tells process 0 alone that hosts have come or gone; this way all leave the steps at the same place.
+        # Horovod notifies only process 0 of host changes; this way all processes leave at the same step.
         changed, self._hosts_changed = self._hosts_changed, False
         *sums, changes = super().sum([*values, float(changed)])
         if changes:
@@ -202,27 +201,27 @@ class ElasticWorkers(HorovodWorkers):
         result: _T = self._hvd.elastic.run(lambda _: steps())(self)
         return result
 
-    # What hvd.elastic.run asks of its state object, which this is.
+    # The methods below are the interface that hvd.elastic.run needs from its state object.
 
     def on_hosts_updated(self, timestamp: int, result: int) -> None:
-        """Called on process 0, by a thread of Horovod's."""
+        """Record a host change; a Horovod thread calls this on process 0."""
         self._hosts_changed = True
 
     def restore(self) -> None:
-        """Called where a process was lost, so in the middle of a step."""
+        """Go back to a whole step; called after a process was lost, in the middle of a step."""
 
     def on_reset(self) -> None:
-        """Called when the processes that are left have found each other again."""
+        """Reset after the remaining processes have reconnected."""
 
     def sync(self) -> None:
-        """Called before the steps, at first and after every reset; a process that joins starts with this one."""
+        """Synchronize before the steps, at the start and after every reset; a joining process starts here."""
         if self._optimizer is not None:
-            self._optimizer.load_state_dict(self._optimizer.state_dict())  # Horovod's drops the sums under way
+            self._optimizer.load_state_dict(self._optimizer.state_dict())  # Horovod drops pending sums
         self._synchronize()
 
 
 def start_workers() -> Workers:
-    """Join the other processes of this run, or run alone where horovodrun did not start this one."""
+    """Join the other processes of this run, or run alone if horovodrun did not start this process."""
     if os.environ.get("HOROVOD_ELASTIC") == "1":
         return ElasticWorkers()
     return HorovodWorkers() if "HOROVOD_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ else Alone()

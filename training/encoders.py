@@ -1,7 +1,7 @@
-"""Encoders: where a job's ``--init`` comes from, how it is loaded, and what a step of it costs.
+"""Find and load the encoder of ``--init``, run it, save it, and count its FLOPs.
 
-The families are those of transformers that read BERT's windows: WordPiece ids, one vector for each token. What differs
-between them, the names of two settings, token types and where positions begin, is here and nowhere else.
+The families are those of transformers that read BERT's windows: WordPiece ids, one vector per token. Only this module
+knows the differences between them: the names of two settings, token types, and where positions begin.
 """
 
 import json
@@ -29,7 +29,7 @@ from training.options import JobArguments, Precision
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 CONFIG_FILE = "config.json"
-Attention = Literal["sdpa", "eager"]  # as transformers calls fused attention and plain matrix products
+Attention = Literal["sdpa", "eager"]  # transformers' names of fused attention and plain matrix products
 Head = Literal["question answering", "sequence classification"]
 HEADS = {
     "question answering": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
@@ -37,31 +37,31 @@ HEADS = {
 }
 
 FIRST_POSITION = {"mpnet": 2, "roberta": 2, "xlm-roberta": 2, "camembert": 2}
-"""Families that leave the first rows of their position embeddings unused, and how many."""
+"""Number of unused first rows of the position embeddings, for families that have them."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderOptions:
-    """How an encoder computes in training, as the options of a job have it."""
+    """How an encoder computes in training, from the options of a job."""
 
     dropout: float  # of embeddings and layers
-    attention_dropout: float  # of the weights of attention
+    attention_dropout: float  # of the attention weights
     attention: Attention
 
     @classmethod
     def of(cls, args: JobArguments) -> Self:
-        """The options of a job."""
+        """Take the settings from the options of a job."""
         attention_dropout = args.dropout if args.attention_dropout is None else args.attention_dropout
         attention = attention_implementation(args.attention, args.precision, attention_dropout)
         return cls(args.dropout, attention_dropout, attention)
 
     def identity(self) -> dict[str, object]:
-        """What decides the result of a step; the kind of attention changes its rounding alone."""
+        """Return the settings that decide a step's result; the kind of attention only changes rounding."""
         return {"dropout": self.dropout, "attention_dropout": self.attention_dropout}
 
 
 def encoder_source(init: str) -> str:
-    """Resolve ``--init``: a directory as it is, the ``model/`` folder of an installed package, else a hub id."""
+    """Resolve ``--init``: a directory, else the ``model/`` folder of an installed package, else a hub id."""
     if Path(init).is_dir():
         return init
     spec = find_spec(init) if init.isidentifier() else None
@@ -71,7 +71,7 @@ def encoder_source(init: str) -> str:
 
 
 def model_class(source: str, head: Head) -> type[PreTrainedModel]:
-    """The class in transformers of an encoder's family with a head.
+    """Return the transformers class of an encoder's family with a given head.
 
     Raises:
         SystemExit: config.json cannot be read, or its family has no such head.
@@ -90,17 +90,17 @@ def model_class(source: str, head: Head) -> type[PreTrainedModel]:
 def load_model(
     kind: type[_Model], source: str, options: EncoderOptions, *, trained_head: bool = False, **config: Any
 ) -> _Model:
-    """Load an encoder from safetensors, never from a pickle, under a new or its own head.
+    """Load an encoder from safetensors, never from a pickle, with a new head or its own.
 
     Args:
-        kind: of model, which decides the head.
-        source: as `encoder_source` gives it.
+        kind: class of the model, which decides the head.
+        source: result of `encoder_source`.
         options: dropout and attention.
-        trained_head: whether the head must be in the files too, as that of a teacher.
-        config: other fields of the model's config, such as ``num_labels``.
+        trained_head: whether the files must contain the head too, as for a teacher.
+        config: more fields of the model's config, such as ``num_labels``.
 
     Raises:
-        SystemExit: there is no such encoder, or its files are corrupt, are not safetensors, or do not fit together.
+        SystemExit: there is no such encoder, or its files are corrupt, are not safetensors, or do not match.
     """
     load: Any = kind.from_pretrained
     try:
@@ -108,7 +108,7 @@ def load_model(
             source,
             use_safetensors=True,
             output_loading_info=True,
-            attn_implementation=options.attention if kind._supports_sdpa else "eager",  # MPNet has no fused one
+            attn_implementation=options.attention if kind._supports_sdpa else "eager",  # MPNet has no fused attention
             **_dropout(kind, options),
             **config,
         )
@@ -116,16 +116,16 @@ def load_model(
         raise SystemExit(f"--init {source}: config.json or {WEIGHTS_FILE} cannot be used ({error})") from error
     encoder = "" if trained_head else f"{kind.base_model_prefix}."  # else the head and the pooler may be new
     if missing := sorted(x for x in loaded["missing_keys"] if x.startswith(encoder) and ".pooler." not in x):
-        raise SystemExit(f"--init {source}: {WEIGHTS_FILE} has no tensor {missing[0]}, which config.json asks for")
+        raise SystemExit(f"--init {source}: {WEIGHTS_FILE} has no tensor {missing[0]}, which config.json requires")
     if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
-        raise SystemExit(f"--init {source}: {WEIGHTS_FILE}: tensor {broken[0]} holds NaN or infinite values")
+        raise SystemExit(f"--init {source}: {WEIGHTS_FILE}: tensor {broken[0]} contains NaN or infinite values")
     assert isinstance(model, kind)
-    torch.nn.Module.float(model)  # fp32 master weights, whatever the file holds
+    torch.nn.Module.float(model)  # fp32 master weights, whatever the file's dtype
     return model
 
 
 def _dropout(kind: type[PreTrainedModel], options: EncoderOptions) -> dict[str, float]:
-    """The dropout of a model as its family's config names it."""
+    """Return the dropout settings under the names that the family's config uses."""
     if getattr(kind.config_class, "model_type", None) == "distilbert":
         everywhere = dict.fromkeys(("dropout", "qa_dropout", "seq_classif_dropout"), options.dropout)
         return everywhere | {"attention_dropout": options.attention_dropout}
@@ -133,11 +133,11 @@ def _dropout(kind: type[PreTrainedModel], options: EncoderOptions) -> dict[str, 
 
 
 def attention_implementation(attention: Attention | Literal["auto"], precision: Precision, dropout: float) -> Attention:
-    """The choice of ``--attention``; ``auto`` takes the faster one with this dropout of attention."""
+    """Resolve ``--attention``; ``auto`` takes the faster kind for this attention dropout."""
     if attention != "auto":
         return attention
-    # Without dropout torch takes its flash attention on a CPU too. In bf16 that one's backward pass costs more than the
-    # matrices it saves: steps are 1.2 times as long, and 1.4 with AMX. In every other case fused attention is faster.
+    # Without dropout, torch uses flash attention on CPUs too. In bf16 its backward pass costs more than it saves: steps
+    # take 1.2 times as long, and 1.4 times with AMX. In all other cases fused attention is faster.
     slow = not torch.cuda.is_available() and precision != "fp32" and not dropout
     return "eager" if slow else "sdpa"
 
@@ -146,17 +146,17 @@ def load_tokenizer(source: str) -> Tokenizer:
     """Load the fast tokenizer of a directory or a hub id.
 
     Raises:
-        SystemExit: there is none, or it is corrupt.
+        SystemExit: the tokenizer is missing or corrupt.
     """
     path = Path(source) / TOKENIZER_FILE
     try:
         return Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(source)
-    except Exception as error:  # the binding raises bare Exception for every cause
+    except Exception as error:  # the binding raises a bare Exception for every error
         raise SystemExit(f"--init {source}: {TOKENIZER_FILE} cannot be used ({error})") from error
 
 
 def half(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights in fp16, as a fine-tuned model ships them."""
+    """Return the weights in fp16, the format of fine-tuned checkpoints."""
     return {name: tensor.half() for name, tensor in model.state_dict().items()}
 
 
@@ -167,13 +167,13 @@ def write_checkpoint(
     weights: Mapping[str, torch.Tensor],
     tokenizer: str,
 ) -> None:
-    """Write a checkpoint directory, which ``--init``, the engine builder and transformers take.
+    """Write a checkpoint directory that ``--init``, the engine builder and transformers can read.
 
     Args:
-        directory: made if it is not there.
-        architecture: name of the model's class in transformers, whose names the weights have.
-        config: of the model.
-        weights: as they shall be stored.
+        directory: output directory; created if missing.
+        architecture: class name of the model in transformers; the weights have its tensor names.
+        config: config of the model.
+        weights: tensors to store, in their final dtype.
         tokenizer: the contents of tokenizer.json.
 
     Raises:
@@ -188,21 +188,21 @@ def write_checkpoint(
 
 
 def longest_input(config: PreTrainedConfig) -> int:
-    """Tokens of the longest input that an encoder has positions for."""
+    """Return the longest input that an encoder has positions for, in tokens."""
     return int(config.max_position_embeddings) - FIRST_POSITION.get(config.model_type, 0)
 
 
 def has_token_types(config: PreTrainedConfig) -> bool:
-    """Whether an encoder tells a question from its context by ``token_type_ids``."""
+    """Check whether an encoder uses ``token_type_ids`` to separate question and context."""
     return getattr(config, "type_vocab_size", 0) > 1
 
 
 class TokenBatch(Protocol):
-    """What an encoder reads; each int64 of shape (sequences, length)."""
+    """The inputs of an encoder; each int64 of shape (sequences, length)."""
 
     @property
     def input_ids(self) -> torch.Tensor:
-        """Tokens, with [PAD] after the end of a sequence."""
+        """Token ids, padded with [PAD]."""
 
     @property
     def attention_mask(self) -> torch.Tensor:
@@ -214,7 +214,7 @@ class TokenBatch(Protocol):
 
 
 def forward(model: torch.nn.Module, batch: TokenBatch, **options: Any) -> Any:
-    """The output of a model of transformers for a batch; ``options`` as its own ``forward`` takes them."""
+    """Run a transformers model on a batch; ``options`` are passed to its ``forward``."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     config: Any = model.config
     if has_token_types(config):
@@ -223,15 +223,15 @@ def forward(model: torch.nn.Module, batch: TokenBatch, **options: Any) -> Any:
 
 
 def tokenizer_config(tokenizer: str, max_length: int, *, token_types: bool = True) -> dict[str, Any]:
-    """What lets transformers' ``AutoTokenizer`` give the same ids as the tokenizer itself.
+    """Build the ``tokenizer_config.json`` with which transformers' ``AutoTokenizer`` gives the same token ids.
 
-    Without it, transformers takes the vocabulary and guesses the rest: 5.2 keeps the case. The class named here takes
-    tokenizer.json as it is; ``do_lower_case`` is for other readers.
+    Without it, transformers uses only the vocabulary and guesses the rest; version 5.2 does not lower-case. The class
+    named here uses tokenizer.json unchanged; ``do_lower_case`` is for other readers.
 
     Args:
         tokenizer: the contents of tokenizer.json.
         max_length: longest input of the model, in tokens.
-        token_types: whether the model takes them.
+        token_types: whether the model uses token types.
     """
     normalizer = json.loads(tokenizer).get("normalizer") or {}
     token_to_id = Tokenizer.from_str(tokenizer).token_to_id
@@ -246,16 +246,17 @@ def tokenizer_config(tokenizer: str, max_length: int, *, token_types: bool = Tru
 
 
 def bert_flops(config: PreTrainedConfig, lengths: Sequence[int], head_weights: float = 0.0) -> float:
-    """FLOPs of one forward and backward of a BERT encoder over sequences of so many tokens, padding not counted.
+    """Count the FLOPs of one forward and backward pass of a BERT encoder, without padding.
 
-    Two for each multiplication and addition, and the backward counted as two forwards: 6 N for a token, N being the
-    weights of the encoder's matrices, and 12 L H S for its attention to S tokens in L layers of width H (Chowdhery et
-    al. 2022, appendix B; the same as Narayanan et al. 2021 without recomputation). Look-ups of embeddings are none.
+    A multiply-add counts as two, and the backward pass as two forward passes. That is 6 N per token, where N is the
+    number of weights in the encoder's matrices, plus 12 L H S for its attention to S tokens in L layers of width H
+    (Chowdhery et al. 2022, appendix B; the same as Narayanan et al. 2021 without recomputation). Embedding look-ups
+    count as zero.
 
     Args:
-        config: with hidden_size, intermediate_size, num_hidden_layers.
-        lengths: tokens of each sequence.
-        head_weights: multiplications of the heads for the whole batch: weights of a head times the vectors it sees.
+        config: config with hidden_size, intermediate_size and num_hidden_layers.
+        lengths: length of each sequence, in tokens.
+        head_weights: multiplications of the heads for the whole batch: weights of a head times its input vectors.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size

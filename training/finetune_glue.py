@@ -2,13 +2,13 @@
 
 The recipe is that of Devlin et al. 2018, section 4.1: the pooled vector of [CLS] through dropout and one linear layer,
 AdamW, linear warm-up then linear decay to zero. With ``horovodrun -np 2`` before it, two processes share each step. The
-output directory becomes a checkpoint, with the metrics on the development set in ``training_report.json`` and the
-predictions for the test set, as the benchmark's server takes them, beside it.
+output directory becomes a checkpoint. It also gets the development-set metrics in ``training_report.json``, and the
+test-set predictions in the format of the benchmark's server.
 
-With ``--teacher-logits`` the model also learns what a teacher answered, see `training.teach`.
+With ``--teacher-logits`` the model also learns from a teacher's answers, see `training.teach`.
 """
 
-if __name__ == "__main__":  # before the imports, of which --help needs none
+if __name__ == "__main__":  # before the slow imports, which --help does not need
     from bertqa.cli.command import run
     from training.commands import glue_app
 
@@ -65,7 +65,7 @@ class Feature:
     """A tokenized example: ``[CLS] text [SEP]``, or ``[CLS] text [SEP] other text [SEP]``."""
 
     input_ids: NDArray[np.int32]  # (tokens,)
-    first: int  # number of tokens before those of the other text
+    first: int  # number of tokens before the second text
     truncated: bool
     label: int | float  # class or score; 0 in a test set
 
@@ -83,7 +83,7 @@ class Batch:
 
 
 def main(args: GlueArguments) -> None:
-    """Train, report the metrics on the development set, predict the test set, and write the checkpoint."""
+    """Train, report the development-set metrics, predict the test set, and write the checkpoint."""
     workers = start_workers()
     glue = TASKS[args.task]
     try:
@@ -93,12 +93,12 @@ def main(args: GlueArguments) -> None:
     torch.manual_seed(args.seed)
     source, encoder = encoder_source(args.init), EncoderOptions.of(args)
     model = load_classifier(source, encoder, glue, args.max_seq_len)
-    torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
+    torch.nn.Module.to(model, workers.device)  # transformers' wrapper has no type signature
     tokenizer = load_tokenizer(source)
     features = {name: list(make_features(examples, tokenizer, args.max_seq_len)) for name, examples in sets.items()}
     training = features["train"]
     if len(training) < args.batch_size:
-        raise SystemExit(f"--data: {len(training)} examples are not one batch of --batch-size {args.batch_size}")
+        raise SystemExit(f"--data: {len(training)} examples are fewer than one batch of --batch-size {args.batch_size}")
     options = LoopOptions.of(args, max(round(args.epochs * (len(training) // args.batch_size)), 1))
     if workers.rank == 0:
         sizes = ", ".join(f"{name} {len(rows)}" for name, rows in sets.items())
@@ -135,7 +135,7 @@ def load_classifier(
     """Load an encoder with a head for a task's classes, or for its score.
 
     Raises:
-        SystemExit: there is no such encoder, or its inputs are shorter than ``max_seq_len`` tokens.
+        SystemExit: there is no such encoder, or it has fewer than ``max_seq_len`` positions.
     """
     labels = glue.labels or ("score",)
     model = load_model(
@@ -147,12 +147,12 @@ def load_classifier(
         label2id={label: number for number, label in enumerate(labels)},
     )
     if max_seq_len > (longest := longest_input(model.config)):
-        raise SystemExit(f"--max-seq-len {max_seq_len}: the encoder takes at most {longest} tokens")
+        raise SystemExit(f"--max-seq-len {max_seq_len}: the encoder reads at most {longest} tokens")
     return model
 
 
 def soft_source(args: GlueArguments | TeachGlueArguments, training: Sequence[Feature]) -> Source:
-    """What the soft labels of a training set are made of."""
+    """Describe the features that a training set's soft labels belong to."""
     return Source(
         kind=args.task,
         features=fingerprint((feature.input_ids, feature.first) for feature in training),
@@ -162,7 +162,7 @@ def soft_source(args: GlueArguments | TeachGlueArguments, training: Sequence[Fea
 
 
 def read_sets(directory: Path, glue: GlueTask) -> dict[str, list[Example]]:
-    """The sets of a task by the names of their files: training, development, and test as far as there are files.
+    """Read a task's sets by file name: training, development, and test if there are files.
 
     Raises:
         GlueError: a file is missing or corrupt.
@@ -178,12 +178,12 @@ def read_sets(directory: Path, glue: GlueTask) -> dict[str, list[Example]]:
 
 
 def make_features(examples: Sequence[Example], tokenizer: Tokenizer, max_seq_len: int) -> Iterator[Feature]:
-    """Tokenize examples; of two texts that are too long together, the longer one is cut first.
+    """Tokenize examples; if two texts are too long together, the longer one is cut first.
 
     Raises:
         ValueError: the tokenizer has no [CLS] or [SEP].
     """
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # what follows is state of the object, and would be saved
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy, because the changes below would be saved with it
     sep, cls = tokenizer.token_to_id("[SEP]"), tokenizer.token_to_id("[CLS]")
     if sep is None or cls is None:
         raise ValueError("the tokenizer has no [CLS] or no [SEP]")
@@ -208,8 +208,8 @@ def collate(features: Sequence[Feature], multiple: int = 8, soft: Sequence[NDArr
     """Pad features to a common length; [PAD] is token 0 as in every BERT.
 
     Args:
-        features: of the batch.
-        multiple: that the length is a multiple of, in tokens.
+        features: features of the batch.
+        multiple: round the length up to a multiple of this, in tokens.
         soft: a teacher's logits of each feature, (1, classes or 1).
     """
     lengths = tuple(len(feature.input_ids) for feature in features)
@@ -237,18 +237,18 @@ def label_task(
     temperature: float = 1.0,
     soft_share: float = 0.0,
 ) -> Task[int, Batch]:
-    """The examples as the loop trains on them; its items are their indexes.
+    """Describe the training set to the loop; its items are the examples' indexes.
 
     Args:
         features: all examples.
-        config: of the model.
-        options: of the loop.
-        teacher: whose logits are learned beside the labels.
-        temperature: of the teacher's distribution.
-        soft_share: its weight in the loss.
+        config: config of the model.
+        options: options of the loop.
+        teacher: teacher logits to learn in addition to the labels.
+        temperature: temperature of the teacher's distribution.
+        soft_share: weight of the teacher's distribution in the loss.
     """
     lengths = [len(feature.input_ids) for feature in features]
-    head = config.hidden_size * config.hidden_size  # the pooler, of one token each; the linear layer is next to nothing
+    head = config.hidden_size * config.hidden_size  # the pooler, for one token each; the linear layer is negligible
     return Task(
         items=Batches(lengths, options.batch_size, seed=options.seed),
         collate=lambda indexes: collate(
@@ -262,9 +262,12 @@ def label_task(
 
 
 def label_loss(model: torch.nn.Module, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """Cross entropy of the classes, or squared error of the scores, summed over the batch; float32 of shape (terms,).
+    """Compute the cross entropy of classes, or the squared error of scores, summed over the batch.
 
-    Where the batch has a teacher's logits, the second term is the divergence from them, or the squared error.
+    With a teacher's logits, a second term is the divergence from them, or the squared error.
+
+    Returns:
+        float32 of shape (terms,).
     """
     logits: torch.Tensor = forward(model, batch).logits.float()
     if batch.labels.is_floating_point():
@@ -279,7 +282,7 @@ def label_loss(model: torch.nn.Module, batch: Batch, temperature: float = 1.0) -
 
 
 def class_logits(output: Any) -> torch.Tensor:
-    """The logits of a model's output, (examples, 1, classes or 1)."""
+    """Return the logits of a model's output, (examples, 1, classes or 1)."""
     logits: torch.Tensor = output.logits
     return logits[:, None]
 
@@ -287,7 +290,7 @@ def class_logits(output: Any) -> torch.Tensor:
 def predict_all(
     model: PreTrainedModel, features: Sequence[Feature], workers: Workers, precision: Precision
 ) -> NDArray[np.float32]:
-    """The logits of all features, (features, classes or 1): each process computes its share, and has all of them."""
+    """Compute the logits of all features, (features, classes or 1); each process computes a share and gets all."""
     mine = features[workers.rank :: workers.size]
     progress = "example" if workers.rank == 0 else None
     found = predict(model, mine, collate, class_logits, workers.device, precision, progress=progress)

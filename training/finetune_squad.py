@@ -1,13 +1,13 @@
 """Fine-tune an encoder on SQuAD: ``horovodrun -np 2 python -m training.finetune_squad --train … --output …``.
 
 The recipe is that of Devlin et al. 2018, section 4.2: AdamW, linear warm-up then linear decay to zero, gradients
-clipped at norm 1. One optimizer step sees ``--batch-size`` windows over all processes together, so the number of
-processes changes the speed and not the run. The output directory becomes a checkpoint that the engine builder takes.
+clipped at norm 1. One optimizer step uses ``--batch-size`` windows over all processes together, so the number of
+processes changes the speed but not the result. The output directory becomes a checkpoint for the engine builder.
 
-With ``--teacher-logits`` the model also learns what a teacher answered, see `training.teach`.
+With ``--teacher-logits`` the model also learns from a teacher's answers, see `training.teach`.
 """
 
-if __name__ == "__main__":  # before the imports, of which --help needs none
+if __name__ == "__main__":  # before the slow imports, which --help does not need
     from bertqa.cli.command import run
     from training.commands import squad_app
 
@@ -60,7 +60,7 @@ def main(args: SquadArguments) -> None:
     torch.manual_seed(args.seed)
     source, encoder = encoder_source(args.init), EncoderOptions.of(args)
     model = load_model(model_class(source, "question answering"), source, encoder)
-    torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
+    torch.nn.Module.to(model, workers.device)  # transformers' wrapper has no type signature
     data = SquadData.of(args, source, model.config)
     args = replace(args, negatives=data.negatives)
     teacher = read_teacher(args, data.source)
@@ -104,7 +104,7 @@ def complete(
 
 
 def of_file(answered: Sequence[tuple[Example, Decoded]], data: SquadData) -> list[tuple[Example, Decoded]]:
-    """The answers to the held-back questions of the training file itself."""
+    """Return the answers to the held-back questions that are from the training file itself."""
     own = {example.id for example in data.held_back}
     return [pair for pair in answered if pair[0].id in own]
 
@@ -117,15 +117,15 @@ def span_task(
     temperature: float = 1.0,
     soft_share: float = 0.0,
 ) -> Task[int, Batch]:
-    """The windows as the loop trains on them; its items are their indexes.
+    """Describe the training windows to the loop; its items are the windows' indexes.
 
     Args:
         features: all windows.
-        batches: of them.
-        config: of the model.
-        teacher: whose logits are learned beside the labels.
-        temperature: of the teacher's distribution.
-        soft_share: its weight in the loss.
+        batches: the global batches of the windows.
+        config: config of the model.
+        teacher: teacher logits to learn in addition to the labels.
+        temperature: temperature of the teacher's distribution.
+        soft_share: weight of the teacher's distribution in the loss.
     """
 
     def batch_of(indexes: Sequence[int]) -> Batch:
@@ -147,10 +147,13 @@ def span_task(
 
 
 def span_loss(model: torch.nn.Module, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """The mean of the losses of start and end position, summed over the windows; float32 of shape (terms,).
+    """Compute the mean loss of start and end position, summed over the windows.
 
-    The terms are the cross entropy with the label and, where the batch has a teacher's logits, their divergence.
-    Over [CLS] and the context only, as they are decoded.
+    The terms are the cross entropy with the label and, with a teacher's logits, the divergence from them. Like
+    decoding, both use only [CLS] and the context.
+
+    Returns:
+        float32 of shape (terms,).
     """
     output = forward(model, batch)
     hard, soft = [], []
@@ -164,7 +167,7 @@ def span_loss(model: torch.nn.Module, batch: Batch, temperature: float = 1.0) ->
 
 
 def write_samples(directory: Path, training: Sequence[Example], held_back: Sequence[Example], seed: int) -> None:
-    """Write the questions that the engine builder measures and calibrates with, so that it needs no other data."""
+    """Write the questions for the engine builder's gate and calibration, so that it needs no other data."""
     chooser = random.Random(seed)
     answerable = [example for example in held_back if example.references]  # the gate asks for the best span
     for name, examples, size in (("gate.json", answerable, 500), ("calibration.json", training, 128)):

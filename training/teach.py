@@ -8,7 +8,7 @@ the work. A job that was killed goes on where it was.
 There is no loss over hidden states: those of 92,000 windows would take 24 GB for each layer of a teacher of 768.
 """
 
-if __name__ == "__main__":  # before the imports, of which --help needs none
+if __name__ == "__main__":  # before the slow imports, which --help does not need
     from bertqa.cli.command import run
     from training.commands import teach_app
 

@@ -138,7 +138,7 @@ def test_a_truncated_or_foreign_file_is_named_with_what_to_do(tmp_path: Path, sp
     save_state(tmp_path, state(7), RUN)
     spoil(tmp_path / STATE_FILE)
     spoil(tmp_path / PREVIOUS_STATE_FILE)
-    with pytest.raises(CheckpointError, match=r"resume\.previous\.safetensors is no better; delete both"):
+    with pytest.raises(CheckpointError, match=r"resume\.previous\.safetensors cannot be used either; delete both"):
         load_state(tmp_path, RUN)
 
 
@@ -151,7 +151,7 @@ def test_a_state_of_another_run_is_refused_with_the_difference(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"model/weight": torch.zeros(2, 3)}, "holds no parameter 'bias'"),
+        ({"model/weight": torch.zeros(2, 3)}, "has no parameter 'bias'"),
         ({"model/weight": torch.zeros(3, 3), "model/bias": torch.zeros(2)}, r"'weight' is \(3, 3\), in this model \(2"),
         ({"model/weight": torch.zeros(2, 3), "model/bias": torch.zeros(2), "step/x": torch.zeros(1)}, "holds 'step/x'"),
     ],
@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_the_earlier_states_in_place(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert f"{tmp_path / STATE_FILE}: cannot be written" in done.stdout
-    assert "what was saved before is untouched" in done.stdout
+    assert "earlier checkpoints are unchanged" in done.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -139,10 +139,10 @@ def say_of_other_teacher(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "more", "message"),
     [
-        (None, ["--negatives", "0.5"], r"teacher\.json is of other features: --negatives 0\.1, here 0\.5"),
-        (None, ["--max-question-tokens", "4"], r"other features: --max-question-tokens 16, here 4"),
-        (None, ["--seed", "2"], r"other features: --data-seed 1, here 2"),
-        (None, ["--unlabelled-share", "1"], r"other features: --unlabelled-share 0\.0, here 1\.0"),
+        (None, ["--negatives", "0.5"], r"teacher\.json is for other features: --negatives was 0\.1, is 0\.5"),
+        (None, ["--max-question-tokens", "4"], r"other features: --max-question-tokens was 16, is 4"),
+        (None, ["--seed", "2"], r"other features: --data-seed was 1, is 2"),
+        (None, ["--unlabelled-share", "1"], r"other features: --unlabelled-share was 0\.0, is 1\.0"),
         (flip_a_bit, [], r"logits-00001\.safetensors is damaged"),
         (say_of_other_teacher, [], r"logits-00000\.safetensors was written for other teacher"),
         (lambda path: (path / "logits-00002.safetensors").unlink(), [], r"logits-00002\.safetensors cannot be used"),
@@ -174,7 +174,7 @@ def test_another_file_under_the_same_flags_is_refused(encoder: Path, logits: Pat
     path = tmp_path / "other.json"
     path.write_text(json.dumps(as_squad(lives(64)[::-1])))
     job = [*FLAGS, "--train", str(path), "--init", str(encoder), "--output", str(tmp_path / "student")]
-    with pytest.raises(SystemExit, match=r"other features: the flags are the same, so the data or tokenizer\.json is"):
+    with pytest.raises(SystemExit, match=r"other features: the flags are the same, so the data or tokenizer\.json differ"):
         finetune_squad.main(parse(SquadArguments, [*job, "--teacher-logits", str(logits)]))
 
 
@@ -347,7 +347,7 @@ def test_a_glue_student_learns_from_its_teacher(task: str, encoder: Path, tmp_pa
     finetune_on(write_encoder(tmp_path / "random", 3), "student", *taught)
     soft = losses(tmp_path / "student", "soft")
     assert soft[-1] < 0.2 * soft[0], soft
-    with pytest.raises(SystemExit, match=r"--teacher-logits: .*other features: --max-seq-len 32, here 8"):
+    with pytest.raises(SystemExit, match=r"--teacher-logits: .*other features: --max-seq-len was 32, is 8"):
         finetune_on(encoder, "other", *taught, "--max-seq-len", "8")
 
 

@@ -178,7 +178,7 @@ def test_indexes_of_a_test_set_are_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "stem", "lines", "message"),
     [
-        ("RTE", "train", [b"index\tsentence1\tsentence2\tlabel", b"0\ta\tb"], r"train\.tsv:2: 3 fields, not the 4 of"),
+        ("RTE", "train", [b"index\tsentence1\tsentence2\tlabel", b"0\ta\tb"], r"train\.tsv:2: 3 fields, but 4 columns: "),
         (
             "RTE",
             "train",
@@ -186,10 +186,10 @@ def test_indexes_of_a_test_set_are_its_own(tmp_path: Path) -> None:
             r"tsv:2: the label is 'maybe', not",
         ),
         ("RTE", "train", [b"index\tsentence1\tlabel", b"0\ta\tentailment"], r"tsv:1: RTE has a column 'sentence2'"),
-        ("RTE", "train", [b"index\tsentence1\tsentence2\tlabel"], r"train\.tsv: holds no examples"),
-        ("CoLA", "train", [b"gj04\t1\t\tFine.", b"gj04\t0\t*\tcut\tin two"], r"train\.tsv:2: 5 fields, not the 4"),
+        ("RTE", "train", [b"index\tsentence1\tsentence2\tlabel"], r"train\.tsv: contains no examples"),
+        ("CoLA", "train", [b"gj04\t1\t\tFine.", b"gj04\t0\t*\tcut\tin two"], r"train\.tsv:2: 5 fields, but 4 columns: "),
         ("CoLA", "train", [b"gj04\t1\t\tFine.", b""], r"train\.tsv:2: 1 fields"),
-        ("SST-2", "dev", [b"sentence\tlabel", b"good \xff day\t1"], r"dev\.tsv:2: byte 6 is no UTF-8"),
+        ("SST-2", "dev", [b"sentence\tlabel", b"good \xff day\t1"], r"dev\.tsv:2: byte 6 is not UTF-8"),
         ("SST-2", "test", [b"index\tsentence", b"x\tgood"], r"test\.tsv:2: the index is 'x', not a number"),
         ("STS-B", "dev", [HEADERS["STS-B"]["train"].encode(), b"0\t-\t-\t-\t-\t-\t-\ta\tb\t5.1"], r"score is '5\.1'"),
         ("STS-B", "dev", [HEADERS["STS-B"]["train"].encode(), b"0\t-\t-\t-\t-\t-\t-\ta\tb\tnan"], r"score is 'nan'"),
@@ -207,9 +207,9 @@ def test_a_corrupt_line_is_refused_with_its_file_and_number(
 def test_the_job_ends_with_one_line_where_its_data_is_wrong(data: Path, encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"--data: .*WRONG.*train\.tsv: No such file or directory"):
         main(parse(GlueArguments, flags("RTE", tmp_path / "WRONG", encoder, tmp_path / "out")))
-    with pytest.raises(SystemExit, match="96 examples are not one batch of --batch-size 97"):
+    with pytest.raises(SystemExit, match="96 examples are fewer than one batch of --batch-size 97"):
         main(parse(GlueArguments, flags("RTE", data, encoder, tmp_path / "out", "--batch-size", "97")))
-    with pytest.raises(SystemExit, match="--max-seq-len 65: the encoder takes at most 64 tokens"):
+    with pytest.raises(SystemExit, match="--max-seq-len 65: the encoder reads at most 64 tokens"):
         main(parse(GlueArguments, flags("RTE", data, encoder, tmp_path / "out", "--max-seq-len", "65")))
 
 

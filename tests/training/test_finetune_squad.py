@@ -114,7 +114,7 @@ def test_no_epoch_measures_and_completes_what_there_is(
         (["--train", "missing.json"], r"--train: .*missing\.json"),
         (["--max-seq-len", "600"], "--max-seq-len 600: .* has 512 positions"),
         (["--max-question-tokens", "80"], "--max-question-tokens, --overlap: max_question_tokens: must be from 1 to"),
-        (["--batch-size", "999"], "--train: .* are less than one batch of 999"),
+        (["--batch-size", "999"], "--train: .* are fewer than one batch of 999"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_its_flag(

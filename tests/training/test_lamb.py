@@ -392,10 +392,10 @@ def test_a_closure_is_called_with_gradients_enabled() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trust_ratio": "some"}, "trust_ratio is 'decayed' or 'all', not 'some'"),
+        ({"trust_ratio": "some"}, "trust_ratio must be 'decayed' or 'all', not 'some'"),
         ({"betas": (0.9, 1.0)}, "betas are from 0 to below 1"),
-        ({"lr": -1.0}, "lr must not be below 0, as -1.0 is"),
-        ({"eps": float("nan")}, "eps must not be below 0, as nan is"),
+        ({"lr": -1.0}, "lr must be at least 0, not -1.0"),
+        ({"eps": float("nan")}, "eps must be at least 0, not nan"),
         ({"weight_decay": -0.1}, "weight_decay must not be below 0"),
     ],
 )

@@ -272,7 +272,7 @@ def test_two_epochs_and_two_seeds_have_different_orders() -> None:
     first, second = ([batches(step) for step in range(8 * epoch, 8 * epoch + 8)] for epoch in (0, 1))
     assert first != second
     assert first != [Batches(lengths, 8, seed=2)(step) for step in range(8)]
-    with pytest.raises(ValueError, match="7 sequences are less than one batch of 8"):
+    with pytest.raises(ValueError, match="7 sequences are fewer than one batch of 8"):
         Batches(lengths[:7], 8, seed=1)
 
 
@@ -363,5 +363,5 @@ def test_a_run_over_a_shard_set_is_a_function_of_the_step(shard_set: ShardSet, p
 
 
 def test_a_set_smaller_than_a_batch_is_refused(shard_set: ShardSet) -> None:
-    with pytest.raises(ValueError, match="100 sequences are less than one batch of 101"):
+    with pytest.raises(ValueError, match="100 sequences are fewer than one batch of 101"):
         MaskedPairs(shard_set, batch_size=101, seed=1)
