@@ -1,8 +1,9 @@
-"""The one training loop, shared by the jobs; it knows neither the model nor the data.
+"""The training loop of all jobs, independent of model and data.
 
-The *global batch* of a step is a pure function of the step, and the gradient is that of the sum of its losses over the
-number of its targets. Each process computes its share of both. So a run on one, two or four processes has the same loss
-curve, an elastic run may change their number between two steps, and a resumed run needs no state of a sampler.
+The *global batch* of a step is a pure function of the step. Its gradient is that of the sum of its losses divided by
+its number of targets, and each process computes a share of both. So a run on one, two or four processes has the same
+loss curve, an elastic run may change the number of processes between two steps, and a resumed run needs no sampler
+state.
 """
 
 import math
@@ -27,9 +28,9 @@ from training.options import LoopArguments, Precision
 from training.schedules import linear, poly
 
 LOSS_SCALE = 2.0**16
-"""Where the dynamic loss scale of fp16 starts; it halves at an overflow and doubles after 2000 steps without one."""
+"""Initial dynamic loss scale of fp16; it halves at an overflow and doubles after 2000 steps without one."""
 LOSS_SCALE_FLOOR = 1.0
-"""Below it the gradients overflow by themselves, and the run is aborted."""
+"""Lowest loss scale; if gradients overflow here too, the run is aborted."""
 
 
 class Batch(Protocol):
@@ -39,7 +40,7 @@ class Batch(Protocol):
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Tokens of each sequence, without padding."""
+        """Length of each sequence in tokens, without padding."""
 
 
 _Item = TypeVar("_Item")
@@ -51,52 +52,52 @@ class Task(Generic[_Item, _Batch]):
     """What a job trains on, and how."""
 
     items: Callable[[int], Sequence[_Item]]
-    """From a step to its global batch, best in order of length: it is cut into micro-batches as it comes."""
+    """Maps a step to its global batch, ideally sorted by length: it is cut into micro-batches in this order."""
     collate: Callable[[Sequence[_Item]], _Batch]
-    """From some items to a batch on the CPU; called from a thread of its own, and a pure function."""
+    """Makes a batch on the CPU from some items; a pure function, called from a separate thread."""
     loss: Callable[[torch.nn.Module, _Batch], Tensor]
-    """The *sums* of the loss's terms over the batch's targets: float32 of shape (terms,)."""
+    """Computes the *sum* of each loss term over the batch's targets, float32 of shape (terms,)."""
     targets: Callable[[_Batch], Sequence[int]]
-    """How many targets of each term the batch has; the loss is the weighted sum of the means over all targets."""
+    """Returns the number of targets of each term; the loss is the weighted sum of the means over all targets."""
     flops: Callable[[_Batch], float]
-    """Of forward and backward, for the MFU; see `training.encoders.bert_flops`."""
+    """Counts the FLOPs of forward and backward, for the MFU; see `training.encoders.bert_flops`."""
     terms: Mapping[str, float] = field(default_factory=lambda: {"loss": 1.0})
-    """Name of each term in the metrics, and its weight in the loss: 0 for what is only watched."""
+    """Name of each term in the metrics, and its weight in the loss; 0 for terms that are only reported."""
     evaluate: Callable[[], Mapping[str, float]] | None = None
-    """More numbers for a record, of data that is not trained on; called by all processes between two steps."""
+    """Computes more numbers for a record on held-out data; called by all processes between two steps."""
     evaluate_every: int = 1
-    """Steps between two evaluations; there is one after the last step too."""
+    """Steps between two evaluations; the last step is also followed by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions(LoopArguments):
-    """The loop's settings, as a command line has them, for a run of so many steps; those of one run in `identity`."""
+    """Settings of the loop; `identity` has those that must not change when a run is resumed."""
 
     steps: int  # optimizer steps of the whole run
 
     @classmethod
     def of(cls, args: LoopArguments, steps: int) -> "LoopOptions":
-        """The options of a job, for a run of so many steps."""
+        """Take the settings of a run with the given number of steps from the options of a job."""
         return cls(steps=steps, **{field.name: getattr(args, field.name) for field in fields(LoopArguments)})
 
     def identity(self) -> dict[str, object]:
-        """What decides the result of a step; a resume state of another identity is refused."""
+        """Return the settings that decide a step's result; a resume state with another identity is refused."""
         names = ("steps", "batch_size", "optimizer", "learning_rate", "warmup", "decay", "weight_decay")
         more = ("max_gradient_norm", "clip", "precision", "seed")
         return {name: getattr(self, name) for name in names + more}
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, from 0."""
+        """Return the learning rate of a step; steps count from 0."""
         schedule = linear if self.decay == "linear" else poly
         return self.learning_rate * schedule(step, self.steps, self.warmup)
 
 
 def micro_batches(items: Sequence[_Item], largest: int | None, rank: int, size: int) -> list[Sequence[_Item]]:
-    """One process's micro-batches of a global batch: every process has as many, and together they have all the items.
+    """Return one process's micro-batches of a global batch; all processes have the same number of them.
 
-    The batch is cut in order into pieces whose sizes differ by one at most; micro-batch i of process r is piece
-    ``i * size + r``. Whenever ``largest`` divides the batch, and the processes the pieces, the pieces are the same for
-    any number of processes. A piece is empty where there are more processes than items.
+    The batch is cut in order into pieces whose sizes differ by at most one; micro-batch i of process r is piece
+    ``i * size + r``. If ``largest`` divides the batch and the number of processes divides the number of pieces, the
+    pieces are the same for any number of processes. With more processes than items, some pieces are empty.
     """
     rounds = max(-(-len(items) // ((largest or len(items)) * size)), 1)
     pieces = rounds * size
@@ -112,21 +113,21 @@ def train(
     output: Path,
     identity: dict[str, object],
 ) -> bool:
-    """Train a model in place, from the run's resume state on if it has one, to the last step or a signal to stop.
+    """Train a model in place until the last step or a stop signal; resume from the run's saved state if there is one.
 
-    SIGTERM and SIGINT, sent to any of the processes, end the run after the step under way, with its state saved. No
-    collective operation of ``workers`` may come before this function, see `Workers.run`.
+    SIGTERM or SIGINT to any process ends the run after the current step, with its state saved. No collective operation
+    of ``workers`` may come before this function, see `Workers.run`.
 
     Args:
-        model: on the device of ``workers``; its parameters are fp32.
+        model: model on the device of ``workers``, with fp32 parameters.
         task: what to train on.
-        options: of the loop.
+        options: options of the loop.
         workers: the processes of the run.
-        output: directory of the resume states, ``metrics.jsonl`` and ``loss.png``; written by process 0 alone.
-        identity: what else must be equal for a resumed run to be the same run.
+        output: directory of the resume states, ``metrics.jsonl`` and ``loss.png``; only process 0 writes to it.
+        identity: further settings that must be equal when the run is resumed.
 
     Returns:
-        True if the run is complete, False if it was stopped before.
+        True if the run is complete, False if it was stopped.
 
     Raises:
         SystemExit: the loss is not finite, the loss scale reached its floor, or a state cannot be read or written.
@@ -135,7 +136,7 @@ def train(
 
 
 class _Loop(Generic[_Item, _Batch]):
-    """What `train` holds between two steps."""
+    """The state of `train` between two steps."""
 
     def __init__(
         self,
@@ -149,15 +150,15 @@ class _Loop(Generic[_Item, _Batch]):
         self.model, self.task, self.options, self.workers, self.output = model, task, options, workers, output
         self.identity = identity
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.forward: Any = torch.compile(model) if options.compile else model  # of the same parameters
+        self.forward: Any = torch.compile(model) if options.compile else model  # shares the parameters
         optimizer = make_optimizer(options.optimizer, model, options.learning_rate, options.weight_decay)
-        self.optimizer = workers.wrap(optimizer, model, options.compression)  # Horovod's has a state of its own
+        self.optimizer = workers.wrap(optimizer, model, options.compression)  # has its own state with Horovod
         self.scaler = torch.amp.GradScaler(workers.device.type, LOSS_SCALE, enabled=options.precision == "fp16")
         self.step = self.saved = 0
         self.interval = _Interval(len(task.terms), workers.device)
-        self.norm = torch.tensor(math.nan)  # of the last step's gradient, before it was clipped
+        self.norm = torch.tensor(math.nan)  # gradient norm of the last step, before clipping
         self.signalled = False
-        self.problem: str | None = None  # of process 0 with a file; then all end together
+        self.problem: str | None = None  # a file error on process 0; all processes then end together
         if workers.rank == 0:
             try:
                 if state := load_state(output, identity):
@@ -182,7 +183,7 @@ class _Loop(Generic[_Item, _Batch]):
         self.step = state.step
 
     def synchronize(self) -> None:
-        """Give every process what process 0 has."""
+        """Copy the state of process 0 to every process."""
         self.end_if(self.workers.share(self.problem))
         step, self.saved, scaler = self.workers.share((self.step, self.saved, self.scaler.state_dict()))
         tensors = self.workers.share_tensors(collect(self.model, self.optimizer))
@@ -190,11 +191,11 @@ class _Loop(Generic[_Item, _Batch]):
             self.resume(State(step, tensors, scaler))
 
     def steps(self) -> bool:
-        """Run the steps that are left; True if that completes the run."""
+        """Run the remaining steps; return True if that completes the run."""
         options, workers = self.options, self.workers
         peak = sum(workers.gather(peak_flops(workers.device, options.precision)))
         if not self.interval.steps:
-            self.interval = _Interval(len(self.task.terms), workers.device)  # whose clock starts now
+            self.interval = _Interval(len(self.task.terms), workers.device)  # starts its clock
         self.model.train()
         with self.metrics() as metrics:
             for share in self.shares():
@@ -217,7 +218,7 @@ class _Loop(Generic[_Item, _Batch]):
                 self.log(peak, metrics)
             if self.step > self.saved:
                 self.save()
-        if workers.rank == 0 and not self.signalled:  # who signalled may not wait long
+        if workers.rank == 0 and not self.signalled:  # after a signal there may be little time
             plot_loss(self.output)
         return self.step >= options.steps
 
@@ -226,13 +227,13 @@ class _Loop(Generic[_Item, _Batch]):
         return self.task.evaluate is not None and (self.step % every == 0 or self.step == self.options.steps)
 
     def metrics(self) -> AbstractContextManager[Metrics | None]:
-        """Where process 0 reports; the others do not."""
+        """Open the metrics on process 0; the other processes report nothing."""
         if self.workers.rank:
             return nullcontext()
         return Metrics(self.output, self.step, self.options.steps, tensorboard=self.options.tensorboard)
 
     def shares(self) -> Iterator["_Share[_Batch]"]:
-        """This process's shares of the steps that are left, each made ready while the one before is computed."""
+        """Yield this process's shares of the remaining steps; each is prepared while the previous one is computed."""
         last = min(self.options.steps, self.options.stop_after or self.options.steps)
         with ThreadPoolExecutor(1) as loader:
             steps = range(self.step, last)
@@ -244,7 +245,7 @@ class _Loop(Generic[_Item, _Batch]):
                 yield share
 
     def share(self, step: int) -> "_Share[_Batch]":
-        """This process's share of a step, on its way to the device."""
+        """Prepare this process's share of a step and start its copy to the device."""
         rank, size = self.workers.rank, self.workers.size
         pieces = micro_batches(self.task.items(step), self.options.micro_batch_size, rank, size)
         batches = {rank + size * number: self.task.collate(piece) for number, piece in enumerate(pieces) if piece}
@@ -257,14 +258,14 @@ class _Loop(Generic[_Item, _Batch]):
         )
 
     def optimize(self, share: "_Share[_Batch]", targets: Sequence[float]) -> Tensor:
-        """Take one optimizer step, with the targets of all processes; returns the sums of this one's losses."""
+        """Take one optimizer step, given the targets of all processes; return the loss sums of this process."""
         options, workers, optimizer, scaler = self.options, self.workers, self.optimizer, self.scaler
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate_at(self.step)
         workers.begin_step(optimizer, len(share.batches))
         losses = torch.zeros(len(targets), device=workers.device)
         for number, batch in share.batches.items():
-            # A function of the step and the micro-batch, so that a resumed run draws what an uninterrupted one draws.
+            # Seeded by step and micro-batch, so that a resumed run draws the same numbers as an uninterrupted one.
             torch.manual_seed(((options.seed * 1_000_003 + self.step) * 65_537 + number) % 2**63)
             with autocast(options.precision, workers.device):
                 sums = self.task.loss(self.forward, batch)
@@ -284,16 +285,16 @@ class _Loop(Generic[_Item, _Batch]):
         return losses
 
     def add_clipped(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's part of the loss, clipped by itself, to that of the step."""
+        """Clip the gradient of one micro-batch's part of the loss, and add it to the gradient of the step."""
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
         limit = self.options.max_gradient_norm * self.scaler.get_scale()
-        share = (limit / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+        share = (limit / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             clipped = gradient * share
             parameter.grad = clipped if parameter.grad is None else parameter.grad.add_(clipped)
 
     def log(self, peak: float, metrics: Metrics | None) -> None:
-        """Report the steps since the last record; end the run where their loss is no number any more."""
+        """Report the steps since the last record; end the run if the loss is not finite."""
         terms, interval = self.task.terms, self.interval
         sums = self.workers.sum([*interval.losses.tolist(), *interval.targets, *interval.counts])
         losses, targets, (sequences, tokens, flops) = sums[: len(terms)], sums[len(terms) : -3], sums[-3:]
@@ -308,7 +309,7 @@ class _Loop(Generic[_Item, _Batch]):
             )
         seconds = time.monotonic() - interval.began
         evaluated: Mapping[str, float] = {}
-        if self.task.evaluate and self.evaluation_due():  # by every process; its time does not count
+        if self.task.evaluate and self.evaluation_due():  # on every process; its time is not counted
             evaluated = self.task.evaluate()
             self.model.train()
         if metrics is None:
@@ -327,7 +328,7 @@ class _Loop(Generic[_Item, _Batch]):
         metrics.write(self.step, record)
 
     def save(self) -> None:
-        """Write the run's state; all processes end where process 0 cannot."""
+        """Write the run's state; if process 0 cannot, all processes end."""
         if self.workers.rank == 0:
             state = State(self.step, collect(self.model, self.optimizer), self.scaler.state_dict())
             try:
@@ -338,32 +339,32 @@ class _Loop(Generic[_Item, _Batch]):
         self.saved = self.step
 
     def end_if(self, problem: str | None) -> None:
-        """End this process, as all the others do, where there is a problem; process 0 tells."""
+        """End all processes if there is a problem; process 0 prints it."""
         if problem:
             raise SystemExit(problem if self.workers.rank == 0 else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Share(Generic[_Batch]):
-    """What one process computes of a step."""
+    """One process's share of a step."""
 
-    batches: dict[int, _Batch]  # by their number among the step's micro-batches, on the device
-    targets: list[int]  # of each term
+    batches: dict[int, _Batch]  # on the device, keyed by micro-batch number
+    targets: list[int]  # number of targets of each term
     counts: tuple[float, float, float]  # sequences, tokens, FLOPs
 
 
 class _Interval:
-    """What one process adds up between two records."""
+    """The sums of one process between two records."""
 
     def __init__(self, terms: int, device: torch.device) -> None:
-        self.losses = torch.zeros(terms, dtype=torch.float64, device=device)  # read, and so waited for, at its end only
+        self.losses = torch.zeros(terms, dtype=torch.float64, device=device)  # only read, and so waited for, at the end
         self.targets = [0.0] * terms
         self.counts = [0.0, 0.0, 0.0]
         self.steps = 0
         self.began = time.monotonic()
 
     def add(self, share: _Share[Any], losses: Tensor) -> None:
-        """Count a step that was taken."""
+        """Count a step."""
         self.losses += losses
         self.targets = [total + count for total, count in zip(self.targets, share.targets, strict=True)]
         self.counts = [total + count for total, count in zip(self.counts, share.counts, strict=True)]
@@ -371,7 +372,7 @@ class _Interval:
 
 
 def to_device(batch: _Batch, device: torch.device) -> _Batch:
-    """The same batch with its tensors on a device; the copy to a GPU is under way and nobody waits for it."""
+    """Copy a batch to a device; the copy to a GPU is asynchronous."""
     if device.type == "cpu":
         return batch
     tensors = {name: value for name in batch.__dataclass_fields__ if isinstance(value := getattr(batch, name), Tensor)}
@@ -380,7 +381,7 @@ def to_device(batch: _Batch, device: torch.device) -> _Batch:
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """The AMP context of a precision."""
+    """Return the AMP context of a precision."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
@@ -388,7 +389,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 @contextmanager
 def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call ``stop`` at SIGTERM and SIGINT, in place of ending at once."""
+    """Call ``stop`` on SIGTERM and SIGINT, instead of ending at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop()

@@ -1,8 +1,8 @@
-"""Stored pairs -> batches for masked language modelling and next-sentence prediction (Devlin et al. 2018, section 3.1).
+"""Make batches for masked language modelling and next-sentence prediction (Devlin et al. 2018, section 3.1).
 
-What is masked is drawn when a pair is read, and anew in every epoch: whole words of 15 % of the tokens, of which 80 %
-become [MASK], 10 % another token and 10 % stay. It is a pure function of the seed, the epoch and the row, so that a
-resumed run and every process draw the same. The masked tokens come gathered, so that the head sees only them.
+Masks are drawn when a pair is read, and anew in every epoch: whole words with 15 % of the tokens, of which 80 % become
+[MASK], 10 % another token, and 10 % stay. Masks are a pure function of seed, epoch and row, so that a resumed run and
+every process draw the same. The masked tokens are gathered, so that the head computes only them.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from training.batches import Batches, pack
 from training.shards import GROUP_ROWS, Pair, ShardManifest, ShardSet
 
 MASKED_SHARE = 0.15
-"""Share of a sequence's tokens, special tokens included, that are masked."""
+"""Share of masked tokens in a sequence, special tokens included."""
 
 
 class Item(NamedTuple):
-    """A sequence of a global batch: which row, and which of its maskings."""
+    """A sequence of a global batch: its row, and which of its maskings."""
 
     epoch: int
     row: int
@@ -34,15 +34,15 @@ class Masked:
     pair: Pair
     input_ids: NDArray[np.int32]  # (tokens,), masked
     positions: NDArray[np.int64]  # (masked tokens,), ascending
-    labels: NDArray[np.int32]  # (masked tokens,), what stood there
+    labels: NDArray[np.int32]  # (masked tokens,), the original tokens
 
 
 @dataclass(frozen=True, slots=True)
 class MaskedBatch:
-    """Sequences in rows of one length; int64 tensors, and ``flat`` indexes count through all rows one after another.
+    """Sequences in rows of one length; int64 tensors. A flat index is an index into the concatenated rows.
 
-    Without packing a row holds one sequence. Packed, it holds several, whose positions begin at 0 each and which must
-    not attend to each other: see `block_diagonal`.
+    Without packing, a row has one sequence. With packing it has several. The positions of each begin at 0, and they
+    must not attend to each other: see `block_diagonal`.
     """
 
     input_ids: torch.Tensor  # (rows, length)
@@ -53,7 +53,7 @@ class MaskedBatch:
     first_tokens: torch.Tensor  # (sequences,), flat index of each [CLS]
     next_sentence: torch.Tensor  # (sequences,), 1 where B is from another document, 0 where it follows A
     masked_positions: torch.Tensor  # (masked tokens,), flat index of each masked token
-    labels: torch.Tensor  # (masked tokens,), the token that stood there
+    labels: torch.Tensor  # (masked tokens,), the original token
     lengths: tuple[int, ...]  # (sequences,), tokens of each
 
 
@@ -65,16 +65,16 @@ class Masker:
 
         Args:
             mask_id: the token [MASK].
-            replacements: (tokens,), what a token may be replaced by: all but the special tokens.
-            max_predictions: tokens masked in a sequence, at most; at least 1.
-            seed: from 0 to 2**64 - 1.
+            replacements: (tokens,), tokens that may replace another: all but the special tokens.
+            max_predictions: most masked tokens of a sequence; at least 1.
+            seed: seed of the masks, from 0 to 2**64 - 1.
         """
         self._mask_id, self._replacements = mask_id, replacements
         self._max_predictions, self._seed = max_predictions, seed
 
     @classmethod
     def of(cls, manifest: ShardManifest, seed: int) -> "Masker":
-        """The masker for a shard set."""
+        """Create the masker for a shard set."""
         special = list(manifest.special_tokens.values())
         return cls(
             mask_id=manifest.special_tokens["[MASK]"],
@@ -84,8 +84,8 @@ class Masker:
         )
 
     def __call__(self, pair: Pair, item: Item) -> Masked:
-        """Mask a pair: as many whole words as fit into the number of tokens to mask, and at least one token."""
-        # Counter-based: the stream is a function of key and counter, and making one costs no hashing of a seed.
+        """Mask as many whole words of a pair as fit into the number of tokens to mask, and at least one token."""
+        # Counter-based: the stream is a function of key and counter, and creating one needs no hashing of a seed.
         random = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, item.epoch, item.row]))
         tokens = len(pair.input_ids)
         wanted = min(self._max_predictions, max(1, round(tokens * MASKED_SHARE)))
@@ -110,27 +110,27 @@ def _chosen(pair: Pair, wanted: int, random: np.random.Generator) -> NDArray[np.
             positions.extend(range(start, start + size))
             if len(positions) == wanted:
                 break
-    if not positions:  # every word has more tokens than may be masked
+    if not positions:  # all words have more tokens than may be masked
         start = int(starts[words[0]])
         positions.extend(range(start, start + wanted))
     return np.array(sorted(positions), dtype=np.int64)
 
 
 class MaskedPairs:
-    """The batches of a run over a shard set: what `training.loop` takes as items and collates."""
+    """The batches of a run over a shard set: provides the items of `training.loop` and collates them."""
 
     def __init__(self, shards: ShardSet, *, batch_size: int, seed: int, packed: bool = False) -> None:
         """Bind a shard set.
 
         Args:
-            shards: to read from.
-            batch_size: sequences of a global batch.
-            seed: of order and masks.
-            packed: put several sequences into each row, up to the set's ``max_seq_len`` tokens, in place of batches of
-                like length.
+            shards: shard set to read from.
+            batch_size: number of sequences in a global batch.
+            seed: seed of order and masks.
+            packed: put several sequences into each row, up to the set's ``max_seq_len`` tokens, instead of batches of
+                similar length.
 
         Raises:
-            ValueError: the set holds less than one batch.
+            ValueError: the set has fewer sequences than one batch.
         """
         self._shards = shards
         self._mask = Masker.of(shards.manifest, seed)
@@ -140,11 +140,11 @@ class MaskedPairs:
 
     @property
     def per_epoch(self) -> int:
-        """Steps of one pass over the set."""
+        """Number of steps in one pass over the set."""
         return self._batches.per_epoch
 
     def items(self, step: int) -> list[Item]:
-        """The global batch of a step."""
+        """Return the global batch of a step."""
         epoch = self._batches.epoch(step)
         return [Item(epoch, row) for row in self._batches(step)]
 
@@ -161,12 +161,13 @@ class MaskedPairs:
 def collate(
     sequences: Sequence[Masked], *, row_tokens: int | None = None, multiple: int = 8, pad_id: int = 0
 ) -> MaskedBatch:
-    """Lay sequences out in rows.
+    """Lay out sequences in rows.
 
     Args:
-        sequences: at least one; without packing they keep their order, one a row.
-        row_tokens: pack them into rows of so many tokens; else each has its own row, as long as the longest.
-        multiple: the length of rows is rounded up to a multiple of it.
+        sequences: at least one sequence; without packing they keep their order, one per row.
+        row_tokens: pack the sequences into rows of this many tokens; None gives each its own row, as long as the
+            longest.
+        multiple: round the length of rows up to a multiple of this.
         pad_id: the token [PAD].
 
     Raises:
@@ -208,12 +209,12 @@ def collate(
 
 
 def block_diagonal(sequence_ids: torch.Tensor) -> torch.Tensor:
-    """Which token may attend to which: only those of its own sequence.
+    """Build the attention mask with which tokens attend only to their own sequence.
 
-    Padding attends to padding, so that no row of the softmax is empty; nothing reads it.
+    Padding attends to padding, so that no row of the softmax is empty; its output is never read.
 
     Args:
-        sequence_ids: (rows, length), of a `MaskedBatch`.
+        sequence_ids: (rows, length), from a `MaskedBatch`.
 
     Returns:
         bool of shape (rows, 1, length, length), true where attention is allowed.

@@ -1,4 +1,4 @@
-"""What a run reports: a line of JSON every few steps, speed as a share of the hardware's, and a plot of the loss.
+"""Report a run: a line of JSON every few steps, speed as a share of the hardware's peak, and a plot of the loss.
 
 ``python -m training.metrics runs/one runs/other --output losses.png`` draws the loss of several runs on the same axes.
 """
@@ -21,7 +21,7 @@ from tqdm import tqdm
 METRICS_FILE = "metrics.jsonl"
 LOSS_PLOT = "loss.png"
 SHOWN = ("loss", "sequences_per_second", "mfu")
-"""What of a record the progress bar shows."""
+"""Fields of a record that the progress bar shows."""
 
 PUBLISHED_PEAKS = {"A100": 312e12, "A30": 165e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
 PUBLISHED_PEAKS |= {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -29,15 +29,15 @@ PUBLISHED_PEAKS |= {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200":
 
 
 class Metrics:
-    """Writes the records of a run, one for some steps, and shows them; one process only has it."""
+    """Writes and shows the records of a run; only one process has it."""
 
     def __init__(self, directory: Path, step: int, steps: int, *, tensorboard: bool = False) -> None:
         """Continue a run's records.
 
         Args:
-            directory: of ``metrics.jsonl`` and TensorBoard's files; made if it does not exist.
-            step: steps done; records of later ones, which a killed run did in vain, are taken out.
-            steps: of the whole run.
+            directory: directory of ``metrics.jsonl`` and TensorBoard's files; created if missing.
+            step: number of steps done; records of later steps, which a killed run lost, are removed.
+            steps: number of steps in the whole run.
             tensorboard: write for TensorBoard too.
         """
         directory.mkdir(parents=True, exist_ok=True)
@@ -46,14 +46,14 @@ class Metrics:
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, path)
-        self._file = path.open("a", buffering=1)  # whole lines
+        self._file = path.open("a", buffering=1)  # line-buffered
         self._progress = tqdm(total=steps, initial=step, unit="step", mininterval=5)
         self._tensorboard: Any = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
             except ImportError as error:
-                raise SystemExit("--tensorboard: needs a package, pip install tensorboard") from error
+                raise SystemExit("--tensorboard: needs the package tensorboard; pip install tensorboard") from error
             self._tensorboard = SummaryWriter(str(directory), purge_step=step + 1)
 
     def advance(self) -> None:
@@ -61,7 +61,7 @@ class Metrics:
         self._progress.update()
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
-        """Write the record of the steps up to this one; numbers that are not finite become null."""
+        """Write the record of the steps up to this one; values that are not finite become null."""
         rounded = {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in record.items()}
         self._file.write(json.dumps({"step": step} | rounded) + "\n")
         self._progress.set_postfix({name: f"{record[name]:.4g}" for name in SHOWN if name in record})
@@ -80,7 +80,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a run so far, none where there is no file; a last line cut short by a crash is left out."""
+    """Read the records of a run; a missing file has none, and a last line truncated by a crash is ignored."""
     if not path.exists():
         return []
     records = []
@@ -91,7 +91,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(directory: Path) -> None:
-    """Draw the loss over the steps, and its terms if there are several, from ``metrics.jsonl`` into ``loss.png``."""
+    """Plot the loss, and its terms if there are several, over the steps from ``metrics.jsonl`` into ``loss.png``."""
     records = read_metrics(directory / METRICS_FILE)
     if records:
         terms = [name for name in records[-1] if name.endswith("_loss")]
@@ -100,15 +100,15 @@ def plot_loss(directory: Path) -> None:
 
 
 def plot_runs(path: Path, runs: Sequence[Path], value: str = "loss") -> None:
-    """Draw one number of several runs over their steps, each line with the name of its run's directory.
+    """Plot one value of several runs over their steps; each line is named after its run's directory.
 
     Args:
-        path: of the PNG.
-        runs: output directories.
-        value: name of a number in ``metrics.jsonl``.
+        path: the PNG to write.
+        runs: output directories of the runs.
+        value: name of a value in ``metrics.jsonl``.
 
     Raises:
-        SystemExit: a run has no such number.
+        SystemExit: a run has no such value.
     """
     records = {run: read_metrics(run / METRICS_FILE) for run in runs}
     for run, lines in records.items():
@@ -120,7 +120,7 @@ def plot_runs(path: Path, runs: Sequence[Path], value: str = "loss") -> None:
 def _plot(
     path: Path, lines: Iterable[tuple[str, Sequence[Mapping[str, float | None]], str]], *, label: str = "loss"
 ) -> None:
-    """Draw lines, each of its name, the records of its run, and which of their numbers it shows."""
+    """Plot lines; each has a name, the records of a run, and the name of the value to plot."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - slow to import, and needed once
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -135,10 +135,10 @@ def _plot(
 
 @functools.cache
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOPs per second that this process's device could do at best.
+    """Return the peak FLOPs per second of this process's device.
 
-    Of a known GPU in 16 bits its published peak, otherwise what a large product of square matrices reaches here and
-    now, in fp32 where that is faster; on a CPU that many processes share, all of them should measure at once.
+    For a known GPU in 16 bits this is the published peak. Otherwise it is measured with a large product of square
+    matrices, in fp32 if that is faster. If several processes share a CPU, all of them should measure at once.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if device.type == "cuda" and precision != "fp32":

@@ -393,10 +393,10 @@ def test_a_closure_is_called_with_gradients_enabled() -> None:
     ("options", "message"),
     [
         ({"trust_ratio": "some"}, "trust_ratio must be 'decayed' or 'all', not 'some'"),
-        ({"betas": (0.9, 1.0)}, "betas are from 0 to below 1"),
+        ({"betas": (0.9, 1.0)}, "betas must be at least 0 and below 1"),
         ({"lr": -1.0}, "lr must be at least 0, not -1.0"),
         ({"eps": float("nan")}, "eps must be at least 0, not nan"),
-        ({"weight_decay": -0.1}, "weight_decay must not be below 0"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
