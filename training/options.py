@@ -1,6 +1,6 @@
-"""Options of the training jobs; light, so that ``--help`` needs neither torch nor transformers.
+"""Options of the training jobs; importing them needs neither torch nor transformers, so ``--help`` is fast.
 
-An option is written once, and what jobs share they inherit.
+Each option is defined once; jobs inherit shared options.
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class LoopArguments:
     """Options of every job with a training loop."""
 
     batch_size: Annotated[
-        int, typer.Option(callback=at_least_one, metavar="N", help="Sequences of a step, over all processes together.")
+        int, typer.Option(callback=at_least_one, metavar="N", help="Sequences per step, over all processes together.")
     ] = 32
     micro_batch_size: Annotated[
         int | None,
@@ -44,11 +44,9 @@ class LoopArguments:
     ] = None
     optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer; the LAMBs are NVIDIA's two.")] = "adamw"
     learning_rate: Annotated[
-        float, typer.Option(callback=positive, help="Highest learning rate, for that batch size.")
+        float, typer.Option(callback=positive, help="Peak learning rate, for the given batch size.")
     ] = 1e-4
-    warmup: Annotated[
-        float, typer.Option(callback=fraction, help="Share of the steps in which the learning rate rises.")
-    ] = 0.06
+    warmup: Annotated[float, typer.Option(callback=fraction, help="Share of the steps used for the warm-up.")] = 0.06
     decay: Annotated[
         Decay, typer.Option(help="Decay of the learning rate after the warm-up; poly is the square root.")
     ] = "linear"
@@ -59,16 +57,16 @@ class LoopArguments:
         ),
     ] = 0.01
     max_gradient_norm: Annotated[
-        float, typer.Option(callback=positive, help="Larger gradients are clipped to this norm.")
+        float, typer.Option(callback=positive, help="Norm that larger gradients are clipped to.")
     ] = 1.0
     clip: Annotated[
         Literal["reduced", "micro-batch"],
-        typer.Option(help="Clip the gradient of the step, or that of each micro-batch."),
+        typer.Option(help="Clip the gradient of the step or of each micro-batch."),
     ] = "reduced"
     precision: Annotated[Precision, typer.Option(help="Precision of the matrix products (AMP).")] = "bf16"
-    compression: Annotated[Compression, typer.Option(help="Compression of gradients on the wire.")] = "none"
+    compression: Annotated[Compression, typer.Option(help="Compression of gradients between processes.")] = "none"
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")] = False
-    seed: Annotated[int, typer.Option(help="Seed of the order, of dropout and of whatever else is drawn.")] = 1
+    seed: Annotated[int, typer.Option(help="Seed of all random choices, such as data order and dropout.")] = 1
     save_every: Annotated[
         int, typer.Option(callback=at_least_one, metavar="STEPS", help="Steps between two resume states.")
     ] = 250
@@ -81,10 +79,10 @@ class LoopArguments:
             callback=at_least_one,
             metavar="STEPS",
             show_default="the last step",
-            help="End this process after this step of the run; the same command resumes it.",
+            help="Stop after this step of the run; the same command resumes it.",
         ),
     ] = None
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the metrics for TensorBoard too.")] = False
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,7 @@ class EncoderArguments:
     ] = None
     attention: Annotated[
         Literal["auto", "sdpa", "eager"],
-        typer.Option(help="Compute attention fused or by plain matrix products; auto takes the faster one."),
+        typer.Option(help="Fused attention or plain matrix products; auto takes the faster one."),
     ] = "auto"
 
 
@@ -114,7 +112,7 @@ class JobArguments(EncoderArguments, LoopArguments):
 
 def _share(value: float) -> float:
     if not 0 <= value <= 1:
-        raise typer.BadParameter(f"must be a share, from 0 to 1, not {value}")
+        raise typer.BadParameter(f"must be a share from 0 to 1, not {value}")
     return value
 
 
@@ -132,29 +130,27 @@ class DistillationArguments:
     ] = 0.8
 
 
-Output = Annotated[
-    Path, typer.Option(metavar="DIR", help="Directory of the checkpoint and of the state that a run resumes from.")
-]
+Output = Annotated[Path, typer.Option(metavar="DIR", help="Directory for the checkpoint and the state to resume from.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SquadDataArguments:
-    """Options that decide the windows of a SQuAD job: the same for a teacher and its students."""
+    """Options that decide the windows of a SQuAD job; a teacher and its students need the same values."""
 
     train: Annotated[Path, typer.Option(metavar="FILE", help="SQuAD training file, v1.1 or v2.0.")]
-    held_back_articles: Annotated[int, typer.Option(metavar="N", help="Training articles kept for tuning.")] = 20
+    held_back_articles: Annotated[int, typer.Option(metavar="N", help="Training articles held back for tuning.")] = 20
     negatives: Annotated[
         float | None,
         typer.Option(
             callback=fraction,
-            show_default="0.1, for v2.0 none",
-            help="Unanswerable questions to add, as a share of the others.",
+            show_default="0.1; 0 for v2.0",
+            help="Unanswerable questions to add, as a share of the training questions.",
         ),
     ] = None
     max_questions: Annotated[
         int | None,
         typer.Option(
-            callback=at_least_one, metavar="N", show_default="all", help="Train on a random part of the questions."
+            callback=at_least_one, metavar="N", show_default="all", help="Train on this many randomly chosen questions."
         ),
     ] = None
     max_seq_len: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of a full window.")] = MAX_SEQ_LEN
@@ -176,7 +172,7 @@ class SquadDataArguments:
         float,
         typer.Option(
             callback=not_negative,
-            help="Questions to put to other paragraphs of their article, as a share, with soft labels only.",
+            help="Share of questions to repeat with another paragraph of their article; needs soft labels.",
         ),
     ] = 0.0
     unlabelled: Annotated[
@@ -184,11 +180,11 @@ class SquadDataArguments:
         typer.Option(
             metavar="FILE",
             show_default="none",
-            help="More questions in the layout of SQuAD, with soft labels only; answers are not read; may be repeated.",
+            help="More questions in SQuAD format; needs soft labels; answers are ignored; may be repeated.",
         ),
     ] = field(default_factory=list)
     data_seed: Annotated[
-        int, typer.Option(show_default="that of --seed, or 1", help="Seed of the questions that are drawn.")
+        int, typer.Option(show_default="that of --seed, or 1", help="Seed for choosing questions.")
     ] = None  # type: ignore[assignment]  # __post_init__ fills it in
 
     def __post_init__(self) -> None:
@@ -208,10 +204,10 @@ class SquadArguments(SquadDataArguments, DistillationArguments, JobArguments):
         float,
         typer.Option(
             callback=not_negative,
-            help="Passes over the windows, which may be a fraction; 0 measures and completes what --init has.",
+            help="Passes over the windows, may be fractional; 0 only evaluates and completes the checkpoint of --init.",
         ),
     ] = 2.0
-    dev: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD file to report on, once, at the end.")] = None
+    dev: Annotated[Path | None, typer.Option(metavar="FILE", help="SQuAD file to evaluate at the end.")] = None
 
     def __post_init__(self) -> None:
         SquadDataArguments.__post_init__(self)
@@ -226,22 +222,18 @@ class GlueArguments(DistillationArguments, JobArguments):
     task: Annotated[str, typer.Option(callback=_task, metavar="NAME", help=f"Task: one of {', '.join(TASKS)}.")]
     data: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the tasks' folders.")]
     output: Output
-    epochs: Annotated[
-        float, typer.Option(callback=positive, help="Passes over the examples, which may be a fraction.")
-    ] = 3.0
+    epochs: Annotated[float, typer.Option(callback=positive, help="Passes over the examples, may be fractional.")] = 3.0
     max_seq_len: Annotated[
-        int, typer.Option(callback=at_least_one, metavar="TOKENS", help="Tokens kept of an example.")
+        int, typer.Option(callback=at_least_one, metavar="TOKENS", help="Longer examples are cut to this many tokens.")
     ] = 128
     learning_rate: Annotated[
-        float, typer.Option(callback=positive, help="Highest learning rate, for that batch size.")
+        float, typer.Option(callback=positive, help="Peak learning rate, for the given batch size.")
     ] = 5e-5
-    warmup: Annotated[
-        float, typer.Option(callback=fraction, help="Share of the steps in which the learning rate rises.")
-    ] = 0.1
+    warmup: Annotated[float, typer.Option(callback=fraction, help="Share of the steps used for the warm-up.")] = 0.1
 
 
 FEATURES_PER_FILE = 4096
-"""How many features have their logits in one file; a teacher that is killed loses the file it works on."""
+"""Number of features per file of logits; a killed teacher loses only the file that it was writing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,10 +245,10 @@ class TeachArguments:
     precision: Annotated[Precision, typer.Option(help="Precision of the matrix products (AMP).")] = "bf16"
     attention: Annotated[
         Literal["auto", "sdpa", "eager"],
-        typer.Option(help="Compute attention fused or by plain matrix products; auto takes the faster one."),
+        typer.Option(help="Fused attention or plain matrix products; auto takes the faster one."),
     ] = "auto"
     features_per_file: Annotated[
-        int, typer.Option(callback=at_least_one, metavar="N", help="Windows or examples with their logits in one file.")
+        int, typer.Option(callback=at_least_one, metavar="N", help="Windows or examples per file of logits.")
     ] = FEATURES_PER_FILE
 
 
@@ -272,7 +264,7 @@ class TeachGlueArguments(TeachArguments):
     task: Annotated[str, typer.Option(callback=_task, metavar="NAME", help=f"Task: one of {', '.join(TASKS)}.")]
     data: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the tasks' folders.")]
     max_seq_len: Annotated[
-        int, typer.Option(callback=at_least_one, metavar="TOKENS", help="Tokens kept of an example.")
+        int, typer.Option(callback=at_least_one, metavar="TOKENS", help="Longer examples are cut to this many tokens.")
     ] = 128
 
 
@@ -280,15 +272,21 @@ class TeachGlueArguments(TeachArguments):
 class HardNegativesArguments:
     """Options of ``bertqa train hard-negatives``."""
 
-    train: Annotated[Path, typer.Option(metavar="FILE", help="SQuAD training file; held-back articles are included.")]
-    output: Annotated[Path, typer.Option(metavar="FILE", help="SQuAD v2.0 file of the questions that are made.")]
+    train: Annotated[
+        Path, typer.Option(metavar="FILE", help="SQuAD training file; its held-back articles are used too.")
+    ]
+    output: Annotated[Path, typer.Option(metavar="FILE", help="SQuAD v2.0 file to write the questions to.")]
     share: Annotated[
-        float, typer.Option(callback=fraction, help="Most questions made, as a share of those in the file.")
+        float, typer.Option(callback=fraction, help="Most questions to make, as a share of those in the file.")
     ] = 0.2
-    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 1
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 1
     teacher: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", show_default="none is asked", help="Checkpoint that must find no answer."),
+        typer.Option(
+            metavar="DIR",
+            show_default="no teacher",
+            help="Checkpoint that must find no answer to the questions that are kept.",
+        ),
     ] = None
     null_threshold: Annotated[
         float | None, typer.Option(show_default="that in its bertqa.json", help="Null threshold of the teacher.")
@@ -311,12 +309,12 @@ class ImportMpnetArguments:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A phase of NVIDIA's recipe: ``scripts/run_pretraining.sh`` of DeepLearningExamples' BERT for PyTorch."""
+    """A phase of NVIDIA's recipe, from ``scripts/run_pretraining.sh`` in DeepLearningExamples' BERT for PyTorch."""
 
     max_seq_len: int
     max_predictions_per_seq: int
     batch_size: int
-    learning_rate: float  # of LAMB, for that batch size
+    learning_rate: float  # for LAMB and this batch size
     steps: int
     warmup: float  # share of the steps
 
@@ -329,7 +327,7 @@ SIZES = {  # layers, hidden size: Turc et al. 2019, table 1, and Devlin et al. 2
     "base": (12, 768),
     "large": (24, 1024),
 }
-"""Heads are 64 wide, and the feed-forward layer is four times as wide as the hidden ones."""
+"""Width of an attention head; the feed-forward layer is four times as wide as the hidden size."""
 ADAMW_LEARNING_RATE, ADAMW_BATCH_SIZE = 1e-4, 256
 """Devlin et al. 2018, appendix A.2."""
 
@@ -346,7 +344,7 @@ def _steps(value: int | None) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainArguments(JobArguments):
-    """Options of ``bertqa train pretrain``; what is left out is that of the phase's recipe."""
+    """Options of ``bertqa train pretrain``; omitted options have the values of the phase's recipe."""
 
     shards: Annotated[Path, typer.Option(metavar="DIR", help="Shard set, made by `bertqa train data shard`.")]
     output: Output
@@ -369,7 +367,7 @@ class PretrainArguments(JobArguments):
             callback=at_least_one,
             metavar="TOKENS",
             show_default=_of_phases("max_seq_len"),
-            help="Tokens of a sequence that the shards must have.",
+            help="Tokens per sequence; the shards must have the same value.",
         ),
     ] = None  # type: ignore[assignment]  # __post_init__ fills in what is None here and below
     max_predictions_per_seq: Annotated[
@@ -378,24 +376,29 @@ class PretrainArguments(JobArguments):
             callback=at_least_one,
             metavar="N",
             show_default=_of_phases("max_predictions_per_seq"),
-            help="Most masked tokens of a sequence that the shards must have.",
+            help="Most masked tokens per sequence; the shards must have the same value.",
         ),
     ] = None  # type: ignore[assignment]
     packing: Annotated[
-        bool, typer.Option("--packing", help="Put several sequences in a row, instead of batches of like length.")
+        bool, typer.Option("--packing", help="Put several sequences in a row, instead of batches of similar length.")
     ] = False
-    nsp: Annotated[bool, typer.Option("--nsp/--no-nsp", help="Train next-sentence prediction too.")] = True
+    nsp: Annotated[bool, typer.Option("--nsp/--no-nsp", help="Also train next-sentence prediction.")] = True
     held_out_shards: Annotated[
         int | None,
         typer.Option(
-            metavar="N", show_default="1 where there are more", help="Last shards that are only evaluated on."
+            metavar="N",
+            show_default="1 if there are more",
+            help="Number of shards, from the end of the set, only used for evaluation.",
         ),
     ] = None
     evaluate_every: Annotated[
-        int, typer.Option(callback=at_least_one, metavar="STEPS", help="Steps between two evaluations on those.")
+        int,
+        typer.Option(
+            callback=at_least_one, metavar="STEPS", help="Steps between two evaluations on the held-out shards."
+        ),
     ] = 500
     evaluate_on: Annotated[
-        int, typer.Option(callback=at_least_one, metavar="N", help="Most sequences of an evaluation.")
+        int, typer.Option(callback=at_least_one, metavar="N", help="Most sequences per evaluation.")
     ] = 2048
     config: Annotated[
         str | None,
@@ -426,7 +429,7 @@ class PretrainArguments(JobArguments):
             callback=at_least_one,
             metavar="N",
             show_default=_of_phases("batch_size"),
-            help="Sequences of a step, over all processes together.",
+            help="Sequences per step, over all processes together.",
         ),
     ] = None  # type: ignore[assignment]
     learning_rate: Annotated[
@@ -434,7 +437,7 @@ class PretrainArguments(JobArguments):
         typer.Option(
             callback=positive,
             show_default="that of the recipe, scaled by the square root of the batch size",
-            help="Highest learning rate, for that batch size.",
+            help="Peak learning rate, for the given batch size.",
         ),
     ] = None  # type: ignore[assignment]
     warmup: Annotated[
@@ -442,7 +445,7 @@ class PretrainArguments(JobArguments):
         typer.Option(
             callback=fraction,
             show_default=_of_phases("warmup"),
-            help="Share of the steps in which the learning rate rises.",
+            help="Share of the steps used for the warm-up.",
         ),
     ] = None  # type: ignore[assignment]
     decay: Annotated[
@@ -454,18 +457,18 @@ class PretrainArguments(JobArguments):
     ] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        """Fill in what is left to the recipe of the phase.
+        """Fill in omitted options from the recipe of the phase.
 
         Raises:
             ValueError: options contradict each other.
         """
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("--epochs: give it or --steps, not both")
+            raise ValueError("--epochs: give either --epochs or --steps, not both")
         if self.init and self.config:
-            raise ValueError("--config makes a new model and --init takes one that exists; give one of them")
+            raise ValueError("--config makes a new model and --init loads an existing one; give only one of them")
         if self.phase == 2 and not (self.init or self.config):
             raise ValueError(
-                "--phase 2 goes on from the output of phase 1, give it as --init (or --config for a new model)"
+                "--phase 2 continues from the output of phase 1; give that as --init (or --config for a new model)"
             )
         phase, adamw = PHASES[self.phase], self.optimizer == "adamw"
         recipe: dict[str, object] = {
@@ -493,23 +496,21 @@ class AverageArguments:
     output: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the averaged checkpoint.")]
     shares: Annotated[
         str | None,
-        typer.Option(
-            metavar="N,N", show_default="equal", help="Share of each checkpoint, in proportion, such as 0.6,0.4."
-        ),
+        typer.Option(metavar="N,N", show_default="equal", help="Weight of each checkpoint, such as 0.6,0.4."),
     ] = None
 
     def __post_init__(self) -> None:
         if len(self.checkpoints) < 2:
-            raise ValueError("DIR: give two or more, the mean of one is itself")
+            raise ValueError("DIR: give at least two checkpoints")
         if len(self.weights) != len(self.checkpoints):
             raise ValueError(f"--shares: {len(self.weights)} for {len(self.checkpoints)} checkpoints")
 
     @property
     def weights(self) -> list[float]:
-        """The share of each checkpoint.
+        """Return the share of each checkpoint.
 
         Raises:
-            ValueError: one is no number above 0.
+            ValueError: a share is not a number above 0.
         """
         if self.shares is None:
             return [1.0] * len(self.checkpoints)
