@@ -1,14 +1,14 @@
 # `make serve` and `make test` each set up everything they need first; a second call starts at once.
 PYTHON ?= python3
 VENV ?= .venv
-# The environment of the servers that `make bench-peers` compares with.
+# Environment for the other servers in `make bench-peers`.
 PEERS ?= .venv-peers
-# Where torch comes from, if not from the default index: https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
+# Package index for torch; https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
 TORCH_INDEX ?=
 ARGS ?=
 # One package's tests alone: make test PACKAGE=service
 PACKAGE ?=
-# Tests run in so many processes; those marked `alone` wait for the others.
+# Number of test processes; tests marked `alone` wait for the others.
 WORKERS ?= 2
 SOAK_MINUTES ?= 2
 
@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CHECKPOINT ?= checkpoints/minilm-l6-squad
 SQUAD ?= data/squad
 
-# Triton runs the CPU engine in the shared library of this very Python; better to say so now than after the downloads.
+# Triton runs the CPU engine with this Python's shared library; check for it before the downloads.
 define CHECK_VERSION
 import sys
 if not (3, 10) <= sys.version_info < (3, 14):
@@ -37,7 +37,7 @@ except OSError:
 endef
 export CHECK_VERSION CHECK_PYTHON
 
-# What runs with the service's packages alone: no Triton, no builder, no Ray, no collector of traces.
+# Tests that need only the service's packages: no Triton, builder, Ray or trace collector.
 FAST := tests/bertqa $(filter-out %/test_batch.py %/test_doctor.py %/test_rollout.py %/test_tracing.py %/test_workers.py, \
 	$(wildcard tests/service/test_*.py)) tests/service/api tests/service/middleware tests/service/triton
 
@@ -54,7 +54,7 @@ test: $(VENV)/test.stamp  ## Run all tests: real Triton, Horovod, a browser (PAC
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		$(if $(PACKAGE),tests/$(PACKAGE)) $(ARGS)
 
-test-fast:  ## Run what needs no Triton and no torch, on another Python (PYTHON=python3.13)
+test-fast:  ## Run the tests that need neither Triton nor torch, on another Python (PYTHON=python3.13)
 	@$(PYTHON) -c "$$CHECK_VERSION"
 	venv=.venv-fast-$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
 	{ [ -e $$venv/fast.stamp ] || { $(PYTHON) -m venv $$venv && \
@@ -63,7 +63,7 @@ test-fast:  ## Run what needs no Triton and no torch, on another Python (PYTHON=
 		touch $$venv/fast.stamp; }; } && \
 	$$venv/bin/python -m pytest -m 'not triton and not slow' $(FAST) $(ARGS)
 
-chaos: $(VENV)/test.stamp  ## Break everything under load and print what became of the requests (SOAK_MINUTES=60)
+chaos: $(VENV)/test.stamp  ## Inject faults under load and print what happened to the requests (SOAK_MINUTES=60)
 	-@$(PIP) --group fuzz
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.chaos --soak-minutes $(SOAK_MINUTES) $(ARGS)
 
@@ -73,7 +73,7 @@ lint: $(VENV)/test.stamp  ## Check style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-audit: $(VENV)/test.stamp  ## Look for secrets in tracked files and for known vulnerabilities of what is pinned
+audit: $(VENV)/test.stamp  ## Look for secrets in tracked files and known vulnerabilities in pinned packages
 	$(BIN)/python .ci/audit.py
 
 bench: $(VENV)/test.stamp  ## Compare CPU runtimes and measure the service's own cost; prints tables
@@ -83,7 +83,7 @@ bench: $(VENV)/test.stamp  ## Compare CPU runtimes and measure the service's own
 loadtest: $(VENV)/loadtest.stamp  ## Throughput against clients, replicas and engines: tables, figures, a page (ARGS=--quick)
 	$(BIN)/python -m loadtest.sweep --checkpoint $(CHECKPOINT) $(ARGS)
 
-bench-peers: $(PEERS)/peers.stamp  ## Compare with the servers that people would pick instead, in 7 minutes; prints a table
+bench-peers: $(PEERS)/peers.stamp  ## Compare with alternative servers, in 7 minutes; prints a table
 	$(BIN)/python -m loadtest.compare_servers --checkpoint $(CHECKPOINT) --peers-python $(PEERS)/bin/python $(ARGS)
 
 train-env: $(VENV)/train.stamp  ## Install torch and build Horovod (Gloo, no Docker)
@@ -103,8 +103,7 @@ clean:  ## Remove the environment and everything generated
 	rm -rf $(VENV) $(PEERS) .venv-fast-* logs runs tests/javascript/node_modules
 	find model_repository -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 
-# What a set-up was made of, by content: a .venv that CI kept for the same contents is taken as it is, whatever the age of
-# the files in a fresh checkout.
+# A hash of the set-up's inputs: CI can reuse a cached .venv with the same hash, although a fresh checkout has newer files.
 serve_INPUTS := pyproject.toml constraints.txt
 train_INPUTS := training/install_horovod.sh
 loadtest_INPUTS := tests/install_servers.sh

@@ -1,7 +1,7 @@
-"""Secrets that stand in a tracked file, and known vulnerabilities of what constraints.txt pins; exits with 1 on either.
+"""Look for secrets in tracked files and known vulnerabilities in constraints.txt; exit with 1 if there are any.
 
-Where the vulnerability service cannot be reached nothing is audited. That is no pass: a line says so, GitHub shows it
-as a warning, and the exit code is 3, unless ALLOW_UNAUDITED=1 says that somebody knows.
+If the vulnerability service cannot be reached, nothing is audited. That does not count as a pass: the script prints a
+line, which GitHub shows as a warning, and exits with 3. ALLOW_UNAUDITED=1 accepts this.
 """
 
 import json
@@ -15,9 +15,9 @@ NOT_AUDITED = 3
 
 
 def main() -> int:
-    """Run both; returns the exit code."""
+    """Run both checks and return the exit code."""
     files = subprocess.run(["git", "ls-files", "-z"], check=True, capture_output=True, text=True).stdout.split("\0")
-    # Digests and ids of data sets are of high entropy too; what is a false alarm says `pragma: allowlist secret`.
+    # Digests and data set ids have high entropy too; `pragma: allowlist secret` marks other false alarms.
     noisy = ("HexHighEntropyString", "Base64HighEntropyString")
     scan = [BIN / "detect-secrets-hook", *(f"--disable-plugin={name}" for name in noisy), *filter(None, files)]
     failed = subprocess.run(scan, check=False).returncode != 0
@@ -36,7 +36,7 @@ def main() -> int:
         print(f"vulnerabilities: {len(audited)} of {len(found)} packages audited, {len(vulnerable)} vulnerable")
         return int(failed or bool(vulnerable))
     warning = "::warning::" if os.environ.get("GITHUB_ACTIONS") == "true" else ""
-    print(f"{warning}vulnerabilities: NOT AUDITED, pip-audit reaches no service that knows them from here")
+    print(f"{warning}vulnerabilities: NOT AUDITED, pip-audit cannot reach the vulnerability service")
     if failed:
         return 1
     return 0 if os.environ.get("ALLOW_UNAUDITED") == "1" else NOT_AUDITED

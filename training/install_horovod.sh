@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Build Horovod 0.28.1 (PyTorch, Gloo, and NCCL for a CUDA torch) into the Python environment given as $1 (default: .venv).
 #
-# The last release predates torch 2.1, whose headers need C++17, and torch 2.13's need C++20, while the sdist
-# asks for C++14 (horovod#3996) and, for its one CUDA kernel, for C++11; a CMake of today also refuses its policy version.
-# All are one-word patches. torch, setuptools and cmake must already be in the environment: the extension links against
-# that very torch, and with CUDA against the NCCL that torch itself loads. nvcc of torch's CUDA version must be on PATH.
-# HOROVOD_BUILD_CUDA_CC_LIST names compute capabilities ("80,90"), all of today's by default.
+# The last release predates torch 2.1, whose headers need C++17; those of torch 2.13 need C++20. The sdist asks for
+# C++14 (horovod#3996) and, for its one CUDA kernel, C++11; recent CMake also refuses its policy version. All are one-word
+# patches. torch, setuptools and cmake must already be in the environment: the extension links against that torch, and
+# with CUDA against the NCCL that torch loads. nvcc of torch's CUDA version must be on PATH.
+# HOROVOD_BUILD_CUDA_CC_LIST lists compute capabilities ("80,90"); the default is all current ones.
 set -euo pipefail
 
 version=0.28.1
@@ -31,7 +31,7 @@ if [ -n "$cuda" ]; then
             "or the CPU build of torch (TORCH_INDEX=https://download.pytorch.org/whl/cpu)" >&2
         exit 1
     fi
-    # torch's own NCCL lies in a wheel that has libnccl.so.2 but not the name that a linker looks for.
+    # torch's NCCL wheel has libnccl.so.2 but not the name that a linker looks for.
     nccl=$("$python" -c 'import nvidia.nccl; print(nvidia.nccl.__path__[0])')
     ln -s "$nccl/lib/libnccl.so.2" "$work/libnccl.so"
     export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=shared

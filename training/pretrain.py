@@ -1,11 +1,11 @@
 """Pre-train a BERT, from scratch or from a checkpoint: ``horovodrun -np 2 python -m training.pretrain --shards …``.
 
-Masked words and next sentences together, as in Devlin et al. 2018, section 3.1, by NVIDIA's recipe for LAMB: phase 1 on
-sequences of 128 tokens, then phase 2 on 512, a run of its own that starts from the weights of the first. Every number
-of the recipe is a flag. The learning rate belongs to the *global* batch: where ``--batch-size`` is another than the
-recipe's and ``--learning-rate`` is not given, the rate is scaled by the square root. The output directory becomes a
-``BertForPreTraining`` checkpoint for ``--init`` of this job and of the fine-tuning jobs, and for transformers; at
-``--stop-after`` too, with what was learnt by then.
+The job trains masked words and next sentences together, as in Devlin et al. 2018, section 3.1, by NVIDIA's recipe for
+LAMB: phase 1 on sequences of 128 tokens, then phase 2 on 512, a separate run that starts from the weights of phase 1.
+Every number of the recipe is a flag. The learning rate is for the *global* batch: if ``--batch-size`` differs from the
+recipe and ``--learning-rate`` is not given, the rate is scaled by the square root. The output directory becomes a
+``BertForPreTraining`` checkpoint for transformers and for ``--init`` of this job and the fine-tuning jobs. A run ended
+by ``--stop-after`` also writes one.
 """
 
 if __name__ == "__main__":  # before the slow imports, which --help does not need
@@ -53,7 +53,7 @@ def main(args: PretrainArguments) -> None:
         pairs = MaskedPairs(training, batch_size=args.batch_size, seed=args.seed, packed=args.packing)
     except ValueError as error:
         raise SystemExit(f"--batch-size {args.batch_size}: {error}") from error
-    if not args.nsp:  # what has no gradient takes no step and no weight decay, on any number of processes
+    if not args.nsp:  # parameters without a gradient take no step and no weight decay, on any number of processes
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".pooler." not in name and ".seq_relationship." not in name)
     torch.nn.Module.to(model, workers.device)  # transformers' wrapper has no type signature
@@ -73,15 +73,15 @@ def main(args: PretrainArguments) -> None:
     identity = {name: getattr(args, name) for name in ("init", "config", "packing", "nsp")}
     identity |= encoder.identity() | {"shards": [shard.sha256 for shard in training.manifest.shards]}
     complete = train(model, task, options, workers, args.output, identity)
-    if (complete or args.stop_after) and workers.rank == 0:  # what has been learnt by then can be tried out
-        # Parameters, not the state: the head's matrix is the embeddings', and stands there once.
+    if (complete or args.stop_after) and workers.rank == 0:  # so that an unfinished model can be tried out
+        # Parameters, not the state: the head shares the embeddings' matrix, which is listed only once.
         parameters = dict(model.named_parameters())
         tokenizer = (args.shards / TOKENIZER_FILE).read_text()
         write_checkpoint(args.output, BertForPreTraining.__name__, model.config, parameters, tokenizer)
 
 
 def make_model(args: PretrainArguments, options: EncoderOptions, shards: ShardSet) -> "PretrainingBert":
-    """The model to start from: that of ``--init``, else a new one for the tokenizer of the shards."""
+    """Load the model of ``--init``, or create a new one for the tokenizer of the shards."""
     if args.init:
         return load_model(PretrainingBert, encoder_source(args.init), options)
     vocabulary = -(-shards.manifest.vocab_size // args.pad_vocabulary) * args.pad_vocabulary
@@ -93,7 +93,7 @@ def make_model(args: PretrainArguments, options: EncoderOptions, shards: ShardSe
 
 
 def new_config(name: str, vocab_size: int) -> BertConfig:
-    """The config of one of `SIZES`, or of a ``config.json``, with another vocabulary."""
+    """Return the config of one of `SIZES`, or of a ``config.json``, with another vocabulary size."""
     if name not in SIZES:
         if not Path(name).is_file():
             raise SystemExit(f"--config {name}: neither a file nor one of {', '.join(SIZES)}")
@@ -114,7 +114,7 @@ def check(args: PretrainArguments, shards: ShardSet, config: BertConfig) -> None
     """Refuse shards that were not made for the model or the flags.
 
     Raises:
-        ShardMismatch: naming both values.
+        ShardMismatch: the message names both values.
     """
     tokenizer = Path(encoder_source(args.init)) / TOKENIZER_FILE if args.init else None
     shards.check_model(
@@ -128,11 +128,13 @@ def check(args: PretrainArguments, shards: ShardSet, config: BertConfig) -> None
 
 
 def split(shards: ShardSet, held_out: int | None) -> tuple[ShardSet, ShardSet | None]:
-    """The shards to train on, and the last ones, which are only evaluated on."""
+    """Split the shards into those to train on and the last ones, which are only used for evaluation."""
     every = shards.manifest.shards
     count = min(len(every) - 1, 1) if held_out is None else held_out
     if not 0 <= count < len(every):
-        raise SystemExit(f"--held-out-shards {count}: {shards.directory} has {len(every)} shards, and one must be left")
+        raise SystemExit(
+            f"--held-out-shards {count}: {shards.directory} has {len(every)} shards, and at least one must be left"
+        )
     if not count:
         return shards, None
     parts = (replace(shards.manifest, shards=part) for part in (every[:-count], every[-count:]))
@@ -141,7 +143,7 @@ def split(shards: ShardSet, held_out: int | None) -> tuple[ShardSet, ShardSet | 
 
 
 class PretrainingBert(BertForPreTraining):  # type: ignore[no-untyped-call]
-    """A ``BertForPreTraining`` whose heads see only the tokens that have a target: a seventh of all, and each [CLS]."""
+    """A ``BertForPreTraining`` whose heads compute only tokens with a target: a seventh of all, and each [CLS]."""
 
     def forward(
         self,
@@ -152,11 +154,11 @@ class PretrainingBert(BertForPreTraining):  # type: ignore[no-untyped-call]
         masked_positions: torch.Tensor,
         first_tokens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scores of the vocabulary at the masked tokens, and of "B follows A" and "B is random" at each [CLS].
+        """Compute vocabulary scores of the masked tokens, and scores of "B follows A" and "B is random" of each [CLS].
 
         Args:
             input_ids: (rows, length).
-            attention_mask: None where all attend to all, else as `attention_of` gives it.
+            attention_mask: result of `attention_of`; None if all tokens attend to each other.
             token_type_ids: (rows, length).
             position_ids: (rows, length).
             masked_positions: flat indexes, (masked tokens,).
@@ -176,12 +178,12 @@ class PretrainingBert(BertForPreTraining):  # type: ignore[no-untyped-call]
         if first_tokens is None:
             return words, None
         assert self.bert.pooler is not None
-        # The encoder's own pooler takes the first token of a row, and a packed row begins several sequences.
+        # The encoder's own pooler takes the first token of a row, but a packed row has several sequences.
         return words, self.cls.seq_relationship(self.bert.pooler(hidden[first_tokens].unsqueeze(1)))
 
 
 def pretraining_task(config: BertConfig, pairs: MaskedPairs, *, nsp: bool) -> Task[Item, MaskedBatch]:
-    """Masked words, and next sentences unless ``nsp`` is False, as the loop trains on them."""
+    """Describe the task to the loop: masked words, and next sentences unless ``nsp`` is False."""
     fused = config._attn_implementation == "sdpa"
 
     def loss(model: torch.nn.Module, batch: MaskedBatch) -> torch.Tensor:
@@ -217,11 +219,12 @@ def pretraining_task(config: BertConfig, pairs: MaskedPairs, *, nsp: bool) -> Ta
 
 
 def attention_of(batch: MaskedBatch, *, fused: bool) -> torch.Tensor | None:
-    """The mask of the attention: none where nothing is padded, by key where rows hold one sequence, else by pair.
+    """Build the attention mask: None without padding, per key if rows have one sequence, otherwise per pair of tokens.
 
     Args:
-        batch: of any layout.
-        fused: for torch's fused attention, which takes booleans; plain attention adds the mask to its scores.
+        batch: batch of any layout.
+        fused: whether the mask is for torch's fused attention, which takes booleans; plain attention adds the mask to
+            its scores.
     """
     rows, length = batch.input_ids.shape
     if len(batch.lengths) == rows:
@@ -233,7 +236,7 @@ def attention_of(batch: MaskedBatch, *, fused: bool) -> torch.Tensor | None:
 
 
 def _sums(logits: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
-    """The sum of the cross entropies, and how many labels have the highest score."""
+    """Return the sum of the cross entropies, and the number of labels with the highest score."""
     return [
         functional.cross_entropy(logits.float(), labels, reduction="sum"),
         (logits.detach().argmax(-1) == labels).sum().float(),
@@ -247,7 +250,7 @@ def evaluator(
     task: Task[Item, MaskedBatch],
     shards: ShardSet,
 ) -> Callable[[], dict[str, float]]:
-    """A function that gives the means of the task's terms over sequences that are not trained on, always the same."""
+    """Create a function that computes the means of the task's terms over a fixed set of held-out sequences."""
     pairs = MaskedPairs(shards, batch_size=1, seed=0)
     rows = np.linspace(0, len(shards) - 1, min(len(shards), args.evaluate_on)).astype(int)
     rows = rows[np.argsort(shards.lengths[rows], kind="stable")]

@@ -1,7 +1,7 @@
-"""How training time falls with the number of workers: a cost model, and the figures that set it beside measurements.
+"""Model how training time falls with the number of workers, and plot the model next to measurements.
 
-A model says what would be if compute and network were as stated. Its lines are dashed and labelled "model"; what was
-measured is drawn as points.
+The model's results hold for the stated compute and network. Its lines are dashed and labelled "model"; measurements are
+points.
 """
 
 import math
@@ -17,42 +17,42 @@ from matplotlib.figure import Figure
 class CostModel:
     """A step of data-parallel training: the compute of one worker's share, then one ring all-reduce of all gradients.
 
-    Nothing overlaps here, which is the worst case: Horovod starts to reduce while the backward pass still runs. Workers
-    are taken to be equal and to slow each other down by nothing but the network.
+    Nothing overlaps, which is the worst case: Horovod starts to reduce while the backward pass still runs. Workers are
+    assumed to be equal, and to slow each other down only by the network.
     """
 
     sequences_per_second: float  # of one worker alone
-    batch_per_worker: int  # sequences of one worker in a step
-    gradient_bytes: float  # on the wire: 4 for each weight, 2 with fp16 compression
+    batch_per_worker: int  # sequences per worker and step
+    gradient_bytes: float  # bytes sent: 4 per weight, 2 with fp16 compression
     bandwidth: float  # bytes per second that each worker sends, and receives at the same time
-    latency: float = 0.0  # seconds of a message
+    latency: float = 0.0  # seconds per message
 
     def all_reduce_seconds(self, workers: int) -> float:
-        """Of a ring: 2 (n - 1) messages of 1/n of the bytes each (Patarasuk and Yuan 2009)."""
+        """Seconds of a ring all-reduce: 2 (n - 1) messages of 1/n of the bytes each (Patarasuk and Yuan 2009)."""
         messages = 2 * (workers - 1)
         return messages * (self.gradient_bytes / workers / self.bandwidth + self.latency)
 
     def step_seconds(self, workers: int) -> float:
-        """Compute and all-reduce, one after the other."""
+        """Seconds of a step: compute, then all-reduce."""
         return self.batch_per_worker / self.sequences_per_second + self.all_reduce_seconds(workers)
 
     def hours(self, workers: int, sequences: int) -> float:
-        """Of a run over so many sequences, each worker having the same batch however many there are."""
+        """Hours of a run over the given number of sequences, with a fixed batch per worker."""
         return math.ceil(sequences / (workers * self.batch_per_worker)) * self.step_seconds(workers) / 3600
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the figure of training time, with the points that were measured."""
+    """One line of the training time figure, with its measured points."""
 
     label: str
     color: str
     model: CostModel
-    measured: Mapping[int, float]  # workers -> sequences per second of all together
+    measured: Mapping[int, float]  # workers -> total sequences per second
 
 
 def plot_training_time(path: Path, lines: Sequence[Line], sequences: int, title: str, note: str) -> None:
-    """Hours of a run over so many sequences against the number of workers, both axes logarithmic."""
+    """Plot the hours of a run over the number of workers, with both axes logarithmic."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="workers", ylabel="hours", xscale="log", yscale="log", title=title)
     counts = [2**power for power in range(7)]
@@ -71,13 +71,13 @@ def plot_training_time(path: Path, lines: Sequence[Line], sequences: int, title:
 
 
 def plot_speeds(path: Path, groups: Mapping[str, Mapping[str, Sequence[float]]], title: str, note: str) -> None:
-    """Sequences per second as bars, the median of the repeats, with their smallest and largest as whiskers.
+    """Plot sequences per second as bars: the median of the repeats, with the smallest and largest as whiskers.
 
     Args:
-        path: of the image.
-        groups: bars that stand together, by their label: name of the colour's meaning -> repeats.
-        title: of the figure.
-        note: below it: machine and date.
+        path: the image to write.
+        groups: groups of bars by label; each maps the meaning of a colour to its repeats.
+        title: title of the figure.
+        note: text below the figure: machine and date.
     """
     series = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     figure = Figure(figsize=(max(9, 0.4 * len(groups) * len(series)), 5), layout="constrained")

@@ -27,14 +27,14 @@ from training.tfrecords import CorruptRecord, read_examples, write_examples
 Storage = Literal["parquet", "tfrecord"]
 
 FORMAT = 1
-"""Version of the manifest's own layout."""
+"""Version of the manifest format."""
 MANIFEST_FILE = "manifest.json"
 GROUP_ROWS = 4096
 """Rows of a Parquet row group, the unit in which rows are read."""
 CACHED_GROUPS = 96
-"""Row groups that a reader keeps, of about 1 MB each at 128 tokens; a pool of 64 batches of 4096 touches 66."""
+"""Number of cached row groups, of about 1 MB each at 128 tokens; a pool of 64 batches of 4096 needs 66."""
 _PADDED_VOCABULARY = 128
-"""A model may embed more tokens than the tokenizer has, up to the next multiple of this; 8 and 64 are usual."""
+"""A model's vocabulary may be padded up to the next multiple of this; 8 and 64 are usual."""
 
 
 class ShardError(ValueError):
@@ -52,7 +52,7 @@ class Pair:
     input_ids: NDArray[np.int32]  # (tokens,)
     word_starts: NDArray[np.bool_]  # (tokens,), whether a token begins a word; true of [CLS] and [SEP] too
     second: int  # position of the first token of B
-    is_random_next: bool  # B is from another document, and not what follows A
+    is_random_next: bool  # B is from another document and does not follow A
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +77,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardManifest:
-    """What a shard set was made from and with; equal manifests mean equal bytes."""
+    """The sources and settings of a shard set; equal manifests mean equal bytes."""
 
     storage: Storage
     tokenizer_sha256: str  # see `tokenizer_sha256`
     vocab_size: int  # one more than the highest token id
     special_tokens: Mapping[str, int]  # "[MASK]" -> 103
     max_seq_len: int  # tokens of the longest sequence, special tokens included
-    max_predictions_per_seq: int  # tokens of a sequence that are masked, at most
+    max_predictions_per_seq: int  # most masked tokens of a sequence
     short_seq_prob: float
     duplicates: int
     language: str
@@ -99,7 +99,7 @@ class ShardManifest:
         """Read a ``manifest.json``.
 
         Raises:
-            ShardError: it is missing, not JSON, of another format, or a field is missing or unknown.
+            ShardError: the file is missing, not JSON or of another format, or a field is missing or unknown.
         """
         if not path.exists():
             raise ShardError(
@@ -130,26 +130,26 @@ class ShardManifest:
         return made
 
     def write(self, path: Path) -> None:
-        """Write the file in one step."""
+        """Write the file atomically."""
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
         os.replace(partial, path)
 
     def settings(self) -> dict[str, object]:
-        """Everything but the shards: what decides their bytes."""
+        """Return all fields that decide the shards' bytes, without the shards themselves."""
         return {name: value for name, value in asdict(replace(self, shards=())).items() if name != "shards"}
 
     @property
     def rows(self) -> int:
-        """Sequences in all shards."""
+        """Number of sequences in all shards."""
         return sum(shard.rows for shard in self.shards)
 
 
 def tokenizer_sha256(text: str) -> str:
-    """SHA-256 of what a ``tokenizer.json`` does to a text: vocabulary, normalization and splitting.
+    """Return the SHA-256 of how a ``tokenizer.json`` tokenizes: vocabulary, normalization and splitting.
 
-    Layout, truncation, padding and the template of special tokens do not count: they change when a tokenizer is saved
-    again, and not what a text becomes.
+    Layout, truncation, padding and the template of special tokens are excluded, because saving a tokenizer again may
+    change them without changing the tokens of a text.
     """
     described = json.loads(text)
     essence = {part: described.get(part) for part in ("normalizer", "pre_tokenizer", "model")}
@@ -158,7 +158,7 @@ def tokenizer_sha256(text: str) -> str:
 
 
 def write_shard(path: Path, pairs: Sequence[Pair], storage: Storage, vocab_size: int) -> Shard:
-    """Write one shard in one step, and describe it; the same pairs give the same bytes."""
+    """Write one shard atomically and return its manifest entry; the same pairs give the same bytes."""
     partial = path.with_name(f".{path.name}.partial")
     if storage == "parquet":
         pq.write_table(
@@ -189,10 +189,10 @@ def write_shard(path: Path, pairs: Sequence[Pair], storage: Storage, vocab_size:
 
 
 def check_shard(directory: Path, shard: Shard, *, hashed: bool = True) -> None:
-    """Compare a shard with its entry in the manifest: its size, and unless ``hashed`` is False its SHA-256.
+    """Check a shard against its manifest entry: its size and, unless ``hashed`` is False, its SHA-256.
 
     Raises:
-        ShardError: it is missing, truncated or corrupt.
+        ShardError: the shard is missing, truncated or corrupt.
     """
     path = directory / shard.file
     again = "run `python -m training.data shard` again as before, it makes this shard anew and keeps the others"
@@ -208,9 +208,9 @@ def check_shard(directory: Path, shard: Shard, *, hashed: bool = True) -> None:
 
 
 class ShardSet:
-    """A shard set, open for reading rows by their number.
+    """A shard set, open for reading rows by number.
 
-    Rows are read by groups of `GROUP_ROWS`, of which the `CACHED_GROUPS` last used are kept. So reading is fast where
+    Rows are read in groups of `GROUP_ROWS`; the `CACHED_GROUPS` last used groups are cached. So reading is fast if
     neighbouring rows are read at about the same time: see ``block`` of `training.batches.Batches`.
     """
 
@@ -226,11 +226,11 @@ class ShardSet:
 
     @classmethod
     def open(cls, directory: Path, *, hashed: bool = True) -> "ShardSet":
-        """Open a set and check that all of it is there.
+        """Open a set and check that it is complete.
 
         Args:
-            directory: of the set.
-            hashed: compare each file's SHA-256, about a second for a gigabyte; else its size only.
+            directory: directory of the set.
+            hashed: check each file's SHA-256, which takes about a second per gigabyte; otherwise only its size.
 
         Raises:
             ShardError: the manifest or a file is missing, truncated or corrupt; the message names it.
@@ -262,15 +262,15 @@ class ShardSet:
         """Refuse a model or flags that the set was not made for, before the first step.
 
         Args:
-            vocab_size: tokens that the model embeds; may be padded to a multiple of 8, 64 or 128.
-            max_position_embeddings: positions that the model knows.
-            type_vocab_size: segments that the model knows.
-            tokenizer: text of the model's own ``tokenizer.json``, where it has one.
-            max_seq_len: the flag, where it is given.
-            max_predictions_per_seq: the flag, where it is given.
+            vocab_size: the model's vocabulary size; may be padded to a multiple of 8, 64 or 128.
+            max_position_embeddings: number of positions of the model.
+            type_vocab_size: number of token types of the model.
+            tokenizer: text of the model's own ``tokenizer.json``, if it has one.
+            max_seq_len: value of the flag, if given.
+            max_predictions_per_seq: value of the flag, if given.
 
         Raises:
-            ShardMismatch: naming the value here and the value there.
+            ShardMismatch: the message names both values.
         """
         made = self.manifest
         where = f"{self.directory}: the shards were made with"
@@ -300,7 +300,7 @@ class ShardSet:
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> Pair:
-        """The sequence of a row; its arrays are shared and not to be written to.
+        """Return the sequence of a row; its arrays are shared and must not be modified.
 
         Raises:
             ShardError: the shard cannot be read any more.
@@ -340,11 +340,11 @@ class ShardSet:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Consecutive rows as flat columns, as they are stored."""
+    """Consecutive rows as flat columns, in the stored layout."""
 
     input_ids: NDArray[np.int32]  # (tokens of all rows,)
     word_starts: NDArray[np.bool_]  # (tokens of all rows,)
-    ends: NDArray[np.int64]  # (rows + 1,), where each row begins and ends in them
+    ends: NDArray[np.int64]  # (rows + 1,), bounds of each row in the flat columns
     second: NDArray[np.int32]  # (rows,)
     is_random_next: NDArray[np.bool_]  # (rows,)
 

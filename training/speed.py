@@ -1,7 +1,7 @@
-"""How fast a training loop is: ours or the Hugging Face ``Trainer``, on the same model and the same sequences.
+"""Measure the speed of a training loop, ours or the Hugging Face ``Trainer``, on the same model and sequences.
 
-Speeds are of whole steps, loading included, after some that warm up. The MFU counts what the model has to compute for
-the tokens that there are, for both loops alike: no padding, and the vocabulary's scores of the masked words alone.
+Speeds are of whole steps, data loading included, after warm-up steps. For both loops, the MFU counts only the FLOPs
+that the model needs: no padding, and vocabulary scores only for masked words.
 """
 
 import math
@@ -54,33 +54,33 @@ Layout = Literal["padded to the maximum", "shuffled", "bucketed", "packed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """A way to train."""
+    """A training setup to measure."""
 
     loop: Literal["ours", "Trainer"]
     data: Literal["squad", "mlm"]  # fine-tuning on questions, or pre-training with next sentences
     layout: Layout  # of sequences in batches
     precision: Precision = "fp32"
     optimizer: OptimizerName = "adamw"
-    batch_size: int = 32  # sequences of one process in a step
-    micro_batch_size: int | None = None  # that it computes at once; None: all of them
+    batch_size: int = 32  # sequences per process and step
+    micro_batch_size: int | None = None  # sequences computed at once; None: all of them
     compression: Compression = "none"
     compile: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """What was measured of a contender."""
+    """The measurements of a contender."""
 
     sequences_per_second: float  # of all processes together
     mfu: float
     step_seconds: float
-    optimizer_seconds: float  # of a step: the optimizer's own update, when all gradients are there
-    gpu_bytes: int = 0  # of GPU memory, the most that was in use
+    optimizer_seconds: float  # per step, for the optimizer's update alone, after all gradients are ready
+    gpu_bytes: int = 0  # peak GPU memory in use
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A size of model, and sequences for it."""
+    """A model size, and sequences for it."""
 
     config: BertConfig
     tokenizer: Tokenizer
@@ -88,7 +88,7 @@ class Workload:
     shards: ShardSet
 
     def model(self, contender: Contender) -> torch.nn.Module:
-        """A new model with random weights; the ``Trainer`` gets it as transformers makes it."""
+        """Create a model with random weights; the ``Trainer`` gets the unmodified transformers model."""
         torch.manual_seed(0)
         config = self.config_of(contender)
         if contender.data == "squad":
@@ -96,7 +96,7 @@ class Workload:
         return BertForPreTraining(config) if contender.loop == "Trainer" else PretrainingBert(config)
 
     def config_of(self, contender: Contender) -> BertConfig:
-        """The config, with the attention that the loop takes by itself."""
+        """Return the config, with the attention that the loop chooses by default."""
         config = BertConfig.from_dict(self.config.to_dict())
         if contender.loop == "ours":
             dropout = config.attention_probs_dropout_prob
@@ -104,7 +104,7 @@ class Workload:
         return config
 
     def task(self, contender: Contender, batch_size: int) -> Task[Any, Any]:
-        """The sequences as our loop takes them, so many in a step of all processes."""
+        """Return the sequences in the form of our loop, with the given number per step over all processes."""
         config, bucketed = self.config_of(contender), contender.layout == "bucketed"
         if contender.data == "squad":
             lengths = [len(feature.input_ids) for feature in self.features]
@@ -118,7 +118,7 @@ class Workload:
         return replace(task, items=lambda step: [Item(batches.epoch(step), row) for row in batches(step)])
 
     def examples(self, contender: Contender) -> list[dict[str, Any]]:
-        """The sequences as the ``Trainer`` takes them."""
+        """Return the sequences in the form of the ``Trainer``."""
         if contender.data == "squad":
             return [
                 _example(feature.input_ids, feature.context_offset)
@@ -140,7 +140,7 @@ def _example(input_ids: np.ndarray[Any, Any], second: int) -> dict[str, Any]:
 
 
 def real_features(squad: Path, tokenizer: Tokenizer, count: int) -> list[Feature]:
-    """So many labelled windows of randomly chosen questions."""
+    """Make ``count`` labelled windows of randomly chosen questions."""
     examples = read_squad(squad)
     order = np.random.default_rng(1).permutation(len(examples))
     maker = WindowMaker(tokenizer, max_seq_len=MAX_SEQ_LEN)
@@ -151,7 +151,7 @@ def real_features(squad: Path, tokenizer: Tokenizer, count: int) -> list[Feature
 
 
 def real_pairs(squad: Path, tokenizer: Path, count: int) -> list[Pair]:
-    """So many sentence pairs of the paragraphs of a SQuAD file, an article being a document."""
+    """Make ``count`` sentence pairs from the paragraphs of a SQuAD file; each article is a document."""
     with tempfile.TemporaryDirectory() as name:
         documents, shards = Path(name) / "documents", Path(name) / "shards"
         documents.mkdir()
@@ -164,13 +164,13 @@ def real_pairs(squad: Path, tokenizer: Path, count: int) -> list[Pair]:
 
 
 def full_features(count: int, tokens: int, vocab_size: int) -> list[Feature]:
-    """Windows of random tokens, all of one length."""
+    """Make windows of random tokens, all of one length."""
     random = np.random.default_rng(1)
     return [Feature(random.integers(999, vocab_size, tokens, dtype=np.int32), 16, 20, 22) for _ in range(count)]
 
 
 def full_pairs(count: int, tokens: int, vocab_size: int) -> list[Pair]:
-    """Sentence pairs of random tokens, all of one length."""
+    """Make sentence pairs of random tokens, all of one length."""
     random = np.random.default_rng(1)
     words = np.ones(tokens, dtype=bool)
     ids = random.integers(999, vocab_size, (count, tokens), dtype=np.int32)
@@ -209,7 +209,7 @@ def write_pairs(
 
 
 def measure(contender: Contender, workload: Workload, workers: Workers, steps: int, warm_up: int = 1) -> Speed:
-    """Train for some steps that are not counted, and then for some that are."""
+    """Train for warm-up steps that are not counted, then for steps that are."""
     if contender.loop == "Trainer":
         return _measure_trainer(contender, workload, steps, warm_up)
     return _measure_ours(contender, workload, workers, steps, warm_up)
@@ -232,7 +232,7 @@ def _measure_ours(contender: Contender, workload: Workload, workers: Workers, st
         log_every=every,
         save_every=2 * (steps + warm_up),
     )
-    # The first steps have batches of the first epoch, and what is counted has the whole of it.
+    # The warm-up steps have batches of the first epoch too; the counted steps cover all of it.
     task = replace(task, items=lambda step: items(step if step < warm_up else step - warm_up))
     torch.nn.Module.to(model, workers.device)
     if workers.device.type == "cuda":
@@ -296,7 +296,7 @@ def _measure_trainer(contender: Contender, workload: Workload, steps: int, warm_
 
 
 class _TrainerClock(TrainerCallback):
-    """Times the last training from its first step to its last, as `training.loop` times its own."""
+    """Times the last training from its first step to its last, as `training.loop` does."""
 
     seconds = math.nan
     _began = math.nan
@@ -312,7 +312,7 @@ class _TrainerClock(TrainerCallback):
 
 @contextmanager
 def _optimizer_clock(device: torch.device) -> Iterator[list[float]]:
-    """Gives a list that grows by the seconds of each optimizer's update in this process."""
+    """Yield a list that receives the seconds of each optimizer update in this process."""
     seconds: list[float] = []
     began = math.nan
 
@@ -337,7 +337,7 @@ def _optimizer_clock(device: torch.device) -> Iterator[list[float]]:
 
 
 def all_reduce_seconds(workload: Workload, workers: Workers, compression: Compression, repeats: int = 5) -> float:
-    """Seconds that a step waits for the sum of all gradients when it has nothing else to do, the median of some."""
+    """Measure the median seconds to sum all gradients over the processes, with no computation to overlap."""
     contender = Contender(loop="ours", data="mlm", layout="bucketed")
     reduced = _backward_seconds(workload.model(contender), workers, compression, repeats)
     return reduced - _backward_seconds(workload.model(contender), Alone(), compression, repeats)

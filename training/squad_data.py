@@ -1,4 +1,4 @@
-"""What a SQuAD job trains on, decided by its flags: the same for a student and for the teacher of its soft labels."""
+"""Make the training data of a SQuAD job from its flags; a student and its teacher get the same data."""
 
 import random
 from collections.abc import Container, Iterable
@@ -18,7 +18,7 @@ SETTINGS = (
     *("held_back_articles", "negatives", "max_questions", "unlabelled_share", "data_seed"),
     *("max_seq_len", "max_question_tokens", "overlap"),
 )
-"""The flags that decide the windows, beside the files."""
+"""The flags that decide the windows, in addition to the files."""
 
 Arguments = SquadArguments | TeachSquadArguments
 
@@ -29,22 +29,22 @@ class SquadData:
 
     training: list[Example]
     held_back: list[Example]
-    impossible: list[Example]  # questions of --impossible about the held-back articles
-    examples: int  # questions that are trained on, with those added
+    impossible: list[Example]  # questions of --impossible about held-back articles
+    examples: int  # number of training questions, including added ones
     features: list[Feature]
     maker: WindowMaker
-    v2: bool  # whether the file has unanswerable questions of its own
-    negatives: float  # share of questions put to another paragraph
-    source: Source  # of the soft labels
+    v2: bool  # whether the file itself has unanswerable questions
+    negatives: float  # share of questions repeated with another paragraph
+    source: Source  # the features of the soft labels
 
     @classmethod
     def of(cls, args: Arguments, tokenizer_of: str, config: PreTrainedConfig) -> "SquadData":
         """Make the windows of a job.
 
         Args:
-            args: of the job.
+            args: options of the job.
             tokenizer_of: directory or hub id of the encoder.
-            config: of the encoder.
+            config: config of the encoder.
 
         Raises:
             SystemExit: a file cannot be read, or the windows do not suit the encoder.
@@ -71,10 +71,10 @@ class SquadData:
 
 
 def read_file(path: Path, flag: str) -> list[Example]:
-    """The questions of a SQuAD file.
+    """Read the questions of a SQuAD file.
 
     Raises:
-        SystemExit: it cannot be read.
+        SystemExit: the file cannot be read.
     """
     try:
         return read_squad(path)
@@ -83,7 +83,7 @@ def read_file(path: Path, flag: str) -> list[Example]:
 
 
 def read_impossible(paths: Iterable[Path], held_back: Container[str]) -> tuple[list[Example], list[Example]]:
-    """The questions of ``--impossible``: those to train on, and those about articles that are held back.
+    """Read the questions of ``--impossible``: those to train on, and those about held-back articles.
 
     Raises:
         SystemExit: a file cannot be read, or a question in it has an answer.
@@ -98,12 +98,12 @@ def read_impossible(paths: Iterable[Path], held_back: Container[str]) -> tuple[l
 
 
 def has_impossible(examples: Iterable[Example]) -> bool:
-    """Whether these are questions of SQuAD v2.0, of which some have no answer."""
+    """Check whether these are SQuAD v2.0 questions, some of which have no answer."""
     return any(not example.references for example in examples)
 
 
 def window_maker(args: Arguments, tokenizer_of: str, config: PreTrainedConfig) -> WindowMaker:
-    """The maker of the job's windows, refused where it does not suit the encoder."""
+    """Create the job's window maker, and check that it fits the encoder."""
     if args.max_seq_len > (positions := longest_input(config)):
         raise SystemExit(f"--max-seq-len {args.max_seq_len}: {args.init} has {positions} positions")
     try:

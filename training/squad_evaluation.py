@@ -1,4 +1,4 @@
-"""Answer the questions of a SQuAD file with a model of torch, in batches, and report by the official rules."""
+"""Answer the questions of a SQuAD file with a torch model, in batches, and report by the official rules."""
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
@@ -25,12 +25,12 @@ Predict = Callable[[Sequence[Window]], list[Logits]]
 
 
 def span_logits(output: object) -> torch.Tensor:
-    """Start and end logits of a model's output, (windows, length, 2)."""
+    """Return the start and end logits of a model's output, (windows, length, 2)."""
     return torch.stack((output.start_logits, output.end_logits), -1)  # type: ignore[attr-defined]
 
 
 def predictor(model: PreTrainedModel, device: torch.device, precision: Precision, *, progress: bool = False) -> Predict:
-    """The model as a function of windows; padding gets logits of 0."""
+    """Turn the model into a function of windows; padding gets logits of 0."""
 
     def run(windows: Sequence[Window]) -> list[Logits]:
         features = []
@@ -53,7 +53,7 @@ def predictor(model: PreTrainedModel, device: torch.device, precision: Precision
 def evaluate(
     examples: Sequence[Example], maker: WindowMaker, predict: Predict, workers: Workers
 ) -> list[tuple[Example, Decoded]]:
-    """Answer the questions, each process its share of them; every process gets all the answers."""
+    """Answer the questions; each process computes a share, and every process gets all answers."""
     mine = list(examples)[workers.rank :: workers.size]
     answers: list[tuple[Example, Decoded]] = []
     for begin in range(0, len(mine), QUESTIONS_AT_ONCE):
@@ -66,11 +66,11 @@ def evaluate(
 
 
 def as_report(answered: Sequence[tuple[Example, Decoded]], null_threshold: float) -> dict[str, float]:
-    """EM and F1 of the answers by the official rules.
+    """Compute EM and F1 of the answers by the official rules.
 
-    For SQuAD v1.1 those of the best spans, "no answer" not allowed. For v2.0 all that its official script prints, with
-    "no answer" above the threshold; ``best_exact`` and ``best_f1`` are with the thresholds that suit these very
-    questions best.
+    For SQuAD v1.1, the best spans are scored and "no answer" is not allowed. For v2.0, the report has everything that
+    the official script prints, with "no answer" above the threshold; ``best_exact`` and ``best_f1`` use the thresholds
+    that are best for these questions.
     """
     examples = [example for example, _ in answered]
     if not has_impossible(examples):
@@ -85,17 +85,17 @@ def as_report(answered: Sequence[tuple[Example, Decoded]], null_threshold: float
 def fit_null_threshold(
     answered: Sequence[tuple[Example, Decoded]], measure: Callable[[str, str], float] = f1
 ) -> tuple[float, float]:
-    """The threshold with the best mean score over answerable and unanswerable questions, and that in percent.
+    """Find the threshold with the best mean score over all questions; return it with that score in percent.
 
-    The same search as the official SQuAD v2.0 script's ``find_best_thresh``: below its margin a question counts the
-    ``measure`` of its best span, above it 1 if it is unanswerable, else 0.
+    This is the search of ``find_best_thresh`` in the official SQuAD v2.0 script: below its margin a question scores the
+    ``measure`` of its best span; above, 1 if it is unanswerable, else 0.
     """
     margins = np.array([decoded.null_margin for _, decoded in answered])
     gains = np.array(
         [
             max(measure(_text(decoded), reference.text) for reference in example.references)
             if example.references
-            else -1.0  # lost as soon as the threshold lets it be answered
+            else -1.0  # lost once the threshold lets the question be answered
             for example, decoded in answered
         ]
     )
@@ -103,19 +103,19 @@ def fit_null_threshold(
     unanswerable = sum(not example.references for example, _ in answered)
     totals = unanswerable + np.concatenate([[0.0], np.cumsum(gains[order])])
     edges = np.concatenate([[margins[order[0]] - 1.0], margins[order], [margins[order[-1]] + 1.0]])
-    best = int(np.where(np.diff(edges) > 0, totals, -np.inf).argmax())  # no threshold lies between equal margins
+    best = int(np.where(np.diff(edges) > 0, totals, -np.inf).argmax())  # there is no threshold between equal margins
     return float((edges[best] + edges[best + 1]) / 2), float(100 * totals[best] / len(answered))
 
 
 def has_answer_shares(
     answered: Sequence[tuple[Example, Decoded]], null_threshold: float, hard: Container[str]
 ) -> dict[str, dict[str, float]]:
-    """Of each kind of question, how many there are and for how many percent ``has_answer`` is right at a threshold.
+    """Count each kind of question, and compute for how many percent ``has_answer`` is right at a threshold.
 
     Args:
-        answered: the questions.
-        null_threshold: as `decode` takes it.
-        hard: ids of those that `training.hard_negatives` made.
+        answered: the questions with their answers.
+        null_threshold: threshold for `decode`.
+        hard: ids of the questions from `training.hard_negatives`.
     """
     right: dict[str, list[bool]] = defaultdict(list)
     for example, decoded in answered:

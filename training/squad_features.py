@@ -1,8 +1,8 @@
-"""SQuAD questions -> labelled training windows -> batches of like length.
+"""Convert SQuAD questions to labelled training windows, and these to batches.
 
-A window that holds the whole answer is labelled with its tokens, any other with [CLS], the null answer (Devlin et al.
-2018, section 4.3). SQuAD v1.1 has no unanswerable question, so a share of *negatives* can be added: a question put to
-another paragraph of its own article, which it shares the subject with but not the answer.
+A window that contains the whole answer is labelled with its tokens; any other with [CLS], the null answer (Devlin et
+al. 2018, section 4.3). SQuAD v1.1 has no unanswerable questions, so a share of *negatives* can be added: questions
+paired with another paragraph of their article, which has the same subject but not the answer.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from bertqa.squad import Example
 from bertqa.windows import WindowMaker
 
 UNLABELLED = -100
-"""The label that torch's cross entropy ignores."""
+"""Label that torch's cross entropy ignores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Feature:
 
     input_ids: NDArray[np.int32]  # (tokens,)
     context_offset: int  # position of the first context token
-    start: int  # 0, the place of [CLS], where the window does not hold the answer; UNLABELLED where that is not known
+    start: int  # 0, the position of [CLS], if the window does not contain the answer; UNLABELLED if unknown
     end: int
 
 
@@ -47,7 +47,7 @@ class Batch:
 
 
 def hold_back_articles(examples: Sequence[Example], articles: int) -> tuple[list[Example], list[Example]]:
-    """Split off the questions of some articles, chosen by the hash of the title: training questions, held back ones."""
+    """Split the questions by article, chosen by the hash of the title; return training and held-back questions."""
     titles = sorted({example.title for example in examples}, key=lambda title: hashlib.sha256(title.encode()).digest())
     held = set(titles[:articles])
     return (
@@ -57,9 +57,9 @@ def hold_back_articles(examples: Sequence[Example], articles: int) -> tuple[list
 
 
 def negatives(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
-    """Unanswerable copies of a share of the questions, each put to another paragraph of the same article.
+    """Make unanswerable copies of a share of the questions, each with another paragraph of the same article.
 
-    A paragraph that holds the text of a reference answer is not taken; a question without a fitting one is left out.
+    Paragraphs that contain the text of a reference answer are not used; a question without a suitable one is left out.
     """
     paragraphs = _paragraphs(examples)
     chooser = random.Random(seed)
@@ -77,9 +77,9 @@ def negatives(examples: Sequence[Example], share: float, seed: int) -> list[Exam
 
 
 def unlabelled(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
-    """Copies of a share of the questions, each put to some other paragraph of the same article.
+    """Make copies of a share of the questions, each with another paragraph of the same article.
 
-    Whether that one holds an answer, a teacher must say. A share above 1 takes every question more than once.
+    A teacher must say whether that paragraph has an answer. A share above 1 uses every question more than once.
     """
     paragraphs = _paragraphs(examples)
     chooser = random.Random(f"unlabelled {seed}")
@@ -94,12 +94,12 @@ def unlabelled(examples: Sequence[Example], share: float, seed: int) -> list[Exa
 
 
 def without_label(feature: Feature) -> Feature:
-    """The same window, with its label unknown."""
+    """Return the same window without its label."""
     return replace(feature, start=UNLABELLED, end=UNLABELLED)
 
 
 def _paragraphs(examples: Iterable[Example]) -> Mapping[str, Sequence[str]]:
-    """The paragraphs of each article, by its title."""
+    """Return the paragraphs of each article, by title."""
     paragraphs: dict[str, dict[str, None]] = defaultdict(dict)
     for example in examples:
         paragraphs[example.title][example.context] = None
@@ -128,8 +128,8 @@ def collate(
     """Pad features to a common length; [PAD] is token 0 as in every BERT.
 
     Args:
-        features: of the batch.
-        multiple: that the length is a multiple of, in tokens.
+        features: features of the batch.
+        multiple: round the length up to a multiple of this, in tokens.
         soft: a teacher's logits of each feature, (tokens, 2).
     """
     longest = max(len(feature.input_ids) for feature in features)

@@ -1,11 +1,11 @@
 """Write a teacher's soft labels: ``bertqa train teach squad --init TEACHER --train … --output …``.
 
-The teacher is any checkpoint of transformers that answers questions (or, with ``glue``, that classifies) and reads the
-student's tokens. It runs once over the features that a student's job makes of the same flags, in batches of similar
+The teacher is any transformers checkpoint for question answering (or, with ``glue``, for classification) that uses the
+student's tokens. It runs once over the features that a student's job makes from the same flags, in batches of similar
 length. The student learns from them with ``--teacher-logits``. With ``horovodrun -np 2`` before it, two processes share
-the work. A job that was killed goes on where it was.
+the work. A killed job resumes where it stopped.
 
-There is no loss over hidden states: those of 92,000 windows would take 24 GB for each layer of a teacher of 768.
+There is no loss over hidden states: for 92,000 windows they would take 24 GB per layer of a teacher of width 768.
 """
 
 if __name__ == "__main__":  # before the slow imports, which --help does not need
@@ -77,14 +77,14 @@ def main(args: TeachSquadArguments | TeachGlueArguments) -> None:
 def write_logits(
     directory: Path, source: Source, teacher: str, run: Callable[[slice], Logits], workers: Workers
 ) -> None:
-    """Write the shards that are not there yet, each process its share of them; returns when all are written.
+    """Write the missing shards, each process a share of them; return when all are written.
 
     Raises:
-        UnsuitableLogits: a shard is damaged or of another teacher, or the teacher's logits are not finite.
+        UnsuitableLogits: a shard is damaged or from another teacher, or the teacher's logits are not finite.
         CheckpointError: a file cannot be written.
     """
     left = [number for number in source.shards() if not has_shard(directory, source, teacher, number)]
-    workers.gather(None)  # all have looked before the first one writes
+    workers.gather(None)  # all processes have checked before the first one writes
     for number in left[workers.rank :: workers.size]:
         save_shard(directory, source, teacher, number, run(source.of_shard(number)))
         print(f"file {number + 1} of {len(source.shards())}", flush=True)
@@ -94,7 +94,7 @@ def write_logits(
 def squad_teacher(
     args: TeachSquadArguments, options: EncoderOptions, workers: Workers
 ) -> tuple[PreTrainedModel, Source, Callable[[slice], Logits]]:
-    """A question-answering model, and the windows of a SQuAD job."""
+    """Load a question-answering teacher, and make the windows of a SQuAD job."""
     place = encoder_source(args.init)
     model = load_model(model_class(place, "question answering"), place, options, trained_head=True)
     nn.Module.to(model, workers.device)
@@ -110,7 +110,7 @@ def squad_teacher(
 def glue_teacher(
     args: TeachGlueArguments, options: EncoderOptions, workers: Workers
 ) -> tuple[PreTrainedModel, Source, Callable[[slice], Logits]]:
-    """A model that classifies, and the training set of a GLUE task."""
+    """Load a classification teacher, and the training set of a GLUE task."""
     place, glue = encoder_source(args.init), TASKS[args.task]
     model = finetune_glue.load_classifier(place, options, glue, args.max_seq_len, trained_head=True)
     nn.Module.to(model, workers.device)

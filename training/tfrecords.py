@@ -1,7 +1,7 @@
-"""TFRecord files of ``tf.Example`` messages, without TensorFlow.
+"""Read and write TFRecord files of ``tf.Example`` messages, without TensorFlow.
 
 A record is its length (uint64), the length's checksum, the message and its checksum, all little-endian; a checksum is
-CRC-32C, rotated and offset: TensorFlow's tfrecord format
+CRC-32C, rotated and offset, as in TensorFlow's tfrecord format
 (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details). The messages are protobuf's and the
 CRC is google-crc32c's. The package ``tfrecord`` does the same, but reads past wrong checksums.
 """
@@ -18,11 +18,11 @@ _CRC_OFFSET = 0xA282EAD8
 
 
 class CorruptRecord(ValueError):
-    """A record is cut off, its checksum is wrong, or it is no ``tf.Example``; the message names the file."""
+    """A record is truncated, has a wrong checksum or is not a ``tf.Example``; the message names the file."""
 
 
 def write_examples(path: Path, examples: Iterable[Mapping[str, Sequence[int]]]) -> None:
-    """Write integer features as one ``tf.Example`` a record, each feature an ``int64_list``."""
+    """Write integer features, one ``tf.Example`` per record, each feature as an ``int64_list``."""
     with path.open("wb") as file:
         for features in examples:
             example = _Example()
@@ -34,25 +34,25 @@ def write_examples(path: Path, examples: Iterable[Mapping[str, Sequence[int]]]) 
 
 
 def read_examples(path: Path) -> Iterator[dict[str, list[int]]]:
-    """Read what `write_examples` or TensorFlow wrote: the ``int64_list`` features of each record, by name.
+    """Read the ``int64_list`` features of each record by name, from a file of `write_examples` or TensorFlow.
 
     Raises:
-        CorruptRecord: a record is cut off, a checksum is wrong, or a message is no ``tf.Example``.
+        CorruptRecord: a record is truncated, a checksum is wrong, or a message is not a ``tf.Example``.
     """
     with path.open("rb") as file:
         number = 0
         while header := file.read(12):
             if len(header) < 12 or header[8:] != _checksum(header[:8]):
-                raise CorruptRecord(f"{path}: record {number} has a corrupt or cut-off length")
+                raise CorruptRecord(f"{path}: record {number} has a corrupt or truncated length")
             (length,) = struct.unpack("<Q", header[:8])
             body = file.read(length + 4)
             if len(body) < length + 4 or body[length:] != _checksum(body[:length]):
-                raise CorruptRecord(f"{path}: record {number} is corrupt or cut off")
+                raise CorruptRecord(f"{path}: record {number} is corrupt or truncated")
             example = _Example()
             try:
                 example.ParseFromString(body[:length])
-            except Exception as error:  # protobuf's DecodeError lives in another module for each of its backends
-                raise CorruptRecord(f"{path}: record {number} is no tf.Example ({error})") from error
+            except Exception as error:  # protobuf's DecodeError is in a different module for each backend
+                raise CorruptRecord(f"{path}: record {number} is not a tf.Example ({error})") from error
             yield {name: list(feature.int64_list.value) for name, feature in example.features.feature.items()}
             number += 1
 
@@ -63,7 +63,7 @@ def _checksum(data: bytes) -> bytes:
 
 
 def _example_class() -> Any:
-    """The message class of ``tf.Example``, from its definition (tensorflow/core/example/example.proto, feature.proto).
+    """Create the ``tf.Example`` message class of tensorflow/core/example/example.proto and feature.proto.
 
     message Example  { Features features = 1; }
     message Features { map<string, Feature> feature = 1; }
@@ -98,7 +98,9 @@ def _example_class() -> Any:
     add(entry, "value", 2, "Feature")
     add(features, "feature", 1, "Features.FeatureEntry", repeated=True)
     add(file.message_type.add(name="Example"), "features", 1, "Features")
-    pool = descriptor_pool.DescriptorPool()  # one of its own: TensorFlow registers the same names in the default one
+    pool = (
+        descriptor_pool.DescriptorPool()
+    )  # a separate pool, because TensorFlow registers the same names in the default one
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # A worker of a Kubernetes training job: an SSH server for horovodrun, without root.
-# The keys are those that the operator mounts: a key pair that all pods of the job share.
+# The operator mounts the keys: a key pair shared by all pods of the job.
 set -eu
 
 keys=${1:-/home/trainer/.ssh}
@@ -14,9 +14,9 @@ AuthorizedKeysFile $keys/authorized_keys
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 UsePAM no
-# The mounted secret belongs to root; the pod's own security settings decide who may read it.
+# The mounted secret belongs to root; the pod's security settings decide who may read it.
 StrictModes no
-# What the image sets, NCCL's settings and the like, is to be there for the processes that horovodrun starts.
+# Pass the image's environment, such as NCCL settings, to the processes that horovodrun starts.
 SetEnv PATH=$PATH
 PermitUserEnvironment no
 CONFIG

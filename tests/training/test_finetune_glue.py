@@ -178,7 +178,12 @@ def test_indexes_of_a_test_set_are_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "stem", "lines", "message"),
     [
-        ("RTE", "train", [b"index\tsentence1\tsentence2\tlabel", b"0\ta\tb"], r"train\.tsv:2: 3 fields, but 4 columns: "),
+        (
+            "RTE",
+            "train",
+            [b"index\tsentence1\tsentence2\tlabel", b"0\ta\tb"],
+            r"train\.tsv:2: 3 fields, but 4 columns: ",
+        ),
         (
             "RTE",
             "train",
@@ -187,7 +192,12 @@ def test_indexes_of_a_test_set_are_its_own(tmp_path: Path) -> None:
         ),
         ("RTE", "train", [b"index\tsentence1\tlabel", b"0\ta\tentailment"], r"tsv:1: RTE has a column 'sentence2'"),
         ("RTE", "train", [b"index\tsentence1\tsentence2\tlabel"], r"train\.tsv: contains no examples"),
-        ("CoLA", "train", [b"gj04\t1\t\tFine.", b"gj04\t0\t*\tcut\tin two"], r"train\.tsv:2: 5 fields, but 4 columns: "),
+        (
+            "CoLA",
+            "train",
+            [b"gj04\t1\t\tFine.", b"gj04\t0\t*\tcut\tin two"],
+            r"train\.tsv:2: 5 fields, but 4 columns: ",
+        ),
         ("CoLA", "train", [b"gj04\t1\t\tFine.", b""], r"train\.tsv:2: 1 fields"),
         ("SST-2", "dev", [b"sentence\tlabel", b"good \xff day\t1"], r"dev\.tsv:2: byte 6 is not UTF-8"),
         ("SST-2", "test", [b"index\tsentence", b"x\tgood"], r"test\.tsv:2: the index is 'x', not a number"),
