@@ -1,13 +1,13 @@
-"""Measure the speed of training, side by side with the Hugging Face ``Trainer``; prints tables, draws figures.
+"""Measure the speed of training next to the Hugging Face ``Trainer``; print tables and draw figures.
 
-``python -m training.measure_training --output runs/speed`` compares, on this machine and in one run: one process and as
-many as there are cores, fp32 and bf16, batches as they come, of like length and packed, whole and in micro-batches,
-AdamW and LAMB, our loop and the ``Trainer``. All repeats are interleaved: a ratio is that of two neighbours in time,
-and its spread is given. Each repeat is kept in ``--output``: a run that was ended goes on with those that are missing,
-and more can be added.
+``python -m training.measure_training --output runs/speed`` compares, on this machine and in one run: one process and
+one per core, fp32 and bf16, random batches, batches of similar length and packed ones, whole batches and micro-batches,
+AdamW and LAMB, our loop and the ``Trainer``. All repeats are interleaved: a ratio compares two neighbours in time, and
+its spread is reported. Each repeat is saved in ``--output``: an interrupted run continues with the missing repeats, and
+more can be added.
 
 ``python -m training.measure_training --gpu-suite`` measures BERT-large on a GPU: pre-training phases 1 and 2 and SQuAD,
-beside NVIDIA's published numbers. Under ``horovodrun -np 8`` it does so on eight of them.
+next to NVIDIA's published numbers. Under ``horovodrun -np 8`` it uses eight GPUs.
 """
 
 if __name__ == "__main__":  # before the imports, because --help needs none of them
@@ -61,17 +61,17 @@ PROJECT = Path(__file__).resolve().parent.parent
 RESULTS_FILE = "training_speed.json"
 GPU_RESULTS_FILE = "training_speed_gpu.json"
 GOAL = 1.5
-"""Sequences per second of our loop with bf16 and bucketing, as a multiple of those of the ``Trainer`` as it comes."""
+"""Goal for our loop with bf16 and bucketing: sequences per second as a multiple of the default ``Trainer``."""
 LAMB_GOAL = 0.05
-"""Share of LAMB's own update in a step."""
+"""Goal for LAMB's update: largest share of a step."""
 JOB = 2 * 88_524
-"""Sequences of the figure of training time: two epochs of the windows of SQuAD v1.1."""
+"""Number of sequences in the training time figure: two epochs of SQuAD v1.1 windows."""
 NETWORK, NETWORK_LATENCY = 100e9 / 8, 50e-6
-"""Bytes per second and seconds of a message of a nominal 100 Gbit/s network, for the cost model."""
+"""Bytes per second, and seconds per message, of a nominal 100 Gbit/s network, for the cost model."""
 
 
 class GpuRow(NamedTuple):
-    """A row of the suite for GPUs."""
+    """A row of the GPU suite."""
 
     contender: Contender
     tokens: int
@@ -79,7 +79,7 @@ class GpuRow(NamedTuple):
     warm_up: int
     steps: int
     published: float  # sequences per second of one A100-80G: NVIDIA's DeepLearningExamples, BERT for PyTorch, 21.11
-    goal: float  # as a multiple of it
+    goal: float  # as a multiple of the published number
     mfu_goal: float | None
 
 
@@ -99,7 +99,7 @@ GPU_SUITE = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A contender in so many processes of so many threads, and what was measured of it."""
+    """A contender with its number of processes and threads, and its measurements."""
 
     processes: int
     threads: int
@@ -108,17 +108,17 @@ class Row:
 
     @property
     def rates(self) -> list[float]:
-        """Sequences per second of each repeat."""
+        """Return the sequences per second of each repeat."""
         return [speed.sequences_per_second for speed in self.speeds]
 
     def median(self, name: str) -> float:
-        """The median of a field of `Speed`."""
+        """Return the median of a field of `Speed`."""
         return float(statistics.median(getattr(speed, name) for speed in self.speeds))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """All that a run measured, as it is in ``training_speed.json``."""
+    """All measurements of a run, as stored in ``training_speed.json``."""
 
     machine: str
     date: str
@@ -146,11 +146,11 @@ class Results:
 
     @property
     def repeats(self) -> int:
-        """Times that everything was measured."""
+        """Number of completed repeats."""
         return len(self.rows[0].speeds)
 
     def find(self, processes: int, threads: int | None = None, **fields: object) -> Row | None:
-        """The row of a contender with these fields, and else the defaults."""
+        """Return the row of the contender with these fields, and defaults for the others."""
         for row in self.rows:
             expected = asdict(Contender(**{"batch_size": self.settings["batch_size"]} | fields))  # type: ignore[arg-type]
             if row.processes == processes and threads in (None, row.threads) and asdict(row.contender) == expected:
@@ -175,7 +175,7 @@ def main(args: MeasureOptions) -> None:
 
 
 def precisions() -> list[Precision]:
-    """Both, or fp32 alone where products of matrices are slower in bf16."""
+    """Return both precisions, or fp32 alone if matrix products are slower in bf16."""
     rates = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         matrix = torch.ones(1024, 1024, dtype=dtype, device=Alone.device)
@@ -230,7 +230,7 @@ def compare(args: MeasureOptions) -> Results:
     """Measure all contenders in turn, so many times; those that share a launch take turns within it.
 
     Raises:
-        SystemExit: ``--output`` holds the results of another comparison.
+        SystemExit: ``--output`` contains the results of another comparison.
     """
     path = args.output / RESULTS_FILE
     names = ("sequences", "batch_size", "micro_batch_size")
@@ -261,23 +261,23 @@ def compare(args: MeasureOptions) -> Results:
 
 
 def resumed(found: Results, expected: Results, path: Path) -> Results:
-    """The repeats that were measured before, if they are of the same comparison."""
+    """Load earlier repeats, if they are of the same comparison."""
     for name in ("machine", "versions", "settings", "workers"):
         if getattr(found, name) != getattr(expected, name):
-            raise SystemExit(f"{path}: is of other {name}, {getattr(found, name)}; give another --output")
+            raise SystemExit(f"{path}: was measured with another {name}, {getattr(found, name)}; give another --output")
     if [replace(row, speeds=[]) for row in found.rows] != expected.rows:
         raise SystemExit(f"{path}: compares other rows; give another --output")
     return found
 
 
 def measured_again(results: Results, plan: Mapping[str, Any], directory: Path) -> Results:
-    """The results with one more repeat."""
+    """Return the results with one more repeat."""
     repeat = results.repeats
     rows, all_reduces, gradient_bytes = {}, list(results.all_reduce_seconds), 0
     for processes, threads in dict.fromkeys((row.processes, row.threads) for row in results.rows):
         print(f"repeat {repeat + 1}: {processes} x {threads} threads", file=sys.stderr, flush=True)
         here = [n for n, row in enumerate(results.rows) if (row.processes, row.threads) == (processes, threads)]
-        order = here[:: 1 if repeat % 2 == 0 else -1]  # nobody is always first
+        order = here[:: 1 if repeat % 2 == 0 else -1]  # alternate, so that none is always first
         contenders = [asdict(results.rows[number].contender) for number in order]
         found = launch(processes, threads, {**plan, "contenders": contenders}, directory)
         for number, speed in zip(order, found["speeds"], strict=True):
@@ -295,7 +295,7 @@ def measured_again(results: Results, plan: Mapping[str, Any], directory: Path) -
 
 
 def launch(processes: int, threads: int, plan: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Measure some contenders in processes of their own."""
+    """Measure some contenders in separate processes."""
     path = directory / "plan.json"
     save_json(path, dict(plan))
     command = [sys.executable, "-m", "training.measure_training", "--plan", str(path)]
@@ -312,7 +312,7 @@ def launch(processes: int, threads: int, plan: Mapping[str, Any], directory: Pat
 
 
 def run_plan(path: Path) -> None:
-    """Measure what a plan says, as one process of a launch."""
+    """Measure the contenders of a plan, as one process of a launch."""
     plan = json.loads(path.read_text())
     workers = start_workers()
     tokenizer = Tokenizer.from_file(plan["tokenizer"])
@@ -327,7 +327,7 @@ def run_plan(path: Path) -> None:
     for values in plan["contenders"]:
         contender = Contender(**values)
         steps = plan["sequences"] // (contender.batch_size * workers.size)
-        warm_up = steps if contender.compile else 1  # what a length asks for is compiled before steps are counted
+        warm_up = steps if contender.compile else 1  # each length is compiled before steps are counted
         speeds.append(asdict(measure(contender, workload, workers, steps, warm_up)))
     weights = workload.model(Contender(loop="ours", data="squad", layout="bucketed")).parameters()
     found = {
@@ -340,7 +340,7 @@ def run_plan(path: Path) -> None:
 
 
 def machine() -> str:
-    """What this runs on, in words."""
+    """Describe this machine."""
     names = [line.split(":", 1)[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     memory = psutil.virtual_memory().total / 2**30
@@ -353,7 +353,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the speed."""
+    """Return the versions of the packages that decide the speed."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "accelerate", "horovod"):
         try:
@@ -382,7 +382,7 @@ def report(results: Results, directory: Path) -> None:
 
 
 def speed_table(results: Results) -> list[str]:
-    """All rows, each beside the ``Trainer`` as it comes at the same precision: whole batches, in random order."""
+    """Format all rows, each next to the default ``Trainer`` at the same precision: whole batches, in random order."""
     lines = [
         "| data | loop | processes x threads | batches | precision | optimizer | batch | seq/s | MFU | optimizer | "
         "x Trainer |",
@@ -405,7 +405,7 @@ def speed_table(results: Results) -> list[str]:
 
 
 def findings(results: Results) -> list[str]:
-    """What the rows say, each a sentence with its numbers."""
+    """Summarize the rows, with the numbers of each finding."""
     said = []
 
     def compared(what: str, row: Row | None, other: Row | None, goal: str = "") -> None:
@@ -456,7 +456,7 @@ def findings(results: Results) -> list[str]:
 
 
 def cost_models(results: Results) -> list[tuple[str, CostModel, Row]]:
-    """For each precision the model of this machine, one worker being one process, and the row of most processes."""
+    """Return per precision this machine's cost model, with a process as a worker, and the row of most processes."""
     found = []
     seconds = statistics.median(results.all_reduce_seconds)
     same: dict[str, Any] = {"loop": "ours", "data": "squad", "layout": "bucketed"}
@@ -476,9 +476,9 @@ def cost_models(results: Results) -> list[tuple[str, CostModel, Row]]:
 
 
 def draw(results: Results, directory: Path) -> list[Path]:
-    """The figures: training time against workers, against the ``Trainer``, and single against mixed precision.
+    """Draw training time over workers, our loop against the ``Trainer``, and single against mixed precision.
 
-    The last is drawn where both were measured.
+    The last figure is drawn only if both precisions were measured.
     """
     note = f"{results.machine}; {results.date}; BERT {results.settings['config']}"
     times, precisions, trainer = (
@@ -519,12 +519,12 @@ def draw(results: Results, directory: Path) -> list[Path]:
 
 
 def ratios(row: Row, other: Row) -> list[float]:
-    """How many times as fast, for each repeat."""
+    """Return the speed ratio of each repeat."""
     return [ours / theirs for ours, theirs in zip(row.rates, other.rates, strict=True)]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """The median, and the smallest and largest: ``1.50 (1.40-1.60)``."""
+    """Format the median, smallest and largest value: ``1.50 (1.40-1.60)``."""
     median = f"{statistics.median(values):.{digits}f}"
     return median if len(values) == 1 else f"{median} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 

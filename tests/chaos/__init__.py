@@ -1,4 +1,4 @@
-"""Faults under load, against the whole product: real Triton, real services, a real load balancer, known answers.
+"""Inject faults under load into the whole product: real Triton, real services, a real load balancer, known answers.
 
-``make chaos`` runs all of it and prints one table; `test_chaos` runs the same scenarios with small numbers.
+``make chaos`` runs all scenarios and prints one table; `test_chaos` runs the same scenarios with small numbers.
 """

@@ -25,24 +25,28 @@ OTHERS: tuple[Callable[[Size], Iterator[Row]], ...] = (
     hostile.hostile,
     search.searches,
 )
-"""What needs no product of ours to be there: a function of a module of this package, which gives its rows."""
+"""Scenarios that need no running product: modules of this package and their functions, which return rows."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     size = Size()
-    parser.add_argument("--requests", type=int, default=size.requests, help="at least, of each fault (%(default)s)")
-    parser.add_argument("--clients", type=int, default=size.clients, help="side by side (%(default)s)")
-    parser.add_argument("--inputs", type=int, default=size.inputs, help="generated, of bad input (%(default)s)")
-    parser.add_argument("--soak-minutes", type=float, default=size.soak_minutes, help="of overload (%(default)s)")
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="WORD", help="scenarios with one of these in their name"
+        "--requests", type=int, default=size.requests, help="requests per fault, at least (%(default)s)"
+    )
+    parser.add_argument("--clients", type=int, default=size.clients, help="concurrent clients (%(default)s)")
+    parser.add_argument("--inputs", type=int, default=size.inputs, help="generated bad inputs (%(default)s)")
+    parser.add_argument(
+        "--soak-minutes", type=float, default=size.soak_minutes, help="minutes of overload (%(default)s)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="run only scenarios with one of these in their name"
     )
     return parser.parse_args(argv)
 
 
 def rows(size: Size, only: Sequence[str]) -> Iterator[Row]:
-    """Run the scenarios, those of one layout on one product; one that breaks off is a row too."""
+    """Run the scenarios; those with the same layout share a product. A scenario that raises gets a row too."""
     chosen = [(layout, scenario) for layout, scenario in SCENARIOS if any(word in scenario.__name__ for word in only)]
     for layout in dict.fromkeys(layout for layout, _ in chosen):
         with (
@@ -54,14 +58,14 @@ def rows(size: Size, only: Sequence[str]) -> Iterator[Row]:
                     yield scenario(product, size)
                 except Exception as error:
                     traceback.print_exc()
-                    yield Row(fault=scenario.__name__, lost=1, problems=[f"broke off: {error!r}"])
+                    yield Row(fault=scenario.__name__, lost=1, problems=[f"failed: {error!r}"])
     for other in OTHERS:
         if any(word in other.__module__ for word in only):
             yield from other(size)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run; the exit code is 1 if any promise was broken."""
+    """Run the scenarios and return the exit code: 1 if any promise was broken."""
     size = Size(requests=args.requests, clients=args.clients, inputs=args.inputs, soak_minutes=args.soak_minutes)
     found = []
     for row in rows(size, args.only):

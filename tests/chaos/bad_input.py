@@ -1,7 +1,7 @@
-"""Generated input for every route and field: each is refused as the API says, with its field named, or answered right.
+"""Generate input for every route and field; each must be answered correctly, or refused with its field named.
 
-Nothing here needs an engine: the real application runs in this process, with the shipped tokenizer and random logits,
-so that answers lie anywhere. A row's requests are the inputs, all of them meant to be faults.
+No engine is needed: the real application runs in this process, with the shipped tokenizer and random logits, so that
+answers can be anywhere. The requests of a row are its inputs; all are meant to be faults.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from tests.support.servers import serving
 from tests.support.texts import SURROGATES, TEXTS
 
 ROUND = 2_000
-"""Inputs of one run of hypothesis, which becomes slow beyond."""
+"""Inputs per run of hypothesis, which is slow with more."""
 REFUSALS = {400: "malformed_json", 413: "body_too_large", 415: "not_json", 422: "validation"}
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ Json = Any
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back."""
+    """A reply of the application."""
 
     status: int
     headers: Mapping[str, str]
@@ -60,7 +60,7 @@ class Reply:
 
 
 class Service:
-    """The application, called as a server calls it."""
+    """Call the application as a server does."""
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
@@ -85,7 +85,7 @@ class Service:
             "http_version": "1.1",
             "method": method,
             "scheme": "http",
-            "path": unquote_to_bytes(path).decode(errors="replace"),  # as uvicorn has it
+            "path": unquote_to_bytes(path).decode(errors="replace"),  # as in uvicorn
             "raw_path": path,
             "query_string": query,
             "root_path": "",
@@ -113,7 +113,7 @@ class Service:
         return Reply(sent[0]["status"], head, b"".join(message.get("body", b"") for message in sent[1:]))
 
 
-# ---- what comes in -------------------------------------------------------------------------------------------------
+# ---- requests ------------------------------------------------------------------------------------------------------
 
 QUESTIONS = TEXTS.map(lambda text: "who " + text[:900])
 CONTEXTS = TEXTS.map("in ".__add__)
@@ -147,7 +147,7 @@ def is_text_of(values: Sequence[str]) -> Callable[[Json], bool]:
 
 
 Field = tuple[st.SearchStrategy[Json], st.SearchStrategy[Json]]
-"""Values that are right, and values that must be refused by the field's name."""
+"""Valid values, and values that must be refused with the field's name."""
 
 V1: Mapping[str, Field] = {
     "question": (QUESTIONS, none_of(str) | BAD_TEXTS | TEXTS.map(lambda text: text + "x" * 1001)),
@@ -175,7 +175,7 @@ def written(values: st.SearchStrategy[Json]) -> st.SearchStrategy[Json]:
 
 
 def pipeline_numbers(low: int, high: int, *, refused_from: float) -> Field:
-    """A number of the pipeline: it may be absent, and may come as a text."""
+    """A number of the pipeline; it may be absent, and may be text."""
     wrong = written(INTEGERS.filter(lambda number: not low <= number < refused_from) | st.just(low - 1))
     return written(st.integers(low, high)) | st.none(), none_of(int, str, type(None)) | wrong | TEXTS
 
@@ -198,7 +198,7 @@ INPUTS: Mapping[str, Field] = {name: V1[name] for name in ("question", "context"
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request, and the fields of which one must be named: none where it must be answered."""
+    """A request, and the fields of which an error must name one; empty if it must be answered."""
 
     target: str
     body: Json
@@ -207,18 +207,18 @@ class Asked:
 
 
 OBJECT = ""
-"""Stands for the object itself, which is named where the name of a field cannot be written."""
+"""The object itself, which is named if a field's name cannot be written."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def at(place: str, wrong: Iterable[str]) -> frozenset[str]:
-    """The fields as they are named from outside."""
+    """Return the fields by their names in the API."""
     return frozenset(".".join(filter(None, (place, name))) or "body" for name in wrong)
 
 
 @st.composite
 def objects(draw: st.DrawFn, fields: Mapping[str, Field], needed: Sequence[str]) -> tuple[dict[str, Json], set[str]]:
-    """An object with the needed fields and some others, and which of them are wrong: most often one, or none."""
+    """An object with the required fields and some others, and which of them are wrong: mostly one or none."""
     others = [name for name in fields if name not in needed]
     names = [*needed, *(draw(st.lists(st.sampled_from(others), unique=True)) if others else ())]
     wrong = set(draw(st.lists(st.sampled_from(names), max_size=2))) if names else set()
@@ -254,7 +254,7 @@ def v1_requests(draw: st.DrawFn) -> Asked:
 
 
 def _or_context(wrong: set[str]) -> set[str]:
-    return wrong | {"context"} if "contexts" in wrong else wrong  # without either, `context` is asked for
+    return wrong | {"context"} if "contexts" in wrong else wrong  # without either, the error names `context`
 
 
 @st.composite
@@ -263,7 +263,7 @@ def pipeline_requests(draw: st.DrawFn) -> Asked:
     parameters, wrong = draw(objects(PIPELINE, ()))
     path = draw(st.sampled_from(("/", "/predict", "/models/")))
     if path == "/models/":
-        path += quote(draw(TEXTS).replace("\n", "") or "x", errors="replace")  # no path has a line break
+        path += quote(draw(TEXTS).replace("\n", "") or "x", errors="replace")  # paths have no line breaks
     blamed = at("parameters", wrong)
     body: dict[str, Json] = {}
     if draw(st.integers(0, 3)):
@@ -344,7 +344,7 @@ class Raw:
 
 @st.composite
 def raw_requests(draw: st.DrawFn) -> Raw:
-    """Bodies that were right once, in other encodings, cut off, with bits flipped and with bytes put in."""
+    """Valid bodies in other encodings, truncated, with flipped bits or inserted bytes."""
     target, value = draw(st.sampled_from(BODIES))
     encoding = draw(st.sampled_from(ENCODINGS) if draw(st.booleans()) else st.just("utf-8"))
     text = json.dumps(value, ensure_ascii=draw(st.booleans()))
@@ -404,20 +404,20 @@ HEADER_NAMES = (
 
 @st.composite
 def raw_headers(draw: st.DrawFn) -> Raw:
-    """A right body with headers of any content."""
+    """A valid body with arbitrary headers."""
     target, value = draw(st.sampled_from(BODIES))
     pairs = draw(st.lists(st.tuples(st.sampled_from(HEADER_NAMES), HEADER_BYTES), max_size=4))
     return Raw(target, json.dumps(value).encode(), ((b"content-type", b"application/json"), *pairs))
 
 
-# ---- what comes back -----------------------------------------------------------------------------------------------
+# ---- replies -------------------------------------------------------------------------------------------------------
 
 
 def check_refusal(reply: Reply, refusals: Mapping[int, str] = REFUSALS) -> str | None:
-    """The API's one shape of an error, of one of these; gives the field that is named.
+    """Check that a reply has the API's error format and one of these types; return the named field.
 
     Raises:
-        AssertionError: it is another.
+        AssertionError: the reply is something else.
     """
     said = reply.json()
     assert reply.status in refusals, (reply.status, said)
@@ -434,7 +434,7 @@ def check_refusal(reply: Reply, refusals: Mapping[int, str] = REFUSALS) -> str |
 
 
 def check_answers(target: str, questions: Sequence[Mapping[str, Json]], reply: Reply, row: Row) -> None:
-    """The spans of a reply with status 200 are pieces of the texts, in the unit that was asked for."""
+    """Check that the spans of a reply with status 200 are pieces of the texts, in the requested unit."""
     said = reply.json()
     if target.startswith("/v1"):
         results = said["results"] if target == "/v1/answers" else [said]
@@ -454,7 +454,7 @@ def check_answers(target: str, questions: Sequence[Mapping[str, Json]], reply: R
 
 
 def check(row: Row, reply: Reply, refusals: Mapping[int, str] = REFUSALS) -> None:
-    """Count a reply; one that is neither an answer nor a refusal is lost."""
+    """Count a reply; replies that are neither an answer nor a refusal are lost."""
     row.requests += 1
     row.injected += 1
     if reply.status != 200:
@@ -464,7 +464,7 @@ def check(row: Row, reply: Reply, refusals: Mapping[int, str] = REFUSALS) -> Non
 
 
 def ask_and_check(service: Service, row: Row, asked: Asked) -> None:
-    """A request of which is known what must become of it."""
+    """Check a request with a known outcome."""
     reply = service.ask(
         asked.target.encode(), json.dumps(asked.body).encode(), ((b"content-type", b"application/json"),)
     )
@@ -482,7 +482,7 @@ def ask_and_check(service: Service, row: Row, asked: Asked) -> None:
 
 
 def ask_raw(service: Service, row: Row, raw: Raw) -> None:
-    """A request of which only is known that it must be refused, or answered right as Python's JSON reads it."""
+    """Check a request that must be refused, or answered correctly as Python's JSON parser reads it."""
     reply = service.ask(raw.target.encode(), raw.body, raw.headers)
     check(row, reply)
     if reply.status != 200:
@@ -500,7 +500,7 @@ def ask_raw(service: Service, row: Row, raw: Raw) -> None:
 
 
 def explore(row: Row, inputs: st.SearchStrategy[T], examine: Callable[[T], None], count: int, seed: int) -> Row:
-    """Examine so many generated inputs; the first that breaks a promise is made small, and told."""
+    """Examine ``count`` generated inputs; the first that breaks a promise is minimized and reported."""
     while row.requests < count and not row.problems:
 
         @hypothesis.seed(seed + row.requests)
@@ -538,12 +538,12 @@ def _generated(
 
 
 def fuzzed(count: int, seed: int) -> Row:
-    """Windows, spans and graphemes under `tests.chaos.fuzz_decoding`, in a process of its own."""
+    """Fuzz windows, spans and graphemes with `tests.chaos.fuzz_decoding`, in a separate process."""
     row = Row(fault="windows, spans and graphemes, fuzzed by atheris")
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
             [sys.executable, "-m", "tests.chaos.fuzz_decoding", str(count), str(seed)],
-            cwd=directory,  # libFuzzer leaves the input that broke a promise there
+            cwd=directory,  # libFuzzer writes the failing input there
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
@@ -561,10 +561,10 @@ def fuzzed(count: int, seed: int) -> Row:
 
 
 def described(count: int, seed: int, *, key: str = "", **settings: object) -> Row:
-    """What OpenAPI says, tried by schemathesis with all of its checks, so often for each operation.
+    """Check OpenAPI with all checks of schemathesis, with the given number of cases per operation.
 
-    A schema cannot say everything, so right data may be refused with 422: a text of white space alone, both of
-    ``context`` and ``contexts``, a name of no model.
+    A schema cannot say everything, so valid data may be refused with 422: a text of only white space, both ``context``
+    and ``contexts``, an unknown model.
     """
     row = Row(fault=f"OpenAPI{' of a guarded service' if key else ''}, by schemathesis")
     config = SchemathesisConfig.from_dict(
@@ -576,7 +576,7 @@ def described(count: int, seed: int, *, key: str = "", **settings: object) -> Ro
             "phases": {"stateful": {"enabled": False}},
             "checks": {
                 "positive_data_acceptance": {"expected-statuses": ["2xx", 422]},
-                # What is open is open to GET alone: other methods are asked for a key before they hear 405.
+                # Open routes are open only to GET: other methods need a key before they get 405.
                 "unsupported_method": {"enabled": not key},
             },
         }
@@ -608,7 +608,7 @@ def _count(row: Row, recorder: ScenarioRecorder) -> None:
 
 
 Targets = Mapping[str, tuple[Callable[[int, int], Row], float]]
-"""What is run with how many inputs and which seed, and the share that it gets of all inputs."""
+"""A target, run with a number of inputs and a seed, and its share of all inputs."""
 TARGETS: Targets = {
     "v1": (_generated("fields of /v1", v1_requests(), ask_and_check), 0.08),
     "hugging_face": (_generated("fields of Hugging Face", pipeline_requests(), ask_and_check), 0.06),
@@ -625,7 +625,7 @@ def bad_input(size: Size) -> Iterator[Row]:
 
 
 def generate(targets: Targets, size: Size) -> Iterator[Row]:
-    """A row for each target; what was found is found again with the seed that is told."""
+    """Return a row for each target; the printed seed reproduces what was found."""
     seed = secrets.randbelow(1 << 31)
     print(f"bad input: seed {seed}", file=sys.stderr)
     for name, (target, share) in targets.items():

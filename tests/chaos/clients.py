@@ -1,4 +1,4 @@
-"""Clients that ask without pause and know every right answer beforehand."""
+"""Clients that ask without pause and know every correct answer in advance."""
 
 import contextlib
 import http.client
@@ -13,25 +13,25 @@ from typing import Any
 from tests.chaos.report import GRACE_S, Row, Size
 
 DEADLINE_S = 3.0
-"""BERTQA_DEADLINE_S of every service here."""
+"""BERTQA_DEADLINE_S of every service."""
 HANG_S = 20.0
-"""After so long a client gives up; that is far too late already."""
+"""Seconds until a client gives up; by then the answer is far too late."""
 REFUSALS = (429, 503, 504)
 
 Answer = tuple[tuple[str, int, int], ...]
-"""Text, start and end of each answer; none at all is an answer too."""
+"""Text, start and end of each answer; empty means no answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question and what every version answers to it, undisturbed."""
+    """A question, and the answer of every version without faults."""
 
     body: bytes
     truth: Mapping[int, Answer]  # by version
 
 
 def questions() -> list[dict[str, Any]]:
-    """Bodies of questions that the tiny model knows the words of; every eighth text has several windows."""
+    """Make question bodies with words that the tiny model knows; every eighth text has several windows."""
     who, where = ("Who wrote it?", "Who wrote the first program?", "Who was Ada?"), ("Where was it written?",)
     facts = (
         "Ada Lovelace wrote the first program in London.",
@@ -46,12 +46,12 @@ def questions() -> list[dict[str, Any]]:
 
 
 def answer_of(reply: Mapping[str, Any]) -> tuple[int, Answer]:
-    """The version that answered, and what."""
+    """Return the version that answered, and its answer."""
     return reply["version"], tuple((each["text"], each["start"], each["end"]) for each in reply["answers"])
 
 
 class Load:
-    """Clients, each on a thread of its own with a connection of its own, and the row that they fill."""
+    """Clients, each with its own thread and connection, and the row that they fill."""
 
     def __init__(
         self, row: Row, asked: Sequence[Asked], addresses: Sequence[tuple[str, int]], size: Size, *, pace_s: float = 0.0
@@ -59,11 +59,11 @@ class Load:
         """Start asking.
 
         Args:
-            row: takes what comes back.
-            asked: the questions, gone round by every client from a place of its own.
+            row: receives the results.
+            asked: the questions; each client cycles through them from its own starting point.
             addresses: host and port of each service; clients are spread over them.
-            size: how many clients, and their patience.
-            pace_s: seconds from one request of a client to its next, at least.
+            size: number of clients, and their patience.
+            pace_s: minimum seconds between the starts of a client's requests.
         """
         self.row = row
         self._asked = asked
@@ -85,7 +85,7 @@ class Load:
             thread.join()
 
     def until(self, *, requests: int = 0, right: int = 0, seconds: float = 300.0) -> None:
-        """Return when there have been so many requests, and so many right answers, in all.
+        """Wait until there are at least the given total numbers of requests and correct answers.
 
         Raises:
             TimeoutError: it took too long.
@@ -116,7 +116,7 @@ class Load:
 
     @staticmethod
     def _judged(asked: Asked, response: http.client.HTTPResponse, body: bytes) -> tuple[str, str]:
-        """What an answer is: right, wrong, refused or lost; and what there is to say of it."""
+        """Classify a reply as right, wrong, refused or lost, with a message."""
         shown = f"{response.status} {body[:300]!r}"
         try:
             reply = json.loads(body)
@@ -151,7 +151,7 @@ class Load:
 def load(
     row: Row, asked: Sequence[Asked], addresses: Sequence[tuple[str, int]], size: Size, *, pace_s: float = 0.0
 ) -> Iterator[Load]:
-    """`Load` for as long as a block lasts."""
+    """Run a `Load` during a block."""
     clients = Load(row, asked, addresses, size, pace_s=pace_s)
     try:
         yield clients

@@ -1,7 +1,7 @@
-"""Corrupt files for every reader: what comes out is the right content, or an error that names the file.
+"""Corrupt the files of every reader; it must return correct content, or an error that names the file.
 
-Each file is small and valid at first; then it is cut off, bits are flipped, bytes are put in and taken out, and in JSON
-whole values are replaced.
+Each file is small and valid at first. Then it is truncated, bits are flipped, bytes are inserted and removed, and in
+JSON whole values are replaced.
 """
 
 import json
@@ -34,18 +34,18 @@ from training.checkpoints import STATE_FILE, CheckpointError, State, load_state,
 from training.shards import Pair, ShardError, ShardManifest, ShardSet, Source, tokenizer_sha256, write_shard
 
 SHARE = 0.02
-"""Of all inputs, for each file."""
+"""Share of all inputs for each file."""
 RUN = {"learning_rate": 0.1}
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A file, how it is read, and what must hold of what is read."""
+    """A file, how to read it, and a check of what was read."""
 
     path: Path
     read: Callable[[], object]
     refusal: type[Exception]
-    accepts: Callable[[Any], bool]  # of a file that is not as it was
+    accepts: Callable[[Any], bool]  # checks the content of a changed file
 
 
 def _squad(path: Path) -> None:
@@ -86,7 +86,7 @@ def _shards(directory: Path, tokenizer: str) -> None:
 
 
 def readers(root: Path) -> Mapping[str, Reader]:
-    """Write a valid file of each kind, and say how it is read."""
+    """Write a valid file of each kind, with how to read it."""
     checkpoint = write_checkpoint(root / "checkpoint", hidden_size=8, intermediate_size=8, num_hidden_layers=1)
     architecture = read_architecture(checkpoint)
     _squad(root / "squad.json")
@@ -202,7 +202,7 @@ VALUES: st.SearchStrategy[Any] = (
 
 @st.composite
 def spoiled(draw: st.DrawFn, whole: bytes, *, is_json: bool) -> bytes:
-    """The file, damaged in one or two places."""
+    """Damage the file in one or two places."""
     data = whole
     for _ in range(draw(st.integers(1, 2))):
         place = draw(st.integers(0, max(len(data) - 1, 0)))
@@ -222,7 +222,7 @@ def spoiled(draw: st.DrawFn, whole: bytes, *, is_json: bool) -> bytes:
 
 
 def _replaced(draw: st.DrawFn, value: Any) -> Any:
-    """A JSON value with one inside it replaced, taken out, or put in twice."""
+    """Replace, remove or duplicate one value inside a JSON value."""
     if isinstance(value, dict | list) and value and draw(st.integers(0, 4)):
         copy = value.copy()
         key = draw(st.sampled_from(list(copy) if isinstance(copy, dict) else range(len(copy))))
@@ -240,7 +240,7 @@ def _replaced(draw: st.DrawFn, value: Any) -> Any:
 
 
 def read_spoiled(row: Row, reader: Reader, data: bytes) -> None:
-    """Read a file that is not as it was."""
+    """Read a changed file."""
     row.requests += 1
     row.injected += 1
     reader.path.write_bytes(data)
@@ -255,11 +255,11 @@ def read_spoiled(row: Row, reader: Reader, data: bytes) -> None:
     row.right += 1
     if not reader.accepts(found):
         row.wrong += 1
-        raise AssertionError(f"{reader.path.name} was taken for {found!r:.500}")
+        raise AssertionError(f"{reader.path.name} was accepted as {found!r:.500}")
 
 
 def damage(name: str, count: int, seed: int) -> Row:
-    """Read so many damaged files of a kind."""
+    """Read ``count`` damaged files of a kind."""
     row = Row(fault=f"corrupt {name}")
     with tempfile.TemporaryDirectory() as directory:
         reader = readers(Path(directory))[name]
@@ -276,8 +276,8 @@ NAMES = (
 
 
 def corrupt_files(size: Size) -> Iterator[Row]:
-    """A row for each kind of file."""
-    logging.getLogger("bertqa").setLevel(logging.ERROR)  # a warning for each damaged file is thousands
+    """Return a row for each kind of file."""
+    logging.getLogger("bertqa").setLevel(logging.ERROR)  # avoids thousands of warnings
     seed = secrets.randbelow(1 << 31)
     print(f"corrupt files: seed {seed}", file=sys.stderr)
     for name in NAMES:

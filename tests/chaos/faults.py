@@ -1,4 +1,4 @@
-"""Faults of the engine, of the way to it, and of what lies under all: bundles, disk, clock."""
+"""Faults of the engine, of the network to it, of bundles, and of disk and clock."""
 
 import os
 import resource
@@ -29,14 +29,14 @@ RELAYED = Layout(settings=PATIENT, relayed=True)
 JUMPING = Layout(settings=PATIENT, clock=True)
 
 FULL_DISK = Path("/dev/full")
-"""Every byte written to it is refused for want of space."""
+"""A device without space: every write to it fails."""
 
 
 # The engine's process
 
 
 def _in_rounds(product: Product, size: Size, fault: str, strike: Callable[[], None]) -> Row:
-    """Strike so many times, at even distances under load; each time the engine must come back."""
+    """Inject a fault several times, evenly spaced under load; each time the engine must recover."""
     row = Row(fault=fault)
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
         for number in range(1, size.rounds + 1):
@@ -69,7 +69,7 @@ def engine_process_dies(product: Product, size: Size) -> Row:
             until(lambda: product.faults.injected > before, "no fault was injected")
         until(lambda: triton.pid not in (None, pid), "Triton is not started again")
 
-    return _in_rounds(product, size, "engine's process dies in a call", strike)
+    return _in_rounds(product, size, "engine process dies during a call", strike)
 
 
 def triton_stopped(product: Product, size: Size) -> Row:
@@ -86,11 +86,11 @@ def triton_stopped(product: Product, size: Size) -> Row:
 
 
 def triton_restarted(product: Product, size: Size) -> Row:
-    fault = "Triton ended (SIGTERM), another one started"
+    fault = "Triton ended (SIGTERM) and replaced"
     return _in_rounds(product, size, fault, lambda: product.restart_triton(0))
 
 
-# What the engine says
+# Faulty engine replies
 
 
 def _engine_fails(product: Product, size: Size, *, fault: str, **how: float | str) -> Row:
@@ -109,7 +109,7 @@ def _engine_fails(product: Product, size: Size, *, fault: str, **how: float | st
 
 def engine_slow(product: Product, size: Size) -> Row:
     return _engine_fails(
-        product, size, fault="engine slow: 0.3 s in a fifth of its calls", kind="slow", share=0.2, seconds=0.3
+        product, size, fault="engine slow: 0.3 s in 20 % of calls", kind="slow", share=0.2, seconds=0.3
     )
 
 
@@ -117,7 +117,7 @@ def engine_hangs(product: Product, size: Size) -> Row:
     return _engine_fails(
         product,
         size,
-        fault="engine slower than the deadline, 1 call in 200",
+        fault="engine slower than the deadline in 1 of 200 calls",
         kind="slow",
         share=0.005,
         seconds=DEADLINE_S + 1,
@@ -125,22 +125,24 @@ def engine_hangs(product: Product, size: Size) -> Row:
 
 
 def engine_says_nan(product: Product, size: Size) -> Row:
-    return _engine_fails(product, size, fault="engine returns NaN in a third", kind="nan", share=0.33)
+    return _engine_fails(product, size, fault="engine returns NaN in a third of calls", kind="nan", share=0.33)
 
 
 def engine_says_infinity(product: Product, size: Size) -> Row:
-    return _engine_fails(product, size, fault="engine returns infinity, always", kind="infinite")
+    return _engine_fails(product, size, fault="engine always returns infinity", kind="infinite")
 
 
 def engine_says_other_shapes(product: Product, size: Size) -> Row:
-    return _engine_fails(product, size, fault="engine returns wrong shapes in a third", kind="shape", share=0.33)
+    return _engine_fails(
+        product, size, fault="engine returns wrong shapes in a third of calls", kind="shape", share=0.33
+    )
 
 
 def engine_says_errors(product: Product, size: Size) -> Row:
-    return _engine_fails(product, size, fault="engine returns errors, always", kind="error")
+    return _engine_fails(product, size, fault="engine always returns errors", kind="error")
 
 
-# The way to the engine
+# The network to the engine
 
 
 def _way_fails(product: Product, size: Size, *, fault: str, begin: Callable[[], None], seconds: float) -> Row:
@@ -159,21 +161,21 @@ def _way_fails(product: Product, size: Size, *, fault: str, begin: Callable[[], 
 
 
 def channel_cut(product: Product, size: Size) -> Row:
-    return _way_fails(product, size, fault="channel to Triton cut for 2 s", begin=product.relay.cut, seconds=2)
+    return _way_fails(product, size, fault="connection to Triton cut for 2 s", begin=product.relay.cut, seconds=2)
 
 
 def channel_silent(product: Product, size: Size) -> Row:
-    fault = "channel lets nothing through for longer than the deadline"
+    fault = "connection to Triton stalls for longer than the deadline"
     return _way_fails(product, size, fault=fault, begin=product.relay.hold, seconds=DEADLINE_S + 1)
 
 
 def channel_says_garbage(product: Product, size: Size) -> Row:
-    return _way_fails(product, size, fault="random bytes in the place of HTTP/2", begin=product.relay.garble, seconds=2)
+    return _way_fails(product, size, fault="random bytes instead of HTTP/2", begin=product.relay.garble, seconds=2)
 
 
 def another_server_answers(product: Product, size: Size) -> Row:
     with nonsense() as address:
-        fault = "a gRPC server that answers random bytes, or none"
+        fault = "gRPC server replies with random or empty messages"
         return _way_fails(product, size, fault=fault, begin=partial(product.relay.lead_to, address), seconds=2)
 
 
@@ -181,18 +183,18 @@ def another_server_answers(product: Product, size: Size) -> Row:
 
 
 def _models(product: Product, *words: str) -> int:
-    """`bertqa models`, in this process; what it says goes to a log."""
+    """Run `bertqa models` in this process; its output goes to a log."""
     flags = ["--repository", str(product.repository.root), "--triton-url", product.tritons[0].url]
     with (product.directory / "models.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         return status(models.app, [*words[:1], *flags, *words[1:]])
 
 
 def bundle_loaded(product: Product, size: Size) -> Row:
-    row = Row(fault="another bundle loaded, switched to, rolled back")
+    row = Row(fault="new version loaded, activated and rolled back")
 
     def switched(*words: str, version: int) -> None:
         assert _models(product, *words) == 0, f"bertqa models {words[0]} failed; see {product.directory}/models.log"
-        until(lambda: product.versions() == {version}, "the services do not follow")
+        until(lambda: product.versions() == {version}, "the services do not switch")
 
     with (product.directory / "build.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         publish(product.repository, product.directory, 2, instances=product.layout.instances)
@@ -211,12 +213,12 @@ def bundle_loaded(product: Product, size: Size) -> Row:
             row.injected += 3
     assert _models(product, "unload", MODEL_NAME, "2") == 0
     if row.refused:
-        row.problems.append(f"refused, though nothing had failed: {row.refusal}")
+        row.problems.append(f"refused although nothing failed: {row.refusal}")
     return row
 
 
 def corrupt_bundle_refused(product: Product, size: Size) -> Row:
-    row = Row(fault="corrupt bundles, each refused while the old one serves")
+    row = Row(fault="corrupt bundles refused while the old version serves")
     model = product.repository.root / MODEL_NAME
     spoils: tuple[Callable[[Path], None], ...] = (
         lambda directory: flip(directory / "engine.bin"),
@@ -233,12 +235,12 @@ def corrupt_bundle_refused(product: Product, size: Size) -> Row:
             spoil(directory)
             directory.rename(model / str(version))
             if _models(product, "load", MODEL_NAME, str(version)) == 0:
-                row.problems.append(f"spoiled bundle {number} was loaded")
+                row.problems.append(f"corrupt bundle {number} was loaded")
             row.injected += 1
             clients.until(requests=size.requests * number // len(spoils))
             shutil.rmtree(model / str(version))
     if row.refused:
-        row.problems.append(f"refused, though the old version was there: {row.refusal}")
+        row.problems.append(f"refused although the old version was available: {row.refusal}")
     return row
 
 
@@ -246,8 +248,8 @@ def corrupt_bundle_refused(product: Product, size: Size) -> Row:
 
 
 def disk_full(product: Product, size: Size) -> Row:
-    """Triton's log, the launcher's, and a change of the repository, none of which can be written."""
-    row = Row(fault="disk full: logs and repository")
+    """Run with no space for Triton's log, the launcher's log and changes of the repository."""
+    row = Row(fault="disk full for logs and repository")
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
         clients.until(requests=size.requests // 4)
         log = product.tritons[0].log_file
@@ -256,7 +258,7 @@ def disk_full(product: Product, size: Size) -> Row:
         row.injected += 1
         pid = product.tritons[0].pid
         assert pid
-        os.kill(pid, signal.SIGKILL)  # so that it says much when it starts
+        os.kill(pid, signal.SIGKILL)  # a restart writes many log lines
         until(lambda: product.tritons[0].pid not in (None, pid), "Triton is not started again")
         product.ready_after(row, product.engine_answers)
         before, copied = product.repository.serving(), str(max(product.repository.versions(MODEL_NAME)) + 1)
@@ -282,7 +284,7 @@ def disk_full(product: Product, size: Size) -> Row:
 
 
 def clock_jumps(product: Product, size: Size) -> Row:
-    row = Row(fault="clock jumps an hour, a day and a year, to and fro")
+    row = Row(fault="clock jumps forward and back by an hour, a day and a year")
     hour, day, year = 3600, 86_400, 31_536_000
     jumps = (hour, 0, -hour, day, -day, year, 0)
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
@@ -292,7 +294,7 @@ def clock_jumps(product: Product, size: Size) -> Row:
             row.injected += 1
         clients.until(requests=size.requests, right=row.right + size.clients)
     if row.refused:
-        row.problems.append(f"refused, though only the clock had jumped: {row.refusal}")
+        row.problems.append(f"refused although only the clock jumped: {row.refusal}")
     return row
 
 

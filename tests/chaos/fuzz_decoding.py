@@ -1,7 +1,8 @@
 """Coverage-guided fuzzing of windows, spans and graphemes: ``python -m tests.chaos.fuzz_decoding COUNT SEED``.
 
-A process of its own, for libFuzzer takes the whole process. Needs atheris, which is not built for every Python: see
-the group ``fuzz`` of pyproject.toml. Ends with one line of JSON: how many inputs, and how many were refused.
+It is a separate program, because libFuzzer takes over the process. It needs atheris, which does not have wheels for
+every Python: see the group ``fuzz`` in pyproject.toml. The last output line is JSON: the number of inputs, and of
+refused ones.
 """
 
 import json
@@ -16,7 +17,7 @@ counts = {"inputs": 0, "refused": 0}
 
 
 def decoding(data: bytes) -> bool:
-    """A case out of bytes."""
+    """Make a case from bytes."""
     given = atheris.FuzzedDataProvider(data)
     overlap = given.ConsumeIntInRange(-1, 50)
     case = Case(
@@ -35,14 +36,14 @@ def decoding(data: bytes) -> bool:
 
 
 def snapping(data: bytes) -> bool:
-    """Two places in a text out of bytes."""
+    """Make two positions in a text from bytes."""
     given = atheris.FuzzedDataProvider(data)
     places = given.ConsumeIntInRange(0, 400), given.ConsumeIntInRange(0, 400)
     return check_snapping(given.ConsumeUnicodeNoSurrogates(200), places)
 
 
 def main(count: int, seed: int) -> None:
-    """Three inputs in four are decoded, the others are about clusters."""
+    """Decode three of four inputs; use the others for grapheme clusters."""
 
     def examine(data: bytes) -> None:
         counts["inputs"] += 1

@@ -1,4 +1,4 @@
-"""More than can be answered, for a long time, and clients that behave badly meanwhile."""
+"""Long overload, and clients that behave badly."""
 
 import dataclasses
 import itertools
@@ -20,18 +20,18 @@ from tests.chaos.product import Layout, Product
 from tests.chaos.report import Row, Size
 
 SLEEP_S = 0.1
-"""What every engine call takes, so that the engine is the limit and not this machine."""
+"""Seconds per engine call, so that the engine is the bottleneck and not this machine."""
 FACTOR = 3
 CLIENTS = 96
-"""So many that even those who wait leave enough who ask."""
+"""Number of clients; enough are asking even while others wait."""
 GROWTH_MIB = 8.0
-"""What a service may grow in the second half of an overload: the measure is noisy at this scale, a leak is not."""
+"""Memory growth allowed to a service in the second half of an overload; covers noise, but not a leak."""
 IDLE = 200
-"""Connections that say nothing, and as many that have begun to, at each service."""
+"""Idle connections per service, and as many with an unfinished request."""
 
 
 class Memory:
-    """Resident memory of the services' processes, noted while a block lasts."""
+    """Resident memory of the services' processes, sampled during a block."""
 
     def __init__(self, product: Product) -> None:
         self._files = [Path(f"/proc/{service.worker}/statm") for service in product.services]
@@ -57,7 +57,7 @@ class Memory:
             thread.join()
 
     def growth(self) -> tuple[float, float]:
-        """Of the service that grows most, by a straight line through the second half: MiB per hour, MiB in all."""
+        """Fit a line to the second half; return the largest growth of a service in MiB per hour and in total MiB."""
         half = self._samples[len(self._samples) // 2 :]
         seconds = np.array([at for at, _ in half])
         slopes = np.polyfit(seconds - seconds[0], np.array([resident for _, resident in half]), 1)[0]
@@ -65,12 +65,12 @@ class Memory:
         return steepest * 3600, steepest * float(seconds[-1] - seconds[0])
 
     def last(self) -> float:
-        """MiB of the largest service at the end."""
+        """Return the memory of the largest service at the end, in MiB."""
         return max(self._samples[-1][1])
 
 
 def overload(product: Product, size: Size) -> Row:
-    """Three times what the engine can answer, by the clock: what is too much is refused, and nothing piles up."""
+    """Send three times the engine's capacity at a fixed rate; the excess must be refused and nothing may pile up."""
     row = Row(fault="overload")
     with product.watched(row, size), product.faults.on("slow", seconds=SLEEP_S):
         few = Row(fault="capacity")
@@ -92,8 +92,8 @@ def overload(product: Product, size: Size) -> Row:
     row.injected = row.requests
     per_hour, growth = memory.growth()
     row.fault = (
-        f"overload: {row.requests / seconds:.0f}/s where {capacity:.0f}/s can be answered, for {seconds / 60:.1f} min; "
-        f"{row.right / seconds:.0f}/s were; memory {memory.last():.0f} MiB, {per_hour:+.1f} MiB/h"
+        f"overload: {row.requests / seconds:.0f}/s at a capacity of {capacity:.0f}/s for {seconds / 60:.1f} min; "
+        f"{row.right / seconds:.0f}/s answered; memory {memory.last():.0f} MiB, {per_hour:+.1f} MiB/h"
     )
     if not row.refused:
         row.problems.append("nothing was refused")
@@ -109,13 +109,13 @@ def _tokenized(product: Product) -> float:
 
 
 def idle_and_aborted(product: Product, size: Size) -> Row:
-    """Connections that say nothing or never finish, and uploads that break off, beside clients that behave."""
+    """Open idle and unfinished connections, and abort uploads, next to well-behaved clients."""
     row = Row(fault="idle connections, unfinished and aborted requests")
     begun = b"POST /v1/answer HTTP/1.1\r\nhost: chaos\r\ncontent-type: application/json\r\n"
     done = threading.Event()
 
     def abort() -> None:
-        """Break off again and again: half of a body, or a whole question whose answer is not waited for."""
+        """Abort repeatedly: after half of a body, or after a whole question without waiting for its answer."""
         (question, *_), addresses = product.asked, itertools.cycle(product.addresses)
         while not done.wait(0.02):
             with socket.create_connection(next(addresses), 10) as connection:

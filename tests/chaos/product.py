@@ -33,11 +33,11 @@ from tests.support.waiting import until
 
 HOST = "127.0.0.1"
 SETTLE_S = 40.0
-"""Seconds for what is left of a scenario to go away: connections that are kept for a while, replaced ones."""
+"""Seconds for leftovers of a scenario to disappear, such as keep-alive and replaced connections."""
 
 
 def ask(host: str, port: int, path: str, body: object = None, *, timeout: float = 10) -> tuple[int, HTTPMessage, Any]:
-    """Status, headers and value of one request; status 0 where there is no answer."""
+    """Send a request; return status, headers and value, with status 0 if there is no reply."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout)
     try:
         if body is None:
@@ -58,7 +58,7 @@ class Service:
     """A replica: `bertqa serve` with the processes under it."""
 
     def __init__(self, directory: Path, repository: Path, triton_url: str, **settings: object) -> None:
-        self._held = hold_port(HOST, 0, "--port")  # also while no replica is there
+        self._held = hold_port(HOST, 0, "--port")  # also while no replica runs
         self.port = int(self._held.getsockname()[1])
         self._directory = directory
         self._command = [sys.executable, "-m", "service", f"--port={self.port}", f"--repository={repository}"]
@@ -88,25 +88,25 @@ class Service:
 
     @property
     def log(self) -> Path:
-        """What the launcher and uvicorn say."""
+        """Log of the launcher and uvicorn."""
         return self._directory / f"service-{self.port}.log"
 
     def start(self) -> None:
-        """Start it, or start it again."""
+        """Start or restart the replica."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, cwd=ROOT, env={**os.environ, **self._environment}, stderr=log, stdout=log
             )
 
     def is_ready(self) -> bool:
-        """Whether its readiness probe succeeds."""
+        """Check whether the readiness probe succeeds."""
         return ask(HOST, self.port, "/health/ready", timeout=2)[0] == 200
 
     def metric(self, name: str) -> float:
-        """A metric's value, its labels part of the name.
+        """Return the value of a metric; the name includes the labels.
 
         Raises:
-            LookupError: there is none.
+            LookupError: there is no such metric.
         """
         text = ask(HOST, self.port, "/metrics")[2] or ""
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
@@ -115,14 +115,14 @@ class Service:
         return float(found[1])
 
     def stop(self) -> int:
-        """End it as an operator does, and give its exit code."""
+        """Stop it as an operator does, and return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a service's process holds on to."""
+    """Resources that a service's process holds."""
 
     descriptors: int
     tasks: int
@@ -136,23 +136,23 @@ class Held:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What a scenario needs to be there; those with the same share it."""
+    """The set-up that a scenario needs; scenarios with the same layout share it."""
 
     tritons: int = 1
-    balanced: bool = False  # HAProxy before the services, and asked in their place
+    balanced: bool = False  # HAProxy in front of the services; clients ask it
     relayed: bool = False  # `Relay` between the services and Triton
     clock: bool = False  # the wall clock of all processes can be set
     instances: int = 2
-    settings: tuple[tuple[str, object], ...] = ()  # of the services; names in capitals are variables as they are
+    settings: tuple[tuple[str, object], ...] = ()  # of the services; names in capitals are environment variables
 
 
 PATIENT = (("max_wait_s", DEADLINE_S),)
-"""Clients that ask without pause may be more than an engine can answer within the time that a question may wait; let
-all of them wait, so that what is refused is refused for the fault."""
+"""Clients without pauses may exceed what an engine can answer within the wait limit. So all may wait, and
+only the fault causes refusals."""
 
 
 class Product:
-    """A layout that runs."""
+    """A running layout."""
 
     def __init__(self, directory: Path, layout: Layout) -> None:
         self.directory = directory
@@ -173,14 +173,14 @@ class Product:
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """Whom clients ask."""
+        """Addresses that clients ask."""
         if self.layout.balanced:
             return [(HOST, self.balancer_port)]
         return [service.address for service in self.services]
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Product"]:
-        """Start everything, and end it."""
+        """Start everything, and stop it at the end of the block."""
         with (self.directory / "build.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
             publish(self.repository, self.directory, 1, instances=self.layout.instances)
         self.faults.install(self.repository.directory(MODEL_NAME, 1))
@@ -210,7 +210,7 @@ class Product:
         return EmbeddedTriton(self.repository.root, ports=ports, log_dir=self.directory, report=self._say)
 
     def restart_triton(self, number: int) -> None:
-        """End a server, and start another one in its place."""
+        """Stop a server, and start another one in its place."""
         self.tritons[number].stop()
         self.tritons[number] = self._triton(self.tritons[number].ports)
         self.tritons[number].start()
@@ -224,7 +224,7 @@ class Product:
             log.write(line + "\n")
 
     def is_ready(self) -> bool:
-        """Whether every service is, and the load balancer knows of each."""
+        """Check whether every service is ready and known to the load balancer."""
         if not all(service.is_ready() for service in self.services):
             return False
         if not self.layout.balanced:
@@ -233,23 +233,23 @@ class Product:
         return f'haproxy_backend_active_servers{{proxy="service"}} {len(self.services)}\n' in text
 
     def circuits_are_closed(self) -> bool:
-        """Whether no service leaves a Triton alone any more."""
+        """Check whether every service uses every Triton again."""
         texts = [ask(HOST, service.port, "/metrics")[2] or "" for service in self.services]
         found = [re.findall(r"^bertqa_circuit_state{.*} (\S+)$", text, re.MULTILINE) for text in texts]
         return all(states and not any(map(float, states)) for states in found)
 
     def engine_answers(self) -> bool:
-        """Whether every Triton itself has the model ready."""
+        """Check whether the model is ready in every Triton."""
         paths = f"/v2/models/{MODEL_NAME}/ready"
         return all(ask(HOST, triton.ports.http, paths, timeout=1)[0] == 200 for triton in self.tritons)
 
     def versions(self) -> set[int]:
-        """Which versions answer."""
+        """Return the versions that answer."""
         listed = [ask(HOST, service.port, "/v1/models")[2]["models"] for service in self.services]
         return {models[0]["version"] for models in listed}
 
     def learn(self) -> None:
-        """Note what the version that answers now, undisturbed, says to every question."""
+        """Record the answers of the current version to all questions, without faults."""
         known = {each.body: each.truth for each in self.asked}
         self.asked = []
         for question in questions():
@@ -260,8 +260,8 @@ class Product:
 
     @contextlib.contextmanager
     def _movable_clock(self) -> Iterator[None]:
-        """Let libfaketime tell the wall clock to every process that is started, but not the monotonic one."""
-        # where Debian, Arch, Fedora and its own Makefile put it
+        """Have libfaketime control the wall clock of every started process, but not the monotonic clock."""
+        # install paths of Debian, Arch, Fedora and its own Makefile
         places = ("lib/*/faketime", "lib/faketime", "lib64/faketime", "local/lib/faketime")
         libraries = [found for place in places for found in Path("/usr").glob(f"{place}/libfaketimeMT.so.1")]
         assert libraries, "libfaketime is needed; see tests/install_servers.sh"
@@ -287,14 +287,14 @@ class Product:
         return self.directory / "clock"
 
     def set_clock(self, seconds: int) -> None:
-        """Let the wall clock of every process be so many seconds ahead."""
+        """Set the wall clock of every process ahead by the given seconds."""
         partial = self._clock.with_suffix(".partial")
         partial.write_text(f"{seconds:+d}s\n")
         partial.replace(self._clock)
 
     @contextlib.contextmanager
     def _balancer(self) -> Iterator[None]:
-        """Debian's HAProxy with the configuration of the stack; the replicas by address, for there is no Docker DNS."""
+        """Run Debian's HAProxy with the stack's configuration; replicas are given by address, without Docker DNS."""
         self.balancer_port = free_port(HOST)
         self._balancer_metrics = free_port(HOST)
         text = (ROOT / "deploy" / "haproxy.cfg").read_text()
@@ -313,11 +313,11 @@ class Product:
             balancer.terminate()
             balancer.wait(60)
 
-    # What every scenario checks
+    # Checks of every scenario
 
     @contextlib.contextmanager
     def watched(self, row: Row, size: Size) -> Iterator[None]:
-        """See that the services are ready when a scenario is over, and hold what they held before."""
+        """Check that the services are ready after a scenario and hold no more resources than before."""
         before = self._settled([Held(10**9, 10**9)] * len(self.services))
         yield
         until(self.is_ready, f"not ready again; see {self.directory}")
@@ -333,10 +333,10 @@ class Product:
             row.problems.append(f"ready only {row.ready_s:.1f} s after the engine's return")
 
     def _settled(self, bound: Sequence[Held]) -> list[Held]:
-        """What the services hold, once it is within a bound or time is up."""
+        """Return the services' resources once they are within a bound or the time is up."""
         end = time.monotonic() + SETTLE_S
         for service, body in ((service, questions()[0]) for service in self.services for _ in range(4)):
-            ask(HOST, service.port, "/v1/answer", body)  # so that every connection to Triton is there
+            ask(HOST, service.port, "/v1/answer", body)  # opens every connection to Triton
         while True:
             held = [Held.by(service) for service in self.services]
             inside = all(
@@ -348,7 +348,7 @@ class Product:
             time.sleep(0.2)
 
     def ready_after(self, row: Row, returned: Callable[[], object]) -> None:
-        """Wait for the engine's return, then for the services; note how long those took."""
+        """Wait for the engine and then for the services; record how long the services took."""
         until(returned, f"the engine has not come back; see {self.directory}", 120)
         waited = until(self.is_ready, f"not ready again; see {self.directory}")
         row.ready_s = max(row.ready_s or 0.0, waited)

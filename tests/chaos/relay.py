@@ -1,4 +1,4 @@
-"""A TCP relay that can be cut, held up, led elsewhere, or made to talk nonsense, and a gRPC server that does."""
+"""A TCP relay that can cut, stall, redirect or garble connections, and a gRPC server that sends nonsense."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ HOST = "127.0.0.1"
 
 @contextlib.contextmanager
 def running_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop on a thread of its own; its tasks are cancelled in the end."""
+    """Run an event loop in a separate thread; cancel its tasks at the end."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -36,7 +36,7 @@ async def _cancel_others() -> None:
 
 
 class Relay:
-    """Passes connections on to a target, and fails as it is told."""
+    """Forwards connections to a target, and fails on request."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, target: tuple[str, int]) -> None:
         self._home = self._target = target
@@ -54,11 +54,11 @@ class Relay:
         self._run(self._cut())
 
     def restore(self) -> None:
-        """Pass everything on again, to the first target."""
+        """Forward everything to the first target again."""
         self._run(self._restore())
 
     def hold(self) -> None:
-        """Accept everything, and let nothing through, as a network does that drops packets."""
+        """Accept everything but forward nothing, like a network that drops packets."""
         self._loop.call_soon_threadsafe(self._flows.clear)
 
     def garble(self) -> None:
@@ -66,7 +66,7 @@ class Relay:
         self._run(self._garble())
 
     def lead_to(self, target: tuple[str, int]) -> None:
-        """Reset every connection, and take new ones elsewhere."""
+        """Reset every connection, and forward new ones to another target."""
         self._target = target
         self._loop.call_soon_threadsafe(self._reset)
 
@@ -145,7 +145,7 @@ def relay(target: tuple[str, int]) -> Iterator[Relay]:
 
 
 class _Nonsense(grpc.GenericRpcHandler):
-    """Answers every method with bytes that are no message of it, or with an empty one."""
+    """Answers every method with bytes that are not a valid message, or with an empty message."""
 
     def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes]":
         async def answer(request: bytes, context: object) -> bytes:
@@ -156,7 +156,7 @@ class _Nonsense(grpc.GenericRpcHandler):
 
 @contextlib.contextmanager
 def nonsense() -> Iterator[tuple[str, int]]:
-    """A gRPC server whose every answer is nonsense; gives its address."""
+    """Run a gRPC server that only sends nonsense; yield its address."""
 
     async def start() -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server(handlers=[_Nonsense()])

@@ -1,4 +1,4 @@
-"""Replicas that die, that are told to end, and that are replaced one after the other, behind the load balancer."""
+"""Kill, stop and replace replicas behind the load balancer."""
 
 import os
 import signal
@@ -21,17 +21,17 @@ BALANCED = Layout(tritons=2, balanced=True, settings=(("shutdown_delay_s", SHUTD
 
 def _none_refused(row: Row) -> Row:
     if row.refused:
-        row.problems.append(f"refused, though another replica was there: {row.refusal}")
+        row.problems.append(f"refused although another replica was available: {row.refusal}")
     return row
 
 
 def replica_killed(product: Product, size: Size) -> Row:
-    """The service's process alone, which its launcher starts again; then all at once, as a container dies."""
+    """Kill only the service process, which its launcher restarts; then all its processes, as when a container dies."""
     row = Row(fault="service replica killed (-9)")
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
         kills = [(service, alone) for alone in (True, False) for service in product.services]
         if size.rounds == 1:
-            kills = [kills[0], kills[-1]]  # each way once, each replica once
+            kills = [kills[0], kills[-1]]  # each kind once, on each replica once
         for number, (service, alone) in enumerate(kills, 1):
             clients.until(requests=size.requests * number // (len(kills) + 1))
             worker = service.worker
@@ -51,7 +51,7 @@ def replica_killed(product: Product, size: Size) -> Row:
 
 @contextmanager
 def _watching(service: Service, seen: list[tuple[int, int]]) -> Iterator[None]:
-    """Note again and again what a new connection gets: the status of readiness, and that of a question."""
+    """Record repeatedly what a new connection gets: the readiness status and the status of a question."""
     done = threading.Event()
 
     def watch() -> None:
@@ -70,7 +70,7 @@ def _watching(service: Service, seen: list[tuple[int, int]]) -> Iterator[None]:
 
 
 def graceful_stop(product: Product, size: Size) -> Row:
-    """Readiness fails first, while everything is still answered; then what was accepted is finished."""
+    """Check that readiness fails first, while everything is still answered, and that accepted requests finish."""
     row = Row(fault="SIGTERM to a replica under load, engine slow")
     with product.watched(row, size), load(row, product.asked, product.addresses, size) as clients:
         for number, service in enumerate(product.services, 1):
@@ -105,7 +105,7 @@ def rolling_restart(product: Product, size: Size) -> Row:
             product.restart_triton(number)
             row.injected += 1
             product.ready_after(row, product.engine_answers)
-            until(product.circuits_are_closed, "a Triton that is back is not asked again")
+            until(product.circuits_are_closed, "a restarted Triton is not used again")
         clients.until(requests=size.requests, right=row.right + size.clients)
     return _none_refused(row)
 

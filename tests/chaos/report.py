@@ -1,39 +1,39 @@
-"""What a scenario found: a row of the one table, and whether it keeps the promises."""
+"""The result of a scenario: a row of the table, and whether the promises were kept."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 READY_S = 2.0
-"""Seconds after the engine's return within which every replica has to be ready."""
+"""Seconds within which every replica must be ready after the engine's return."""
 GRACE_S = 1.0
-"""Seconds beyond its deadline after which a request is lost, whatever comes."""
+"""Seconds beyond its deadline after which a request counts as lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is asked of each scenario."""
+    """The size of each scenario."""
 
-    requests: int = 2_000  # at least
+    requests: int = 2_000  # minimum
     clients: int = 32
-    rounds: int = 3  # of a fault of a process or connection
-    inputs: int = 100_000  # generated ones, of bad input
+    rounds: int = 3  # repeats of a process or connection fault
+    inputs: int = 100_000  # generated bad inputs
     soak_minutes: float = 2.0
-    patience: float = 1.0  # factor on every time promised; the tests leave a busy machine more
+    patience: float = 1.0  # factor for all promised times; the tests allow a busy machine more
 
 
 @dataclass(slots=True, kw_only=True)
 class Row:
-    """One fault, and what became of the requests meanwhile."""
+    """One fault, and what happened to the requests meanwhile."""
 
     fault: str
     requests: int = 0
-    injected: int = 0  # faults, or inputs that are one
-    right: int = 0  # 200, and the answer that was known beforehand
-    refused: Counter[str] = field(default_factory=Counter)  # "503 engine_unavailable": how many
+    injected: int = 0  # number of faults, or of faulty inputs
+    right: int = 0  # 200 with the known answer
+    refused: Counter[str] = field(default_factory=Counter)  # counts, e.g. of "503 engine_unavailable"
     refusal: str = ""  # the latest message
     slowest_s: float = 0.0
-    lost: int = 0  # no answer, too late, cut off, or an error that is none of the API's
+    lost: int = 0  # no reply, too late, truncated, or an error not defined by the API
     wrong: int = 0  # 200 with another answer
     hung: int = 0  # no answer at all until the client gave up
     over: int = 0  # beyond a bound on time, holds of the event loop, bytes or memory
@@ -65,7 +65,7 @@ _HEAD = (
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as a table in Markdown."""
+    """Format the rows as a Markdown table."""
     return "\n".join(_aligned([_HEAD, *map(_cells, rows)]))
 
 

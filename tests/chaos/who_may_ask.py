@@ -1,4 +1,4 @@
-"""Generated strangers: keys that are none, and origins whose pages may not ask. Nobody gets in, and nothing gets out.
+"""Generate invalid API keys and foreign origins; none may get access, and no key may leak.
 
 As in `tests.chaos.bad_input`, the real application runs in this process without an engine, and the requests are the
 inputs.
@@ -38,14 +38,14 @@ GUARDED = {**REFUSALS, 401: "unauthorized", 404: "not_found", 405: "method_not_a
 CROSS_ORIGIN = {**GUARDED, 400: "cross_origin"}
 RIGHT_BODIES: Mapping[str, Any] = dict(reversed(BODIES))
 SECRET_CHARS = 12
-"""Characters in a row that no reply and no line may have in common with a key, in whatever case."""
+"""Length of a substring of a key that no reply and no log line may contain, in any case."""
 UNAUTHORIZED = {
     "an API key is needed: authorization: Bearer KEY, or x-api-key: KEY",
     "this API key is not known",
     "authorization: stands twice among the headers",
     "x-api-key: stands twice among the headers",
 }
-"""All that is told of a wrong key."""
+"""All messages about a wrong key."""
 _BREAKS = re.compile(rb"[\r\n\0]")
 
 
@@ -55,7 +55,7 @@ def _header(value: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """A request with a right body, and the statuses that it may get for its headers."""
+    """A request with a valid body, and the statuses allowed for its headers."""
 
     method: str
     target: str
@@ -88,12 +88,12 @@ GUARDED_TARGETS = (
     *(("GET", "/no/such", 404), ("GET", "/v1/answer", 405), ("PUT", "/health/live", 405)),
 )
 OPEN_TARGETS = (("GET", "/health/live", 200), ("GET", "/health/ready", 200), ("GET", "/", 200), ("HEAD", "/", 200))
-"""Method, address, and the status for those who may ask."""
+"""Method, path, and the status with a valid key."""
 SCHEMES = (b"Basic", b"Token", b"Digest", b"Bearer:", b"Bearer\t", b"Bearer,", b"", b"\xff", b"B" * 9_000)
 
 
 def wrong_keys(key: bytes) -> st.SearchStrategy[bytes]:
-    """Random bytes, and what was the key until something happened to it."""
+    """Random bytes, and damaged valid keys."""
     place = st.integers(0, len(key) - 1)
     mangled = st.one_of(
         st.tuples(place, st.integers(0, 255)).map(lambda at: key[: at[0]] + bytes([at[1]]) + key[at[0] + 1 :]),
@@ -116,7 +116,7 @@ def wrong_keys(key: bytes) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def keyed(draw: st.DrawFn, known: Mapping[bytes, bool]) -> Stranger:
-    """Requests of a service that knows these keys; with those that are False, it may be asked only once."""
+    """Requests to a service that knows these keys; keys that are False allow only one request."""
     key = draw(st.sampled_from(sorted(known)))
     right = draw(st.integers(0, 3)) == 0
     shown = key if right else draw(wrong_keys(key))
@@ -126,11 +126,11 @@ def keyed(draw: st.DrawFn, known: Mapping[bytes, bool]) -> Stranger:
         scheme = draw(st.sampled_from((b"Bearer", b"bearer")) if right else st.sampled_from((b"Bearer", *SCHEMES)))
         headers = [(b"authorization", scheme + b" " * draw(st.integers(1, 3)) + shown)]
     match draw(st.integers(0, 5)):
-        case 0 | 1:  # twice, be it the same
+        case 0 | 1:  # twice, even if equal
             name, value = headers[0]
             headers.insert(draw(st.integers(0, 1)), (name, draw(st.sampled_from((value, key, b"Bearer " + key, b"")))))
             right = False
-        case 2:  # and another one: of the two headers, x-api-key counts
+        case 2:  # with a second key: of the two headers, x-api-key counts
             other = draw(wrong_keys(key))
             if headers[0][0] == b"authorization":
                 headers.append((b"x-api-key", other))
@@ -148,7 +148,7 @@ def keyed(draw: st.DrawFn, known: Mapping[bytes, bool]) -> Stranger:
 
 @contextlib.contextmanager
 def _logged() -> Iterator[list[str]]:
-    """The lines that are logged meanwhile, at any level, with all that texts may be in."""
+    """Capture all log lines during a block, at any level, with every field that may contain text."""
     lines: list[str] = []
     formatter = JsonFormatter(texts=True)
     root = logging.getLogger()
@@ -168,7 +168,7 @@ def _logged() -> Iterator[list[str]]:
 
 
 def keys(count: int, seed: int) -> Row:
-    """Only who has a key gets in, and no part of a key is in a reply or in the log, whatever was made of it."""
+    """Check that only valid keys get access, and that no part of a key is in a reply or the log."""
     row = Row(fault="API keys, generated")
     with tempfile.TemporaryDirectory() as directory, _logged() as lines:
         path = Path(directory) / "keys"
@@ -191,7 +191,7 @@ def keys(count: int, seed: int) -> Row:
 
 
 def guarded(count: int, seed: int) -> Row:
-    """What OpenAPI says of a service that wants a key, tried with and without one."""
+    """Check OpenAPI of a service that requires a key, with and without one."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "keys"
         return described(count, seed, key=new_key(path, "free", None, None), api_keys_file=str(path))
@@ -200,7 +200,7 @@ def guarded(count: int, seed: int) -> Row:
 # ---- pages of other origins ----------------------------------------------------------------------------------------
 
 ORIGINS = ("https://example.com", "http://localhost:3000", "https://[::1]:8443")
-"""Whose pages may ask."""
+"""Origins whose pages may ask."""
 METHODS = "GET, POST"
 HEADERS = {"accept", "accept-language", "authorization", "content-language", "content-type", "x-api-key"}
 HEADERS |= {"x-request-id", "x-timeout-ms"}
@@ -226,7 +226,7 @@ ANY_NAME = st.sampled_from((*sorted(HEADERS), "*", "cookie", "X-API-Key", "x-evi
 
 @st.composite
 def cross_origin_requests(draw: st.DrawFn) -> Stranger:
-    """Requests and preflights as browsers send them, and as none does."""
+    """Requests and preflights, as browsers send them and as no browser does."""
     origins = draw(st.one_of(st.lists(ANY_ORIGIN, min_size=1, max_size=1), st.lists(ANY_ORIGIN, max_size=2)))
     headers = [(b"origin", origin) for origin in origins]
     method = draw(ANY_METHOD.filter(bool))
@@ -246,7 +246,7 @@ def cross_origin_requests(draw: st.DrawFn) -> Stranger:
 
 
 def cross_origin(count: int, seed: int) -> Row:
-    """Only pages of the origins that are named may ask, only in the ways that are meant, and never any page at all."""
+    """Check that only pages of the allowed origins may ask, only in the intended ways, and never all origins."""
     row = Row(fault="origins and preflights, generated")
     with Service(application(cors_origins=", ".join(ORIGINS))).running() as service:
 
@@ -276,5 +276,5 @@ TARGETS: Targets = {
 
 
 def who_may_ask(size: Size) -> Iterator[Row]:
-    """A row for each target."""
+    """Return a row for each target."""
     yield from generate(TARGETS, size)

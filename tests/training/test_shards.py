@@ -462,7 +462,7 @@ def test_records_come_back_and_no_damage_goes_unseen(examples: list[dict[str, li
 def test_a_record_that_is_no_example_is_named(tmp_path: Path) -> None:
     length = struct.pack("<Q", 2)
     (tmp_path / "x").write_bytes(length + masked(length) + b"\xff\xff" + masked(b"\xff\xff"))
-    with pytest.raises(CorruptRecord, match=r"record 0 is no tf\.Example"):
+    with pytest.raises(CorruptRecord, match=r"record 0 is not a tf\.Example"):
         list(read_examples(tmp_path / "x"))
 
 
