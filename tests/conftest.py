@@ -1,4 +1,4 @@
-"""Fixtures of every test, and what is not run where something is missing."""
+"""Fixtures for all tests, and skips for tests whose requirements are missing."""
 
 import os
 import shutil

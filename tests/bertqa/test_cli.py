@@ -1,4 +1,4 @@
-"""The command line against a service with the toy engine; the whole product is in test_end_to_end.py."""
+"""Test the command line against a service with the toy engine; test_end_to_end.py tests the whole product."""
 
 import fcntl
 import json

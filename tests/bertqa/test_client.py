@@ -1,4 +1,4 @@
-"""The HTTP client of our commands against servers that are busy, gone, or not ours."""
+"""Test the commands' HTTP client against servers that are busy, gone or not bertqa."""
 
 import itertools
 import json

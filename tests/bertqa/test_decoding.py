@@ -1,4 +1,4 @@
-"""From any text to answers: exact, distinct, ranked spans, or a refusal that names the field."""
+"""Test decoding of arbitrary text: exact, distinct, ranked spans, or an error that names the field."""
 
 from collections import Counter
 

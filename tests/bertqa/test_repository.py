@@ -1,4 +1,4 @@
-"""What is served, as files: every change leaves a repository that Triton and the service can read at any moment."""
+"""Test changes to the model repository: Triton and the service can read it at any moment."""
 
 import contextlib
 import os

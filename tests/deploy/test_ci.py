@@ -1,4 +1,4 @@
-"""What CI rests on: the audit says when it audited nothing, a skipped test fails, a set-up is renewed by content."""
+"""Test what CI relies on: the audit reports if it audited nothing, skips fail, set-ups are renewed by content."""
 
 import importlib.util
 import json

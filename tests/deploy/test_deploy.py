@@ -1,8 +1,8 @@
-"""docker-compose.yml run by hand: each service's own command, as the file has it, is a process on this machine.
+"""Run docker-compose.yml without Docker: each service's command from the file is a process on this machine.
 
-A container's place is taken by a loopback address of its own, so that all ports stay as they are. What has to differ is
-in `Stack`: host names become those addresses, mounts become directories, and seconds between two scrapes become one.
-What a container engine alone could do, read-only file systems, users and limits, is checked as text.
+Each container is replaced by a loopback address, so that all ports stay the same. `Stack` makes the necessary changes:
+host names become those addresses, mounts become directories, and the scrape interval becomes one second. What only a
+container engine could do (read-only file systems, users and limits) is checked as text.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The Helm chart, rendered by Helm's own code and checked against Kubernetes' own schemas; no cluster is needed."""
+"""Test the Helm chart, rendered by Helm and checked against Kubernetes' schemas; no cluster is needed."""
 
 import json
 import subprocess

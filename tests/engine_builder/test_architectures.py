@@ -1,4 +1,4 @@
-"""The hand-written graphs against transformers, and checkpoints that they refuse."""
+"""Test the graphs against transformers, and the refusal of invalid checkpoints."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The comparison of length buckets: one row for each list, and every window padded as its list has it."""
+"""Test the comparison of length buckets: one row per list, and every window padded by its list."""
 
 from pathlib import Path
 

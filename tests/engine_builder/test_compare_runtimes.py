@@ -1,4 +1,4 @@
-"""The comparison of runtimes: every engine of this machine in the table, and a line for what it has not."""
+"""Test the comparison of runtimes: a table row for every available engine, and a line for each missing one."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The whole build of a tiny checkpoint: measured, gated, published, and described as the service expects."""
+"""Test the whole build of a tiny checkpoint: measured, gated, published, and described as the service expects."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The hardware's floor: the operations that the formula tells are those of the graph."""
+"""Test the hardware floor: the formula counts the same operations as the graph."""
 
 import onnx
 import pytest

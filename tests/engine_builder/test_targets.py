@@ -1,4 +1,4 @@
-"""Targets are known by their registries alone: what stands in one is built, published, configured and examined."""
+"""Test that a registered target is built, published, configured and examined without other changes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

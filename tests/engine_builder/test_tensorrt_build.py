@@ -1,4 +1,4 @@
-"""The TensorRT target: its graphs in other runtimes, its calls against TensorRT's real types, on a GPU its engines."""
+"""Test the TensorRT target: its graphs in other runtimes, its calls on real TensorRT types, its engines on a GPU."""
 
 import json
 import os

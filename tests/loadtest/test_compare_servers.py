@@ -1,4 +1,4 @@
-"""The comparison of servers, with toy servers in the place of real ones."""
+"""Test the comparison of servers, with toy servers instead of real ones."""
 
 import sys
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The load tests: what is asked and when, what a reply is worth, what is made of it, and small ones of the toy."""
+"""Test the load tests: the requests and their timing, the rating of replies, the reports, and small runs on the toy."""
 
 import asyncio
 import csv

@@ -1,4 +1,4 @@
-"""The load tests' sleeping engine, inside a real Triton."""
+"""Test the load tests' sleeping engine in a real Triton."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Bad input is refused with its field named, or answered right: generated input in small numbers, and what it found."""
+"""Test generated bad input in small numbers, and past findings: it is answered correctly, or its field is named."""
 
 import gzip
 import json

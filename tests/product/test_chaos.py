@@ -1,4 +1,4 @@
-"""The scenarios of ``make chaos``, with small numbers: nothing is lost, wrong or leaked, whatever breaks."""
+"""Run the scenarios of ``make chaos`` with small numbers: nothing is lost, wrong or leaked."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Corrupt checkpoints, data and states are refused with the file and the place named, and no pickle is ever run."""
+"""Test that corrupt checkpoints, data and states are refused with file and place named, and no pickle is loaded."""
 
 import json
 import pickle

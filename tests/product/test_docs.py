@@ -1,4 +1,4 @@
-"""What the documentation names is there: links, headings, files, tests, and every command with its options."""
+"""Test that everything the documentation names exists: links, headings, files, tests, commands and options."""
 
 import re
 import shlex

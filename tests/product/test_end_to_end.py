@@ -1,4 +1,4 @@
-"""The whole product as a user starts it: shipped checkpoint, engine builder, Triton, service, command line, browser."""
+"""Test the whole product as a user starts it: shipped checkpoint, builder, Triton, service, command line, browser."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The npm package @huggingface/inference, as its users call it, against the Hugging Face routes."""
+"""Test the Hugging Face routes with the npm package @huggingface/inference, as its users call it."""
 
 import json
 import subprocess

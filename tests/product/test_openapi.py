@@ -1,4 +1,4 @@
-"""What OpenAPI says of errors is what there is: each operation is made to give every one of its own, and no other."""
+"""Test the errors in OpenAPI: each operation is made to return all of its documented errors, and no others."""
 
 import json
 import socket

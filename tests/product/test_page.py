@@ -1,7 +1,7 @@
-"""The page in a real browser, against the real application with the toy engine.
+"""Test the page in a real browser, against the real application with the toy engine.
 
-The engine's answer is what a text has between « and »; a text without has none. Every test that opens the page also
-holds that nothing was asked of another origin and that the console stayed clean.
+The engine's answer is the text between « and »; without them there is no answer. Every test that opens the page also
+checks that it sent nothing to other origins and logged nothing to the console.
 """
 
 import contextlib

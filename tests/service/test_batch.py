@@ -1,4 +1,4 @@
-"""Batch jobs: a part in this process, and whole jobs on Ray, against a real Triton with a model that can misbehave."""
+"""Test batch jobs, in this process and on Ray, against a real Triton with a model that can misbehave."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Every line of the doctor that is not ok, provoked; with a running Triton in test_rollout.py."""
+"""Provoke every doctor finding that is not ok; test_rollout.py has those of a running Triton."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""Requests that held the service up, over real sockets: small ones, slow ones, and very many."""
+"""Test requests that once blocked the service, over real sockets: small, slow, and very many."""
 
 import asyncio
 import json

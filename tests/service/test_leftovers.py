@@ -1,4 +1,4 @@
-"""Temporary files of processes that were killed, and those of processes that live, with real processes."""
+"""Test the cleanup of temporary files, with real processes that were killed and that still run."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What is logged and how, by the service in a process of its own; above all, what never is: questions and contexts."""
+"""Test the logs of the service in a separate process; questions and contexts must never be logged."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Several models and versions in one service: chosen by name, and followed from one version to the next."""
+"""Test several models and versions in one service: chosen by name, and switched between versions."""
 
 import asyncio
 import contextlib

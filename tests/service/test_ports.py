@@ -1,4 +1,4 @@
-"""Ports that are free, taken or held, with real sockets."""
+"""Test free, taken and held ports, with real sockets."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""The filter that keeps shared memory private, in a real child process."""
+"""Test the filter that keeps shared memory private, in a real child process."""
 
 import platform
 import stat

@@ -1,7 +1,7 @@
-"""Replies leave in one piece, and clients that are slow or hostile take nothing from the others.
+"""Test that replies are sent in one piece, and that slow or hostile clients do not affect others.
 
-The latter against a process of its own, over raw sockets; each test prints how many connections and open files the
-process has before, meanwhile and after.
+Hostile clients use raw sockets against a separate process; each test prints the process's numbers of connections and
+open files before, meanwhile and after.
 """
 
 import asyncio

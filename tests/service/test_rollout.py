@@ -1,4 +1,4 @@
-"""Two versions of a real model in a real Triton behind two services, under load: nothing fails, nothing is mixed up."""
+"""Switch two versions of a real model in a real Triton behind two services, under load: no failures, no mix-ups."""
 
 import asyncio
 import contextlib

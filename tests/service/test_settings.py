@@ -1,4 +1,4 @@
-"""Settings: what is refused, in which words, and that the docs' table is that of the class."""
+"""Test the settings: refused values, their messages, and that the table in the docs matches the class."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The end of the service, whatever holds it up."""
+"""Test that the service shuts down, whatever is still running."""
 
 import contextlib
 import os

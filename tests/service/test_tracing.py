@@ -1,5 +1,5 @@
-"""Traces of the real application, with the real gRPC client between a server that speaks Triton's protocol and a
-collector that speaks OpenTelemetry's."""
+"""Test traces of the real application and gRPC client, with a server that speaks Triton's protocol and a collector that
+speaks OpenTelemetry's."""
 
 import subprocess
 import sys

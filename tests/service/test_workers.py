@@ -1,4 +1,4 @@
-"""The launcher with several processes behind one port: one scrape tells of all of them."""
+"""Test the launcher with several processes behind one port: one scrape reports all of them."""
 
 import os
 import re

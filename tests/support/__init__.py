@@ -1,1 +1,1 @@
-"""What several tests need, one idea a module; test modules import nothing from one another."""
+"""Code shared by several tests, one topic per module; test modules do not import each other."""

@@ -1,4 +1,4 @@
-"""A question that the toy model answers, and what a refusal must look like."""
+"""A question that the toy model answers, and a check of error replies."""
 
 import httpx
 

@@ -1,4 +1,4 @@
-"""Small real bundles: published by the real builder, spoiled in every way, or with faults to be switched on."""
+"""Small real bundles: published by the real builder, corrupted in various ways, or with faults on request."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ QUESTIONS = {"Who wrote it?": "Ada Lovelace", "Where was it written?": "London"}
 
 
 def publish(repository: Repository, directory: Path, seed: int, model: str = MODEL_NAME, *, instances: int = 1) -> None:
-    """Build a version from a checkpoint of its own, with random weights."""
+    """Build a version from its own checkpoint with random weights."""
     checkpoint = write_checkpoint(directory / f"tiny{seed}")
     weights = load_file(checkpoint / "model.safetensors")
     random = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ def publish(repository: Repository, directory: Path, seed: int, model: str = MOD
 
 
 def describe_anew(directory: Path, *names: str) -> None:
-    """Let the manifest say that these files of a bundle are as they are now."""
+    """Update the manifest with the current hashes of these files."""
     manifest = Manifest.read(directory / "manifest.json")
     files = {**manifest.files, **{name: sha256_of(directory / name) for name in names}}
     hashed = engine_sha256(directory / "engine.xml")
@@ -54,20 +54,20 @@ def describe_anew(directory: Path, *names: str) -> None:
 
 
 def flip(path: Path) -> None:
-    """Change one bit in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def break_engine(directory: Path) -> None:
-    """An engine that the manifest describes as it is, and that no runtime can load."""
+    """Write an engine that matches the manifest but that no runtime can load."""
     (directory / "engine.bin").write_bytes(b"")
     describe_anew(directory, "engine.bin")
 
 
 def expect_another_answer(directory: Path) -> None:
-    """A question that the engine does not answer as the bundle says."""
+    """Add a question whose answer in the bundle is not the engine's."""
     questions = json.loads((directory / "questions.json").read_text())
     questions[0]["answer"] = "somebody else"
     (directory / "questions.json").write_text(json.dumps(questions))
@@ -81,7 +81,7 @@ import time
 
 
 class TritonPythonModel(TritonPythonModel):
-    """The engine above, with faults that a file switches on; each is counted by a byte in another file."""
+    """The engine above, with faults that a file switches on; each fault adds a byte to another file."""
 
     SWITCH, COUNT = Path({switch!r}), Path({count!r})
 
@@ -131,12 +131,12 @@ class Faults:
 
     @contextmanager
     def on(self, kind: str, *, share: float = 1.0, seconds: float = 0.0) -> Iterator[None]:
-        """Have a share of the engine's calls fail, as long as a block lasts.
+        """Make a share of the engine's calls fail during a block.
 
         Args:
-            kind: "slow" by so many seconds, "nan", "infinite", "shape", "error", or "crash" of the engine's process.
-            share: of the calls, from 0 to 1.
-            seconds: of "slow".
+            kind: "slow", "nan", "infinite", "shape", "error", or "crash" of the engine's process.
+            share: share of the calls, from 0 to 1.
+            seconds: delay of "slow".
         """
         partial = self._switch.with_suffix(".partial")
         partial.write_text(json.dumps({"kind": kind, "share": share, "seconds": seconds}))
@@ -148,5 +148,5 @@ class Faults:
 
     @property
     def injected(self) -> int:
-        """Faults so far."""
+        """Return the number of faults so far."""
         return self._count.stat().st_size if self._count.exists() else 0

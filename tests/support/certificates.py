@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def certificates(directory: Path) -> Path:
-    """An authority, and of it a server's and a client's certificate; and a second authority that knows neither."""
+    """Create a CA with a server and a client certificate, and a second CA that signed neither."""
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True, timeout=60)
@@ -29,7 +29,7 @@ def certificates(directory: Path) -> Path:
 
 
 def tls_flags(files: Path, *, mutual: bool) -> list[str]:
-    """Triton's, of these certificates."""
+    """Return Triton's flags for these certificates."""
     return [
         f"--grpc-use-ssl{'-mutual' if mutual else ''}=true",
         f"--grpc-server-cert={files / 'server.pem'}",

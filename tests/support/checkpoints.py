@@ -16,8 +16,8 @@ _TEXT = "Ada Lovelace wrote the first program in London. Who wrote it? Where was
 
 
 def write_checkpoint(directory: Path, *, prefix: str = "bert.", text: str = _TEXT, **fields: object) -> Path:
-    """A BERT for question answering of two small layers with random weights, and a tokenizer that knows the words of
-    ``text``; ``fields`` replace those of config.json."""
+    """Write a BERT for question answering with two small layers and random weights, and a tokenizer that knows the
+    words of ``text``; ``fields`` replace those of config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     words = dict.fromkeys(
         ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(text.lower().replace(".", " .").replace("?", " ?").split())]

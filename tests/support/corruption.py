@@ -1,4 +1,4 @@
-"""Ways to spoil a checkpoint."""
+"""Ways to corrupt a checkpoint."""
 
 import json
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""From a text and random logits to answers: a case, and all that must hold of it.
+"""Cases that decode answers from a text and random logits, and checks of their properties.
 
-The property tests draw cases with hypothesis, the fuzzer of ``make chaos`` makes them of bytes.
+The property tests draw cases with hypothesis; the fuzzer of ``make chaos`` makes them from bytes.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from tests.support.invariants import (
 from tests.support.paths import CHECKPOINT
 
 REFUSALS = ("question: ", "context: ", "overlap: ", "max_seq_len: ")
-"""How the message of every refusal begins: with the field to blame."""
+"""Every error message begins with the name of a field."""
 TOKENIZER = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
 MAKER = WindowMaker.from_directory(CHECKPOINT, max_seq_len=48, max_question_tokens=8, overlap=8, buckets=(32, 48))
 """Windows so short that most texts need several."""
@@ -31,7 +31,7 @@ MAKER = WindowMaker.from_directory(CHECKPOINT, max_seq_len=48, max_question_toke
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A question about some texts, and how it is to be answered."""
+    """A question about some texts, and the options for its answer."""
 
     question: str
     contexts: tuple[str, ...]
@@ -44,7 +44,7 @@ class Case:
 
 
 def check_case(case: Case) -> bool:
-    """See that a case is answered right, or refused with its field named; gives whether it was answered."""
+    """Check that a case is answered correctly, or refused with its field named; return whether it was answered."""
     documents = []
     for context in case.contexts:
         try:
@@ -73,7 +73,7 @@ def check_case(case: Case) -> bool:
 
 
 def check_snapping(text: str, places: tuple[int, int]) -> bool:
-    """See that a span is widened to the clusters of an independent implementation; gives whether there was a text."""
+    """Check that a span is widened to an independent implementation's clusters; return whether there was a text."""
     text = "".join(filter(of_either_unicode, text))
     if not text:
         return False

@@ -1,10 +1,10 @@
-"""Toy sets of the GLUE tasks, laid out as the benchmark's archives hold them."""
+"""Toy sets of the GLUE tasks, in the layout of the benchmark's archives."""
 
 from pathlib import Path
 
 from training.glue import TASKS
 
-SIGNS = {  # a word that gives the label of a toy example away
+SIGNS = {  # a word that gives away the label of a toy example
     "0": "bad",
     "1": "good",
     "entailment": "yes",
@@ -14,7 +14,7 @@ SIGNS = {  # a word that gives the label of a toy example away
     **{f"{number}.000": word for number, word in enumerate(("zero", "one", "two", "three", "four", "five"))},
 }
 
-# The first lines of the official files, cut where a field is long.
+# The first lines of the official files, with long fields shortened.
 HEADERS: dict[str, dict[str, str]] = {
     "CoLA": {"train": "", "test": "index\tsentence"},
     "SST-2": {"train": "sentence\tlabel", "test": "index\tsentence"},
@@ -41,7 +41,7 @@ HEADERS: dict[str, dict[str, str]] = {
 
 
 def write_set(path: Path, name: str, examples: int) -> None:
-    """Write a toy set as the archive has it: the second text, or the only one, has a word that tells the label."""
+    """Write a toy set in the archive's layout; the last text has a word that gives away the label."""
     task, kind = TASKS[name], path.stem.partition("_")[0]
     headers = HEADERS[name]
     header = headers.get(kind, headers["train"])

@@ -1,7 +1,7 @@
-"""Helm, one call a process: its Go runtime does not live beside all that a run of the tests has loaded.
+"""Run one Helm call in a separate process, because its Go runtime conflicts with what the tests have loaded.
 
-``python tests/support/helm_process.py render|lint CHART`` takes values as JSON and gives JSON, or Helm's error as text
-and status 1.
+``python tests/support/helm_process.py render|lint CHART`` reads values as JSON and prints JSON, or prints Helm's error
+as text and exits with 1.
 """
 
 import json

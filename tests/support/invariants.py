@@ -1,4 +1,4 @@
-"""What must hold of windows, spans and replies, whatever the input: shared by the property tests and the fuzzers."""
+"""Invariants of windows, spans and replies for any input, shared by the property tests and the fuzzers."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ _NEIGHBOURS = (
 
 
 def check_windows(windows: Windows, *, max_seq_len: int, overlap: int | None, buckets: Sequence[int]) -> None:
-    """Windows cover all tokens in order, hold what they say, and offsets lie inside the context."""
+    """Check that windows cover all tokens in order, match their fields, and have offsets inside the context."""
     tokens, context = len(windows.starts), windows.context
     assert len(windows.ends) == len(windows.words) == tokens
     assert bool(windows.windows) == bool(tokens)
@@ -56,7 +56,7 @@ def check_windows(windows: Windows, *, max_seq_len: int, overlap: int | None, bu
 
 
 def check_tokens_are_where_they_say(windows: Windows, tokenizer: Tokenizer) -> None:
-    """The characters of each token, normalized alone, hold the token's own text."""
+    """Check that the characters of each token, normalized alone, contain the token's text."""
     for window in windows.windows:
         ids = window.input_ids[0, window.offset : window.offset + window.tokens].tolist()
         for number, token in enumerate(ids, window.first_token):
@@ -71,7 +71,7 @@ def check_tokens_are_where_they_say(windows: Windows, tokenizer: Tokenizer) -> N
 def check_decoded(
     documents: Sequence[Windows], logits: Sequence[Sequence[Logits]], *, top_k: int, max_answer_tokens: int, words: bool
 ) -> Decoded:
-    """Answers are exact, distinct, ranked spans whose scores and the null score are probabilities of one softmax."""
+    """Check that answers are exact, distinct, ranked spans, with scores and null score from one softmax."""
     decoded = decode(documents, logits, top_k=top_k, max_answer_tokens=max_answer_tokens, align_to_words=words)
     contexts = [windows.context for windows in documents]
     places = {(answer.context_index, answer.start, answer.end) for answer in decoded.answers}
@@ -91,7 +91,7 @@ def check_decoded(
 
 
 def wrong_offsets(asked: Mapping[str, Any], reply: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the spans of a reply of ``/v1/answer``; empty where all of it is right."""
+    """Describe what is wrong with the spans of a ``/v1/answer`` reply; empty if nothing is."""
     contexts: Sequence[str] = asked.get("contexts") or [asked["context"]]
     unit = asked.get("offset_unit", "codepoint")
     wrong = [] if reply["offset_unit"] == unit else [f"unit {reply['offset_unit']}"]
@@ -106,7 +106,7 @@ def wrong_offsets(asked: Mapping[str, Any], reply: Mapping[str, Any]) -> list[st
 
 
 def cut(text: str, start: int, end: int, unit: str) -> str | None:
-    """The piece of a text between two offsets in a unit, or None where these are not between two of its characters."""
+    """Return the piece of a text between two offsets in a unit, or None if an offset is inside a character."""
     codec = _CODECS[unit]
     if codec is None:
         return text[start:end] if 0 <= start <= end <= len(text) else None
@@ -120,7 +120,7 @@ def cut(text: str, start: int, end: int, unit: str) -> str | None:
 
 
 def wrong_scores(asked: Mapping[str, Any], reply: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the ranking of a reply of ``/v1/answer``."""
+    """Describe what is wrong with the ranking of a ``/v1/answer`` reply."""
     scores = [answer["score"] for answer in reply["answers"]]
     problems = {
         "not ranked": scores != sorted(scores, reverse=True),
@@ -132,15 +132,15 @@ def wrong_scores(asked: Mapping[str, Any], reply: Mapping[str, Any]) -> list[str
 
 
 def cluster_bounds(text: str) -> list[int]:
-    """Where the grapheme clusters of a text begin and end; not by the library that `bertqa.graphemes` uses."""
+    """Return the bounds of a text's grapheme clusters, from another library than `bertqa.graphemes` uses."""
     return [0, *(match.end() for match in regex.finditer(r"\X", text))]
 
 
 @functools.cache
 def of_either_unicode(character: str) -> bool:
-    """Whether the Unicode versions of Oniguruma and of `cluster_bounds` know a character as the same.
+    """Check whether Oniguruma and `cluster_bounds`, with different Unicode versions, treat a character the same.
 
-    The later one has new marks and pictographs, and rule GB9c, by which a virama joins two consonants.
+    The later version has new marks and pictographs, and rule GB9c, by which a virama joins two consonants.
     """
     texts = [before + character + after for before, after in _NEIGHBOURS]
     return all(

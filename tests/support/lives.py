@@ -39,7 +39,7 @@ FLAGS = [
 
 
 def lives(count: int) -> list[Example]:
-    """Questions whose answer is the only place in their context."""
+    """Questions whose answer is the only place name in their context."""
     examples = []
     for number in range(count):
         name, place = NAMES[number % len(NAMES)], PLACES[(number * 5) % len(PLACES)]
@@ -52,7 +52,7 @@ def lives(count: int) -> list[Example]:
 
 
 def write_encoder(directory: Path, seed: int) -> Path:
-    """Write a tiny BERT with random weights and a real tokenizer; returns its directory."""
+    """Write a tiny BERT with random weights and a real tokenizer; return its directory."""
     torch.manual_seed(seed)
     config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     BertModel(config, add_pooling_layer=False).save_pretrained(directory)
@@ -61,14 +61,14 @@ def write_encoder(directory: Path, seed: int) -> Path:
 
 
 def train_teacher(data: Path, encoder: Path, output: Path) -> Path:
-    """Train a tiny encoder until it knows the questions; returns the checkpoint."""
+    """Train a tiny encoder until it knows the questions; return the checkpoint."""
     job = ["--train", str(data), "--init", str(encoder), "--output", str(output), "--dropout", "0", "--epochs", "12"]
     finetune_squad.main(parse(SquadArguments, [*FLAGS, *job]))
     return output
 
 
 def under_horovod(processes: int, job: list[str]) -> None:
-    """Run a module of training in so many processes, with one thread each."""
+    """Run a training module in the given number of processes, with one thread each."""
     binaries = Path(sys.executable).parent
     command = [sys.executable, "-m", *job]
     if processes > 1:
@@ -79,7 +79,7 @@ def under_horovod(processes: int, job: list[str]) -> None:
 
 
 def finetune(processes: int, data: Path, encoder: Path, output: Path, *more: str) -> list[float]:
-    """Run the job as a user does; returns the logged losses."""
+    """Run the job as a user does; return the logged losses."""
     files = ["--train", str(data), "--init", str(encoder), "--output", str(output)]
     under_horovod(processes, ["training.finetune_squad", *FLAGS, *files, *more])
     return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]

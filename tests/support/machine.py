@@ -1,4 +1,4 @@
-"""The machine, which the workers of one run of pytest share."""
+"""A lock for the machine, shared by the workers of one pytest run."""
 
 import contextlib
 import fcntl
@@ -9,14 +9,14 @@ from typing import IO
 
 @contextlib.contextmanager
 def machine(shared: Path, *, alone: bool) -> Iterator[None]:
-    """Hold the machine for a block: together with other tests, or alone.
+    """Hold the machine during a block, together with other tests or alone.
 
-    Whoever comes passes the gate first. Who wants to be alone keeps it closed while it waits, and so does not wait for
-    ever.
+    Every test first passes a gate. A test that wants to be alone keeps the gate closed while it waits, so it does not
+    wait forever.
 
     Args:
-        shared: a folder that all workers have.
-        alone: whether nobody else may hold the machine meanwhile.
+        shared: a folder shared by all workers.
+        alone: whether no other test may hold the machine meanwhile.
     """
     with (
         _locked(shared / "gate", fcntl.LOCK_EX) as gate,

@@ -1,4 +1,4 @@
-"""A DNS server of our own."""
+"""A DNS server for tests."""
 
 import asyncio
 import contextlib
@@ -9,8 +9,8 @@ from typing import Any
 
 
 class Names(asyncio.DatagramProtocol):
-    """A DNS server (RFC 1035) that answers every question for IPv4 addresses with those it has now, and others with
-    none."""
+    """A DNS server (RFC 1035) that answers every query for IPv4 addresses with its current list, and others with
+    nothing."""
 
     def __init__(self, *addresses: str) -> None:
         self.addresses = addresses
@@ -27,7 +27,7 @@ class Names(asyncio.DatagramProtocol):
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[str]:
-        """Give the URL of a name that this server alone knows, less its port."""
+        """Yield the URL, without a port, of a name that only this server knows."""
         transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: self, ("127.0.0.1", 0))
         try:
             yield "dns://{}:{}/triton.example".format(*transport.get_extra_info("sockname"))

@@ -1,7 +1,6 @@
-"""Ports for servers of the tests, which two workers of pytest never give at the same time.
+"""Ports for test servers; two pytest workers never get the same port at the same time.
 
-They lie below the ports that Linux gives to whoever asks for any, so that between the look and the server's start
-nobody else is given one.
+They are below Linux's ephemeral ports, so that no other process gets one between the check and the server's start.
 """
 
 import os
@@ -15,7 +14,7 @@ _FIRST, _PORTS, _WORKERS = 12_000, 1_200, 16
 
 
 def _candidates() -> Iterator[int]:
-    """The ports of this worker, over and over, from any of them on: another run of the tests may have the same."""
+    """Cycle through this worker's ports from a random start, because another test run may use the same ports."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _WORKERS
     begin = random.Random(os.getpid()).randrange(_PORTS)
     while True:
@@ -27,7 +26,7 @@ _NEXT = _candidates()
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port where nobody listens, and that was not given before."""
+    """Return a port that nobody listens on and that was not returned before."""
     for _ in range(_PORTS):
         port = next(_NEXT)
         with socket.socket() as probe:
@@ -41,5 +40,5 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def triton_ports() -> TritonPorts:
-    """The three ports of a Triton."""
+    """Return the three ports of a Triton."""
     return TritonPorts(free_port(), free_port(), free_port())

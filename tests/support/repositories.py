@@ -18,15 +18,15 @@ def publish_toy_bundle(
     files: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Path:
-    """Write a version of a toy bundle and give its directory; it is not activated.
+    """Write a version of a toy bundle and return its directory; the version is not activated.
 
     Args:
-        repository: takes the version.
-        bundle: gives the tokenizer and the manifest.
-        version: the bundle's own if None.
+        repository: repository to write to.
+        bundle: source of the tokenizer and the manifest.
+        version: version number; None for the bundle's own.
         model: name in the repository.
-        files: names and contents of what else the bundle holds.
-        fields: replace those of the manifest, whose hashes are right otherwise.
+        files: names and contents of more files in the bundle.
+        fields: replacements of manifest fields; all hashes are correct otherwise.
     """
     directory = repository.directory(model, bundle.version if version is None else version)
     directory.mkdir(parents=True)

@@ -13,7 +13,7 @@ from tests.support.waiting import until
 
 @contextlib.contextmanager
 def serving(app: FastAPI, **options: Any) -> Iterator[str]:
-    """Serve an application with uvicorn on a free port, in a thread of its own; gives the base URL."""
+    """Serve an application with uvicorn on a free port in a separate thread; yield the base URL."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none", **options))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -1,4 +1,4 @@
-"""A SQuAD file of two questions about one sentence, which the small checkpoints know the words of."""
+"""A SQuAD file with two questions about one sentence, with words that the small checkpoints know."""
 
 import json
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""The TensorRT target from end to end: on TensorRT's real types, with ONNX Runtime in the place of its libraries.
+"""Run the TensorRT target end to end on TensorRT's real types, with ONNX Runtime instead of its libraries.
 
-A program of its own, because a process can hold one TensorRT only: ``test_tensorrt_build`` runs it with each. All of
-the builder and of Polygraphy runs; whatever is called on a type of TensorRT exists there and takes these arguments.
-What is built is the graph itself, and what executes it, from and into the addresses that it was told, is ONNX Runtime.
-So this shows how the parts are put together, and not that TensorRT builds anything.
+This is a separate program, because a process can load only one TensorRT: ``test_tensorrt_build`` runs it with each. The
+whole builder and Polygraphy run; every call on a TensorRT type exists there and takes these arguments. The "engine" is
+the graph itself; ONNX Runtime executes it, from and into the given addresses. So this shows that the parts fit
+together, but not that TensorRT can build anything.
 """
 
 import ctypes
@@ -30,17 +30,17 @@ from engine_builder.build import BuildOptions, build
 from engine_builder.targets import tensorrt as target
 
 STREAM = 7
-Builder, OnnxParser, Runtime = trt.Builder, trt.OnnxParser, trt.Runtime  # before others stand in their places
+Builder, OnnxParser, Runtime = trt.Builder, trt.OnnxParser, trt.Runtime  # before they are replaced
 Handlers = Mapping[str, Callable[..., Any]]
 
 
 def spec(kind: type, handlers: Handlers, **attributes: Any) -> MagicMock:
-    """An object with the names of a TensorRT type and no others, whose methods take its arguments and no others.
+    """Create an object with exactly the names of a TensorRT type, whose methods take exactly its arguments.
 
     Args:
-        kind: the type.
-        handlers: what its methods do; others return a mock.
-        attributes: values of its properties.
+        kind: the TensorRT type.
+        handlers: implementations of methods; other methods return a mock.
+        attributes: values of the properties.
     """
     made: MagicMock = create_autospec(kind, instance=True, spec_set=True)
     for name in dir(kind):
@@ -68,7 +68,7 @@ def _checked(name: str, parameters: list[str], handler: Callable[..., Any]) -> C
 
 
 class HostMemory:
-    """The CUDA runtime, as far as Polygraphy calls it, with memory of the host."""
+    """The part of the CUDA runtime that Polygraphy calls, with host memory."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, Any] = {}
@@ -96,7 +96,7 @@ class HostMemory:
 
 
 class TensorRT:
-    """What is built and run in one build, and what was asked for on the way."""
+    """The engine and runs of one build, with a record of all requests."""
 
     def __init__(self) -> None:
         self.graph = b""
@@ -115,7 +115,7 @@ class TensorRT:
             self.timing_caches.append(bytes(begun).decode())
             return cache
 
-        optional = {  # of version 10 alone
+        optional = {  # only in version 10
             name: (lambda *_: False) for name in ("get_quantization_flag",) if hasattr(trt.IBuilderConfig, name)
         }
         config = spec(
@@ -135,7 +135,7 @@ class TensorRT:
             default_device_type=trt.DeviceType.GPU,
             num_optimization_profiles=2,
         )
-        if hasattr(config, "int8_calibrator"):  # likewise
+        if hasattr(config, "int8_calibrator"):  # only in version 10
             config.int8_calibrator = None
         return config
 
@@ -258,14 +258,14 @@ class TensorRT:
 
 
 class Moment(float):
-    """A point of time in milliseconds, as an event of CUDA is one."""
+    """A point in time in milliseconds, like a CUDA event."""
 
     def sync(self) -> None:
-        """Return at once: the host computes while it is called."""
+        """Return at once, because the host computes synchronously."""
 
 
 def _cuda(stack: ExitStack) -> tuple[MagicMock, MagicMock]:
-    """Put objects with the names of cuda-core in its place; gives the builder of graphs and the graph."""
+    """Replace cuda-core by objects with its names; return the graph builder and the graph."""
     graph, capture = create_autospec(Graph, instance=True), create_autospec(GraphBuilder, instance=True)
     for name in ("begin_building", "end_building"):
         getattr(capture, name).return_value = capture
@@ -289,7 +289,7 @@ def _cuda(stack: ExitStack) -> tuple[MagicMock, MagicMock]:
 
 
 def main(options: BuildOptions) -> dict[str, Any]:
-    """Build; gives what TensorRT was told, and the manifest."""
+    """Build; return what TensorRT was asked for, and the manifest."""
     made = TensorRT()
     with ExitStack() as stack:
         capture, graph = _cuda(stack)

@@ -1,4 +1,4 @@
-"""A test that is marked `alone` has the machine for itself, and is not overtaken for ever."""
+"""Test that a test marked `alone` gets the machine to itself, and is not overtaken forever."""
 
 import threading
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A toy model of the service: a real tokenizer of a few hundred pieces, and an engine that answers what is «marked»."""
+"""A toy model for the service: a real tokenizer with a few hundred pieces, and an engine that answers «marked» text."""
 
 import asyncio
 import threading
@@ -27,7 +27,7 @@ _PIECES = [
 
 
 def toy_bundle(tokenizer: Tokenizer | None = None) -> Bundle:
-    """A bundle with short windows, of the toy's own tokenizer or another."""
+    """Make a bundle with short windows, and the toy tokenizer or another."""
     if tokenizer is None:
         tokenizer = Tokenizer(WordPiece({piece: number for number, piece in enumerate(_PIECES)}, unk_token="[UNK]"))
         tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
@@ -67,15 +67,15 @@ def toy_bundle(tokenizer: Tokenizer | None = None) -> Bundle:
 
 
 class FakeEngine:
-    """Holds that the first span between « and » in a window is its answer, and that a window without has none."""
+    """Answers with the first span between « and » in a window; a window without one has no answer."""
 
     def __init__(self, identity: str) -> None:
         self.identity = identity
         self.failure: Exception | None = None
         self.delay_s = 0.0
-        self.concurrency = 64  # calls that it is to have at one time
+        self.concurrency = 64  # number of calls to run at once
         self.windows = 0  # answered
-        self.looked_at = 0  # how often it said what is loaded
+        self.looked_at = 0  # number of times that it reported the loaded models
         self.cancelled = threading.Event()
         self.started = threading.Event()
         self.closed = False
@@ -96,7 +96,7 @@ class FakeEngine:
 
     @staticmethod
     def logits(window: Window) -> Logits:
-        """Null is 0; the marked span is 16; any other span is below null, earlier and shorter ones being better."""
+        """Return logits: null is 0, the marked span 16, others below null, earlier and shorter spans higher."""
         slope = np.linspace(-4, -5, window.length, dtype=np.float32)[None]
         start, end = slope.copy(), slope.copy()
         start[0, 0] = end[0, 0] = 0

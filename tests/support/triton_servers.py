@@ -1,4 +1,4 @@
-"""Triton with flags of its own, and a gRPC server that answers as Triton does."""
+"""Triton with custom flags, and a gRPC server that speaks Triton's protocol."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ from tests.support.waiting import until
 
 @contextlib.contextmanager
 def triton_with(tmp_path: Path, repository: Path, *flags: str) -> Iterator[str]:
-    """The real server with flags of its own; gives its gRPC address."""
+    """Run the real server with custom flags; yield its gRPC address."""
     cache = tmp_path / "cache"
     cache.mkdir()
     installation = find_triton(cache)

@@ -1,14 +1,16 @@
-"""Waiting for what other threads and processes do, never for ever."""
+"""Wait for other threads and processes, with a time limit."""
 
 import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], object], why: str = "waited in vain", seconds: float = 60.0) -> float:
-    """Wait for a condition, which is looked at every 20 ms; gives the seconds that it took.
+def until(
+    condition: Callable[[], object], why: str = "the condition did not become true", seconds: float = 60.0
+) -> float:
+    """Poll a condition every 20 ms until it is true; return the seconds that it took.
 
     Raises:
-        TimeoutError: it did not come true; says why that is bad.
+        TimeoutError: the condition did not become true; the message has ``why``.
     """
     began = time.monotonic()
     while not condition():

@@ -1,4 +1,4 @@
-"""Averaging checkpoints: the arithmetic, and what is refused because its weights mean something else."""
+"""Test averaging of checkpoints: the arithmetic, and the refusal of checkpoints of other models."""
 
 import json
 from collections.abc import Callable

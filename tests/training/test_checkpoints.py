@@ -1,4 +1,4 @@
-"""Resume states on disk: what is read is what was written, or it is refused by name; a full disk spoils nothing."""
+"""Test resume states on disk: reads return what was written or name the damaged file; a full disk damages nothing."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A teacher's soft labels: written by real processes, refused where they do not fit, and learnt by a student."""
+"""Test a teacher's soft labels: written by real processes, refused if they do not fit, and learned by a student."""
 
 import json
 import math

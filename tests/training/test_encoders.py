@@ -1,4 +1,4 @@
-"""A checkpoint that training wrote: transformers reads it, and tokenizes as its tokenizer.json does."""
+"""Test that transformers reads a checkpoint written by training, and tokenizes like its tokenizer.json."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The GLUE tasks' files, metrics and submissions, and the fine-tuning job, alone and in two processes of Horovod."""
+"""Test the GLUE tasks' files, metrics and submissions, and the fine-tuning job, alone and in two Horovod processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Features and batches of the fine-tuning job, and the job itself in real processes under horovodrun."""
+"""Test the SQuAD fine-tuning job: its features and batches, and the job in real processes under horovodrun."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Questions with an exchanged name or number: unanswerable by construction, filtered by a teacher, and trained on."""
+"""Test questions with a replaced name or number: unanswerable by construction, filtered by a teacher, trained on."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The import of MPNet: the encoder reads BERT's ids and gives what transformers' own gives for the original ones."""
+"""Test the MPNet import: for BERT's ids, the encoder gives what transformers' MPNet gives for the original ids."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""LAMB against the paper's formulas in numpy, tensor by tensor, and against the moments of PyTorch's own Adam."""
+"""Test LAMB against the paper's formulas in numpy, tensor by tensor, and against the moments of PyTorch's Adam."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""The training loop, on its own in this process and as a toy job of several real ones under horovodrun.
+"""Test the training loop, in this process and as a toy job in several real processes under horovodrun.
 
-Started as a program this file is that job: ``horovodrun -np 2 python tests/training/test_loop.py --output DIR``.
+Run as a program, this file is that job: ``horovodrun -np 2 python tests/training/test_loop.py --output DIR``.
 """
 
 import json

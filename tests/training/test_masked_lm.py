@@ -1,4 +1,4 @@
-"""Masks, batches and packing: pure functions of their arguments that lose nothing and mix nothing up."""
+"""Test masks, batches and packing: pure functions of their arguments that lose nothing and mix nothing up."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""The speed benchmark keeps its repeats, tried on numbers in place of launches; and once each, small, the real ones."""
+"""Test the speed benchmark: it saves its repeats (with numbers instead of launches), and small real launches work."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Records of a run, its plot, and the peak that its speed is compared with."""
+"""Test a run's records, its plot, and the peak speed of the device."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The pre-training job: its model, its recipe, and runs of it, alone in this process and as 2 and 4 of horovodrun."""
+"""Test the pre-training job: its model, its recipe, and runs in this process and in 2 and 4 under horovodrun."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the scaling of the rate with the batch."""
+"""Test the learning rate schedules, and the scaling of the rate with the batch."""
 
 from collections.abc import Callable
 

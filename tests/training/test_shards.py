@@ -1,4 +1,4 @@
-"""Documents to pairs to shard sets: the same bytes whoever makes them, and no damage goes unseen."""
+"""Test documents, pairs and shard sets: the bytes do not depend on the processes, and all damage is detected."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""From the origins of text to documents: a server that breaks off, a dump, books, own text, SQuAD and GLUE."""
+"""Test the sources of documents: interrupted downloads, a dump, books, own text, SQuAD and GLUE."""
 
 import bz2
 import contextlib

@@ -1,7 +1,7 @@
-"""The event loop goes on while a body is parsed or a reply is written, whatever is in it.
+"""Test that parsing a body or writing a reply never blocks the event loop, whatever the content.
 
-What is measured between two turns of the loop is the processor time of the process, which others do not change;
-each case prints it.
+The tests measure the CPU time of the process between two turns of the loop, which other processes do not change; each
+case prints it.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The Hugging Face routes, asked by the real ``huggingface_hub`` clients over real HTTP."""
+"""Test the Hugging Face routes with the real ``huggingface_hub`` clients over real HTTP."""
 
 import asyncio
 from collections.abc import Mapping

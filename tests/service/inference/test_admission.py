@@ -1,6 +1,6 @@
-"""Who is let in, and when: the real admission, in an event loop whose clock jumps to the next event.
+"""Test the real admission in an event loop whose clock jumps to the next event.
 
-The engine has two instances of 300 ms a call, and Triton one more call ready for each, as on two cores of a CPU.
+The engine has two instances at 300 ms per call, and Triton has one more call queued for each, as on two CPU cores.
 """
 
 import asyncio

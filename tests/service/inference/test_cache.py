@@ -1,4 +1,4 @@
-"""Kept answers and shared computations: the cache alone, and in the application."""
+"""Test cached answers and shared computations, in the cache alone and in the application."""
 
 import asyncio
 import json

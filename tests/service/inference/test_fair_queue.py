@@ -1,4 +1,4 @@
-"""Turns at the engine: a bound, fair rounds, deadlines, and what a newcomer is told."""
+"""Test the fair queue: its limit, its rounds, deadlines, and the reply to a rejected caller."""
 
 import asyncio
 import time
