@@ -1,1 +1,1 @@
-"""From the origins of text to shard sets, as ``python -m training.data``; see `training.data.__main__`."""
+"""Turn text from various sources into shard sets: ``python -m training.data``; see `training.data.__main__`."""

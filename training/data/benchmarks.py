@@ -1,7 +1,7 @@
-"""SQuAD and GLUE: the official files, each with its SHA-256.
+"""Download the official files of SQuAD and GLUE, checked by SHA-256.
 
-Neither publishes checksums. Those below are the ones that Hugging Face's ``datasets`` recorded of the same addresses
-(datasets/squad, squad_v2 and glue, dataset_infos.json) and that other projects pin too: ParlAI those of SQuAD,
+Neither benchmark publishes checksums. Those below are recorded for the same addresses in Hugging Face's ``datasets``
+(datasets/squad, squad_v2 and glue, dataset_infos.json). Other projects pin them too: ParlAI those of SQuAD,
 Transformers.jl those of GLUE.
 """
 
@@ -34,14 +34,14 @@ GLUE = {
     "QNLI": ("glue/data/QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
     "RTE": ("glue/data/RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
 }
-"""GLUE's archives: the task, which is also the folder in the archive, its address on the mirror, its SHA-256."""
+"""GLUE's archives: the task (also the folder in the archive), its path on the mirror, and its SHA-256."""
 _SENTEVAL = "senteval/senteval_data/msr_paraphrase_"
 MRPC = {
     f"{_SENTEVAL}train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
     f"{_SENTEVAL}test.txt": "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
     "glue/data/mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
 }
-"""MRPC, which GLUE does not distribute: Microsoft's corpus as SentEval hosts it, and GLUE's choice of a dev set."""
+"""MRPC, which GLUE does not distribute: Microsoft's corpus as hosted by SentEval, and GLUE's choice of a dev set."""
 TASKS = (*GLUE, "MRPC")
 
 
@@ -82,7 +82,7 @@ def download_glue(client: httpx.Client, output: Path, tasks: Sequence[str], mirr
 
 
 def unpack(archive: Path, folder: str, output: Path) -> None:
-    """Take the ``.tsv`` files of a folder out of an archive.
+    """Extract the ``.tsv`` files of a folder from an archive.
 
     Raises:
         DataError: there are none.
@@ -97,10 +97,10 @@ def unpack(archive: Path, folder: str, output: Path) -> None:
 
 
 def write_mrpc(train: Path, test: Path, dev_ids: Path, output: Path) -> None:
-    """Lay MRPC out as GLUE's other tasks: the pairs of Microsoft's training file that GLUE chose become dev.tsv.
+    """Lay out MRPC like GLUE's other tasks; the pairs that GLUE chose from Microsoft's training file become dev.tsv.
 
     Raises:
-        DataError: a file has not the columns of MRPC.
+        DataError: a file does not have the columns of MRPC.
     """
     chosen = {tuple(line.split("\t")) for line in dev_ids.read_text(encoding="utf-8").split("\n") if line}
     header, *rows = _rows(train)

@@ -1,11 +1,11 @@
-"""Books -> documents, from any source that the registry below names.
+"""Convert books to documents, from any source in the registry below.
 
-BERT's own second corpus, BookCorpus, is gone: its origin (smashwords.com, by way of the University of Toronto) was
-withdrawn, and copies of it are of uncertain licence and cannot be verified. The source offered in its place is Project
-Gutenberg: books whose copyright has ended in the United States. A book is a document; licence, notes of the producers
-and what is no running text are left out.
+BERT's second corpus, BookCorpus, is gone: its origin (smashwords.com, via the University of Toronto) was withdrawn, and
+copies have an uncertain licence and cannot be verified. We use Project Gutenberg instead: books whose copyright has
+expired in the United States. A book is a document; licence, producers' notes and everything that is not running text
+are left out.
 
-Another source is a class like `Gutenberg` and a line in `SOURCES`.
+To add a source, add a class like `Gutenberg` and a line in `SOURCES`.
 """
 
 import csv
@@ -26,19 +26,19 @@ from training.data.text import paragraphs_of
 
 
 class BookSource(Protocol):
-    """Where books come from; a class of this form is made with these arguments, from the flags of the same names."""
+    """A source of books; such a class is created with these arguments, from the flags of the same names."""
 
     def __init__(self, client: httpx.Client, folder: Path, mirror: str | None, wait: float) -> None:
         """Bind the downloads' client and folder, the address to use in place of the usual one, and a pause."""
 
     def identity(self) -> dict[str, object]:
-        """What decides the text of a book, beside its id."""
+        """Return what decides the text of a book, in addition to its id."""
 
     def find(self, language: str, count: int) -> list[str]:
-        """The ids of the first ``count`` books in a language."""
+        """Return the ids of the first ``count`` books in a language."""
 
     def read(self, book: str) -> Document:
-        """Download a book, if it is not there yet, and read it."""
+        """Download a book unless it exists, and read it."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Gutenberg:
     client: httpx.Client
     folder: Path
     mirror: str | None = None
-    wait: float = 2.0  # seconds between two books, as its policy asks of programs
+    wait: float = 2.0  # seconds between two books, as its policy requires of programs
 
     def identity(self) -> dict[str, object]:
         """The mirror does not matter."""
         return {"origin": "gutenberg"}
 
     def find(self, language: str, count: int) -> list[str]:
-        """The numbers of books with a plain text, by the catalog, lowest first."""
+        """Return the numbers of books with plain text, from the catalog, in ascending order."""
         catalog = self.folder / "pg_catalog.csv"
         download(self.client, f"{self._mirror}/cache/epub/feeds/pg_catalog.csv", catalog, None)
         rows = csv.DictReader(io.StringIO(catalog.read_text(encoding="utf-8")))
@@ -72,7 +72,7 @@ class Gutenberg:
         """Download and read a book by its number."""
         path = self.folder / f"pg{book}.txt"
         if not path.exists():
-            # The publisher makes these files anew now and then and publishes no sums of them.
+            # Project Gutenberg regenerates these files now and then and publishes no checksums for them.
             download(self.client, f"{self._mirror}/cache/epub/{book}/pg{book}.txt", path, None)
             sleep(self.wait)
         return gutenberg_document(book, path)
@@ -106,13 +106,13 @@ def gutenberg_document(book: str, path: Path) -> Document:
     """Read a plain text of Project Gutenberg, without its licence, credits, headings and footnote marks.
 
     Raises:
-        DataError: it has not the marks between which the book stands.
+        DataError: the marks around the book's text are missing.
     """
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = raw.decode("latin-1")  # what older files are in
+        text = raw.decode("latin-1")  # the encoding of older files
     text = text.replace("\r\n", "\n")
     start, end = _START.search(text), _END.search(text)
     if not start or not end or end.start() < start.end():

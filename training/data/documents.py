@@ -1,7 +1,7 @@
-"""Documents between the steps: folders of Parquet files, a row for each document.
+"""Read and write documents: folders of Parquet files with one row per document.
 
-A row has the document's ``id`` (where it is from), its ``title`` and its ``paragraphs``, a list of strings of plain
-text without line breaks. Row groups hold about a megabyte of text each, so that steps can share a file out.
+A row has the document's ``id`` (its source), its ``title`` and its ``paragraphs``, a list of plain-text strings without
+line breaks. Each row group has about a megabyte of text, so that processes can share a file.
 """
 
 import json
@@ -20,11 +20,11 @@ _SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("paragraphs",
 
 
 class DataError(ValueError):
-    """Data is missing, malformed or does not go together; the message names the file or the flag."""
+    """Data is missing, malformed or inconsistent; the message names the file or the flag."""
 
 
 class Document(NamedTuple):
-    """A text with its paragraphs in order."""
+    """A text, as a list of paragraphs."""
 
     id: str  # e.g. "enwiki-20260901/12"
     title: str
@@ -41,14 +41,14 @@ class DocumentGroup(NamedTuple):
 
 
 def open_output(directory: Path, identity: Mapping[str, object]) -> None:
-    """Make a folder for the documents of one origin, or go on with it if it is of that origin.
+    """Create a folder for the documents of one source, or continue an existing folder of the same source.
 
     Args:
-        directory: which holds nothing but these documents.
-        identity: what decides the documents; kept in ``documents.json``.
+        directory: a folder only for these documents.
+        identity: everything that decides the documents; stored in ``documents.json``.
 
     Raises:
-        DataError: the folder holds documents of another origin.
+        DataError: the folder contains documents of another source.
     """
     path = directory / IDENTITY_FILE
     described = json.dumps(identity, indent=1, sort_keys=True) + "\n"
@@ -66,7 +66,7 @@ def open_output(directory: Path, identity: Mapping[str, object]) -> None:
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> int:
-    """Write a file of documents in one step; those without a paragraph are left out.
+    """Write a file of documents atomically, without documents that have no paragraphs.
 
     Returns:
         The number of documents written.
@@ -96,10 +96,10 @@ def write_documents(path: Path, documents: Iterable[Document]) -> int:
 
 
 def document_files(directories: Sequence[Path]) -> list[Path]:
-    """The files of some folders of documents, in order of the folders and of their names.
+    """Return the files of some folders of documents, in order of folder and file name.
 
     Raises:
-        DataError: a folder holds no file of documents, or is given twice.
+        DataError: a folder contains no documents, or is given twice.
     """
     files: list[Path] = []
     for directory in directories:
@@ -113,10 +113,10 @@ def document_files(directories: Sequence[Path]) -> list[Path]:
 
 
 def document_groups(path: Path) -> list[DocumentGroup]:
-    """The row groups of a file of documents.
+    """Return the row groups of a file of documents.
 
     Raises:
-        DataError: it is no file of documents, or is corrupt.
+        DataError: the file is corrupt or not a file of documents.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -129,7 +129,7 @@ def document_groups(path: Path) -> list[DocumentGroup]:
 
 
 def read_group(group: DocumentGroup) -> list[Document]:
-    """The documents of a row group.
+    """Read the documents of a row group.
 
     Raises:
         DataError: the file is corrupt.

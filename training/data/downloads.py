@@ -1,4 +1,4 @@
-"""Downloads that resume, are checked, and appear under their name only when they are whole."""
+"""Download files with resume and checksums; a file gets its final name only when it is complete."""
 
 import hashlib
 import json
@@ -13,24 +13,24 @@ import httpx
 from tqdm import tqdm
 
 ATTEMPTS = 8
-"""Times in a row that a transfer may break without a byte gained before the download fails."""
+"""Consecutive attempts without progress before a download fails."""
 _HEADERS = {
     "User-Agent": "bertqa-training-data/0.1 (python-httpx; python -m training.data)",
-    "Accept-Encoding": "identity",  # a range counts bytes of the file, not of a compressed transfer
+    "Accept-Encoding": "identity",  # ranges must count bytes of the file, not of a compressed transfer
 }
 _BLOCK = 1 << 20
 
 
 class DownloadError(Exception):
-    """A file cannot be had, or is not the file it should be; the message names it and its address."""
+    """A file cannot be downloaded or has the wrong content; the message names it and its address."""
 
 
 class NotOnServer(DownloadError):
-    """The server answers that it has no such file."""
+    """The server does not have the file."""
 
 
 class Checksum(NamedTuple):
-    """What a file's digest should be."""
+    """The expected digest of a file."""
 
     algorithm: str  # a name that hashlib knows
     digest: str  # hexadecimal
@@ -40,7 +40,7 @@ class Checksum(NamedTuple):
         """Read ``sha256:0123…``.
 
         Raises:
-            ValueError: the algorithm is unknown or the digest is not as long as its digests are.
+            ValueError: the algorithm is unknown, or the digest has the wrong length.
         """
         algorithm, _, digest = text.partition(":")
         if algorithm not in ("sha1", "sha256"):
@@ -56,7 +56,7 @@ class Checksum(NamedTuple):
 
 @contextmanager
 def http_client() -> Iterator[httpx.Client]:
-    """A client for downloads; follows redirects."""
+    """Create a client for downloads that follows redirects."""
     with httpx.Client(headers=_HEADERS, follow_redirects=True, timeout=60) as client:
         yield client
 
@@ -65,7 +65,7 @@ def fetch_text(client: httpx.Client, url: str) -> str:
     """Fetch a small file, such as a list of checksums.
 
     Raises:
-        DownloadError: it cannot be had.
+        DownloadError: the file cannot be downloaded.
     """
     try:
         return client.get(url).raise_for_status().text
@@ -81,22 +81,22 @@ def download(
     *,
     wait: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Download a file, unless it is there already; a broken transfer goes on where it broke, in a later run too.
+    """Download a file unless it exists; an interrupted transfer resumes, also in a later run.
 
-    The bytes go to ``<path>.partial``, which takes the file's name when its checksum is right. Where the origin
-    publishes none, the digest found is written to ``<path>.sha256`` (in the form of sha256sum), and is what a file
-    that is there already is checked against.
+    The data goes to ``<path>.partial``, which gets the file's name once its checksum is right. If the source publishes
+    no checksum, the digest is written to ``<path>.sha256`` (in sha256sum's format), and an existing file is checked
+    against it.
 
     Args:
         client: see `http_client`.
-        url: of the file.
-        path: where it goes.
-        checksum: of the whole file; None where there is none to be had.
-        wait: sleeps for so many seconds between two attempts.
+        url: address of the file.
+        path: where to store it.
+        checksum: checksum of the whole file; None if none is published.
+        wait: sleeps for the given seconds between two attempts.
 
     Raises:
         NotOnServer: there is no such file.
-        DownloadError: the server refuses, the transfer breaks time and again, or the checksum is wrong.
+        DownloadError: the server refuses, the transfer fails repeatedly, or the checksum is wrong.
     """
     recorded = path.with_name(path.name + ".sha256")
     if checksum is None and recorded.exists():
@@ -144,19 +144,19 @@ def download(
 
 
 def _transfer(client: httpx.Client, url: str, partial: Path) -> bool:
-    """Add to a partial file what the server still has of it; False where the transfer ended early."""
+    """Append the rest of a file to its partial file; return False if the transfer ended early."""
     have = partial.stat().st_size if partial.exists() else 0
     validator = _validator_file(partial)
     headers = {}
     if have and validator.exists():
-        # Only if the file is still the same; else the server sends the whole of the new one (RFC 9110, 13.1.5).
+        # Resume only if the file has not changed; otherwise the server sends all of the new one (RFC 9110, 13.1.5).
         headers = {"Range": f"bytes={have}-", "If-Range": json.loads(validator.read_text())}
     with client.stream("GET", url, headers=headers) as response:
         if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             if response.headers.get("Content-Range") != f"bytes */{have}":
-                partial.unlink()  # longer than the file; begin again
+                partial.unlink()  # longer than the file; start again
                 return False
-            return True  # a run ended between the last byte and the check
+            return True  # an earlier run ended between the last byte and the check
         response.raise_for_status()
         if response.status_code != httpx.codes.PARTIAL_CONTENT:
             have = 0
@@ -172,7 +172,9 @@ def _transfer(client: httpx.Client, url: str, partial: Path) -> bool:
                 total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=partial.stem, disable=None
             ) as bar,
         ):
-            for block in response.iter_raw():  # as they come: a chunk size would lose what a break leaves of a chunk
+            for (
+                block
+            ) in response.iter_raw():  # unbuffered: with a chunk size, an interruption would lose a partial chunk
                 file.write(block)
                 bar.update(len(block))
             file.flush()
@@ -181,7 +183,7 @@ def _transfer(client: httpx.Client, url: str, partial: Path) -> bool:
 
 
 def _validator_file(partial: Path) -> Path:
-    """Where the ETag or the date of the file that a partial file is a part of is kept."""
+    """Return the file that stores the ETag or date of the source of a partial file."""
     return partial.with_name(partial.name + ".etag")
 
 

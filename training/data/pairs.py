@@ -1,9 +1,9 @@
-"""Tokenized documents -> pairs of segments for next-sentence prediction.
+"""Cut tokenized documents into pairs of segments for next-sentence prediction.
 
-The procedure is that of BERT's ``create_pretraining_data.py`` (Devlin et al. 2018, appendix A.2): consecutive sentences
-fill a sequence and are cut in two at random; in half of the pairs the second segment is replaced by one from another
-document, and the sentences that it displaced are used for the next pair. Now and then a document is cut into sequences
-of a random shorter length, so that fine-tuning on short texts is no surprise.
+The procedure is that of BERT's ``create_pretraining_data.py`` (Devlin et al. 2018, appendix A.2). Consecutive sentences
+fill a sequence and are cut in two at random. In half of the pairs the second segment is replaced by one from another
+document, and the replaced sentences are used for the next pair. Some documents are cut into sequences of a random
+shorter length, so that the model also learns from short texts.
 """
 
 import random
@@ -37,8 +37,8 @@ class PairMaker:
             cls_id: the token [CLS].
             sep_id: the token [SEP].
             max_seq_len: tokens of the longest pair, special tokens included; at least 5.
-            short_seq_prob: of a document, to be cut into sequences of a random shorter length.
-            random: where all choices come from.
+            short_seq_prob: probability that a document is cut into sequences of a random shorter length.
+            random: source of all random choices.
         """
         self._cls, self._sep = np.array([cls_id], dtype=np.int32), np.array([sep_id], dtype=np.int32)
         self._room = max_seq_len - SPECIAL_TOKENS
@@ -46,11 +46,11 @@ class PairMaker:
         self._random = random
 
     def __call__(self, documents: Sequence[Sequence[Sentence]], number: int) -> Iterator[Pair]:
-        """The pairs of one document; the others are where random segments come from.
+        """Cut one document into pairs, with random segments from the other documents.
 
         Args:
-            documents: at least two, none empty.
-            number: of the document among them.
+            documents: at least two documents, none empty.
+            number: index of the document.
         """
         sentences = [piece for sentence in documents[number] for piece in self._pieces(sentence)]
         target = self._random.randint(2, self._room) if self._random.random() < self._short_seq_prob else self._room
@@ -71,7 +71,7 @@ class PairMaker:
                 begin = end
 
     def _pieces(self, sentence: Sentence) -> Iterator[Sentence]:
-        """The sentence itself, or pieces of one that no pair has room for, so that nothing of it is lost."""
+        """Return the sentence, or pieces of it if it is too long for any pair, so that nothing is lost."""
         for begin in range(0, len(sentence.ids), self._room):
             yield _cut(sentence, begin, begin + self._room)
 
@@ -96,7 +96,7 @@ class PairMaker:
         )
 
     def _truncated(self, first: Sentence, second: Sentence) -> tuple[Sentence, Sentence]:
-        """Take tokens off the longer segment until both fit, from its front or its back at random each time."""
+        """Remove tokens from the longer segment until both fit, each time at random from its front or back."""
         bounds = [[0, len(first.ids)], [0, len(second.ids)]]
         sizes = [len(first.ids), len(second.ids)]
         while sum(sizes) > self._room:
@@ -110,7 +110,7 @@ class PairMaker:
 
 
 def _cut(sentence: Sentence, begin: int, end: int) -> Sentence:
-    """Some of a sentence's tokens; the rest of a word that was cut counts as a word."""
+    """Return some of a sentence's tokens; the rest of a split word counts as a word."""
     starts = sentence.word_starts[begin:end]
     if not starts[0]:
         starts = starts.copy()

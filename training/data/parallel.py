@@ -1,4 +1,4 @@
-"""Independent pieces of work, done by some processes."""
+"""Run independent pieces of work in several processes."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +17,14 @@ _Result = TypeVar("_Result")
 def each(
     work: Callable[[_Piece], _Result], pieces: Sequence[_Piece], processes: int
 ) -> Iterator[tuple[_Piece, _Result]]:
-    """Do each piece of work, and give it with its result as it is done, in any order.
+    """Run all pieces of work; yield each with its result when it is done, in any order.
 
-    The first error ends it: what has not begun is not done any more.
+    The first error stops everything; pieces that have not started are not run.
 
     Args:
-        work: a function of a module, so that a new process finds it; does not depend on what it did before.
-        pieces: of work, picklable.
-        processes: at once; 1 works in this very process.
+        work: a module-level function, so that new processes can import it; must not depend on earlier calls.
+        pieces: pieces of work; picklable.
+        processes: number of concurrent processes; 1 runs in this process.
 
     Raises:
         DataError: a process died.
@@ -33,7 +33,7 @@ def each(
         for piece in pieces:
             yield piece, work(piece)
         return
-    # Spawned: a fork would copy the locks of the threads that Arrow and the tokenizers have by then.
+    # Spawned, because a fork would copy the locks of Arrow's and the tokenizers' threads.
     context = get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(pieces)), context, initializer=_end_with_parent) as pool:
         jobs = {pool.submit(work, piece): piece for piece in pieces}
@@ -47,7 +47,7 @@ def each(
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent is gone: one that is killed tells nobody, and its pool would wait for ever."""
+    """End this process when its parent is gone: a killed parent cannot stop its pool, which would wait forever."""
     parent = parent_process()
     assert parent is not None
 

@@ -1,8 +1,8 @@
-"""Documents -> a shard set: tokenized, cut into pairs, shuffled, and written in parallel.
+"""Make a shard set from documents: tokenize, cut into pairs, shuffle, and write in parallel.
 
-The row groups of all documents are shuffled and dealt into shards of about the same size before anything is read. From
-there each shard is a function of its row groups, the settings and its number: so the bytes do not depend on the number
-of processes, and a run that was killed goes on with the shards that are missing.
+The row groups of all documents are shuffled and distributed to shards of similar size before anything is read. Each
+shard is then a function of its row groups, the settings and its number. So the bytes do not depend on the number of
+processes, and a killed run resumes with the missing shards.
 """
 
 import os
@@ -41,7 +41,7 @@ from training.shards import (
 )
 
 PARTIAL_FILE = "manifest.partial.json"
-"""The manifest of a set that is not complete yet, with the shards that are finished."""
+"""The manifest of an incomplete set, with its finished shards."""
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -69,7 +69,7 @@ def write_shard_set(
     shard_bytes: int = 8 << 20,
     processes: int = 1,
 ) -> ShardManifest:
-    """Write a shard set, or what an earlier run left to write of it.
+    """Write a shard set, or the shards that an earlier run did not write.
 
     Args:
         documents: folders of documents.
@@ -78,12 +78,12 @@ def write_shard_set(
         storage: format of the shards.
         max_seq_len: tokens of the longest sequence, special tokens included.
         max_predictions_per_seq: tokens that may be masked in a sequence.
-        short_seq_prob: of a document, to be cut into sequences of a random shorter length.
-        duplicates: times that each document is cut into pairs, each time in another way.
-        language: whose sentences the documents have, as sentencex knows it.
-        seed: of the order and of the pairs.
-        shard_bytes: of text in a shard.
-        processes: at once; decides nothing but the time.
+        short_seq_prob: probability that a document is cut into sequences of a random shorter length.
+        duplicates: number of times that each document is cut into pairs, differently each time.
+        language: language of the sentences, as a code of sentencex.
+        seed: seed of the order and the pairs.
+        shard_bytes: bytes of text per shard.
+        processes: number of concurrent processes; does not change the result.
 
     Raises:
         DataError: there are fewer than two documents, the tokenizer is not BERT's, or ``output`` holds another set.
@@ -117,7 +117,7 @@ def write_shard_set(
     kept = _kept_shards(output, manifest)
     if not kept:
         (output / TOKENIZER_FILE).write_text(text)
-        manifest.write(output / PARTIAL_FILE)  # claims the directory before the first shard is written
+        manifest.write(output / PARTIAL_FILE)  # reserves the directory before the first shard is written
     jobs = [
         Job(output, number, tuple(shard), replace(manifest, sources=()))
         for number, shard in enumerate(_dealt(groups, shard_bytes, seed))
@@ -144,7 +144,7 @@ def make_shard(job: Job) -> Shard:
         for document in read_group(group)
         if (sentences := list(_sentences(document, tokenizer, made.language)))
     ]
-    chooser = random.Random(f"{made.seed} {job.number}")  # a string, because its seeding is the same in every version
+    chooser = random.Random(f"{made.seed} {job.number}")  # strings seed the same in every Python version
     maker = PairMaker(
         cls_id=made.special_tokens["[CLS]"],
         sep_id=made.special_tokens["[SEP]"],
@@ -165,10 +165,10 @@ def train_tokenizer(documents: Sequence[Path], output: Path, *, vocab_size: int,
     """Learn a WordPiece vocabulary from documents and write it as the ``tokenizer.json`` of a BERT.
 
     Returns:
-        The size of the vocabulary: less than ``vocab_size`` where the text is too short for as many pieces.
+        The size of the vocabulary; less than ``vocab_size`` if the text is too short for that many pieces.
 
     Raises:
-        DataError: a folder holds no documents.
+        DataError: a folder contains no documents.
     """
     tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
@@ -188,7 +188,7 @@ def train_tokenizer(documents: Sequence[Path], output: Path, *, vocab_size: int,
 
 
 def _tokenizer_text(path: Path) -> str:
-    """A ``tokenizer.json`` as it is, once it is seen to be one of a BERT."""
+    """Load a ``tokenizer.json`` unchanged, after checking that it is a BERT tokenizer."""
     try:
         text = path.read_text(encoding="utf-8")
         tokenizer = Tokenizer.from_str(text)
@@ -202,7 +202,7 @@ def _tokenizer_text(path: Path) -> str:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path) -> Tokenizer:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes share the work here, threads would crowd them
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the work is parallel by process; threads would compete
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -225,7 +225,7 @@ def _file_name(job: Job) -> str:
 
 
 def _dealt(groups: Sequence[DocumentGroup], shard_bytes: int, seed: int) -> list[list[DocumentGroup]]:
-    """The row groups of each shard, at random, with two documents at least."""
+    """Assign row groups to shards at random, with at least two documents per shard."""
     if sum(group.documents for group in groups) < 2:
         raise DataError("--documents: at least two documents are needed, for the random segments of pairs")
     shuffled = list(groups)
@@ -242,7 +242,7 @@ def _dealt(groups: Sequence[DocumentGroup], shard_bytes: int, seed: int) -> list
 
 
 def _kept_shards(output: Path, manifest: ShardManifest) -> dict[str, Shard]:
-    """The shards that an earlier run with these settings finished, by name, each checked."""
+    """Return the shards that an earlier run with these settings finished, by name, after checking each."""
     kept: dict[str, Shard] = {}
     for name in (MANIFEST_FILE, PARTIAL_FILE):
         if not (output / name).exists():

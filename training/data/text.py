@@ -1,9 +1,9 @@
-"""Your own text: a folder of ``.txt`` files in UTF-8 -> documents.
+"""Convert your own text, a folder of UTF-8 ``.txt`` files, to documents.
 
-A file is a document, and blank lines separate its paragraphs, whose lines are joined. With ``--separator blank-line``
-blank lines separate documents and each line is a paragraph: the form that BERT's own scripts read.
+A file is a document; blank lines separate its paragraphs, and the lines of a paragraph are joined. With ``--separator
+blank-line``, blank lines separate documents and each line is a paragraph, as in the input of BERT's own scripts.
 
-The paragraphs of a SQuAD file are text too, of Wikipedia's articles: without its questions, an article is a document.
+A SQuAD file can be converted too: each of its Wikipedia articles, without the questions, is a document.
 """
 
 import re
@@ -57,7 +57,7 @@ def convert_articles(squad: Path, output: Path) -> int:
 
 
 def articles_of(squad: Path) -> list[Document]:
-    """The articles of a SQuAD file with the paragraphs that are asked about, each once.
+    """Read the articles of a SQuAD file, with each paragraph that has questions once.
 
     Raises:
         MalformedSquad: see `read_squad`.
@@ -70,7 +70,7 @@ def articles_of(squad: Path) -> list[Document]:
 
 
 def paragraphs_of(text: str) -> list[str]:
-    """The paragraphs of a text, which blank lines separate, each with its lines joined."""
+    """Split a text into paragraphs at blank lines, and join the lines of each paragraph."""
     return [joined for paragraph in _BLANK_LINES.split(text) if (joined := " ".join(paragraph.split()))]
 
 

@@ -1,9 +1,9 @@
-"""A Wikipedia dump -> documents of plain text.
+"""Convert a Wikipedia dump to plain-text documents.
 
 Wikimedia publishes each wiki as bzip2-compressed XML in many streams of 100 pages, with SHA-1 sums. The file is split
-between its streams into parts, each of which one process turns into one file of documents. The XML is read by the
-standard library as it is decompressed, the wikitext is parsed by mwparserfromhell. What is kept is running text: no
-redirects and disambiguation pages, no headings, lists, tables, templates, references, galleries, files and categories.
+between streams into parts, and each part becomes one file of documents, in one process. The standard library reads the
+XML while it is decompressed; mwparserfromhell parses the wikitext. Only running text is kept: no redirects or
+disambiguation pages, and no headings, lists, tables, templates, references, galleries, files or categories.
 """
 
 import bz2
@@ -28,7 +28,7 @@ MIRROR = "https://dumps.wikimedia.org"
 PART_BYTES = 32 << 20
 """Compressed bytes of a part, about 100 MB of XML."""
 MIN_WORDS = 5
-"""Shorter paragraphs are captions and remains of markup."""
+"""Shorter paragraphs are captions and leftover markup."""
 
 
 class Dump(NamedTuple):
@@ -39,7 +39,7 @@ class Dump(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some streams of a dump, and the file of documents that they become."""
+    """Some streams of a dump, and their output file of documents."""
 
     dump: Path
     begin: int  # bytes
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 
 def find_dump(client: httpx.Client, mirror: str, wiki: str, date: str) -> Dump:
-    """The address and the published SHA-1 of a wiki's articles.
+    """Find the address and the published SHA-1 of a wiki's articles.
 
     Args:
         client: see `training.data.downloads.http_client`.
@@ -57,10 +57,10 @@ def find_dump(client: httpx.Client, mirror: str, wiki: str, date: str) -> Dump:
         date: "20260901", or "latest" for the last complete one.
 
     Raises:
-        DownloadError: there is no such dump, or its list of sums does not have it.
+        DownloadError: there is no such dump, or its list of checksums does not have it.
     """
     sums = f"{mirror.rstrip('/')}/{wiki}/{date}/{wiki}-{date}-sha1sums.txt"
-    # The list of "latest" has names with their date, so that a dump that is published meanwhile does not mix with it.
+    # The list of "latest" has dated names, so that a dump published meanwhile is not mixed in.
     dated = r"\d{8}" if date == "latest" else re.escape(date)
     name = rf"{re.escape(wiki)}-({dated})-pages-articles-multistream\.xml\.bz2"
     line = re.search(rf"^([0-9a-f]{{40}})\s+({name})$", fetch_text(client, sums), re.MULTILINE)
@@ -71,10 +71,10 @@ def find_dump(client: httpx.Client, mirror: str, wiki: str, date: str) -> Dump:
 
 
 def convert_dump(dump: Path, output: Path, *, processes: int = 1, part_bytes: int = PART_BYTES) -> int:
-    """Write the documents of a dump; files that an earlier run finished are kept.
+    """Write the documents of a dump; files finished by an earlier run are kept.
 
     Args:
-        dump: ``…-pages-articles-multistream.xml.bz2``. Of a file that is not multistream, one process does it all.
+        dump: ``…-pages-articles-multistream.xml.bz2``. A file that is not multistream is read by a single process.
         output: folder of the documents.
         processes: at once.
         part_bytes: of the dump that become one file.
@@ -106,10 +106,10 @@ def convert_dump(dump: Path, output: Path, *, processes: int = 1, part_bytes: in
 
 
 def convert_part(part: Part) -> int:
-    """Write the documents of some streams; returns their number.
+    """Write the documents of some streams, and return their number.
 
     Raises:
-        DataError: they are not bzip2 or not whole pages.
+        DataError: the streams are not bzip2 or do not have whole pages.
     """
     try:
         return write_documents(part.output, _documents(part))
@@ -136,7 +136,7 @@ class _Page(NamedTuple):
 
 
 def _pages(blocks: Iterable[bytes]) -> Iterator[_Page]:
-    """The pages of a part's XML; only the first part of a dump opens the root element, and only the last closes it."""
+    """Parse the pages of a part's XML; only a dump's first part opens the root element, and only the last closes it."""
     parser: Any = ElementTree.XMLPullParser(["start", "end"])  # the events of these two kinds are pairs with an element
     root: ElementTree.Element | None = None
     for number, block in enumerate(blocks):
@@ -147,7 +147,7 @@ def _pages(blocks: Iterable[bytes]) -> Iterator[_Page]:
             root = element if root is None else root
             if event == "end" and _local(element) == "page":
                 yield _page(element)
-                root.clear()  # or the tree would hold the whole dump
+                root.clear()  # otherwise the tree would keep the whole dump
 
 
 def _page(element: ElementTree.Element) -> _Page:
@@ -163,7 +163,7 @@ def _page(element: ElementTree.Element) -> _Page:
 
 
 def _local(element: ElementTree.Element) -> str:
-    """The name of an element without its namespace, which changes with the version of the export format."""
+    """Return an element's name without its namespace, which changes with the version of the export format."""
     return element.tag.rpartition("}")[2]
 
 
@@ -185,15 +185,15 @@ _NO_TEXT = frozenset(
         *("noinclude", "includeonly", "templatestyles", "inputbox", "indicator", "del", "s"),
     )
 )
-"""Tags that are left out with what they enclose."""
+"""Tags that are removed with their content."""
 _FILE_OR_CATEGORY = re.compile(
     r"\s*:?\s*(file|image|category|media|wikt|wiktionary|[a-z]{2,3}(-[a-z]+)*)\s*:", re.IGNORECASE
 )
-_DROPPED = "\0"  # marks a line that is no running text: a heading, an item of a list
+_DROPPED = "\0"  # marks a line that is not running text: a heading or a list item
 
 
 def paragraphs_of(wikitext: str) -> list[str]:
-    """The running text of a page, paragraph by paragraph."""
+    """Return the running text of a page, by paragraph."""
     text = _text_of(mwparserfromhell.parse(_without_hidden(wikitext), skip_style_tags=True))
     paragraphs: list[list[str]] = [[]]
     for line in text.split("\n"):
@@ -236,7 +236,7 @@ def _node_text(node: Any) -> str:
 
 
 def _positional(number: int) -> Callable[[Template], str]:
-    """The text of a template's positional argument, from 1; -1 is the last one."""
+    """Return the text of a template's positional argument, counted from 1; -1 is the last one."""
 
     def text(template: Template) -> str:
         values = [parameter.value for parameter in template.params if not parameter.showkey]
@@ -262,7 +262,7 @@ _TEMPLATES: dict[str, Callable[[Template], str]] = {
     **dict.fromkeys(("mdash", "emdash", "em dash"), lambda template: "—"),
     **dict.fromkeys(("'", "'s"), lambda template: str(template.name).strip().replace("'", "’")),
 }
-"""The templates that stand within sentences, and what they show; all others are left out."""
+"""Templates that occur within sentences, and the text that they show; all others are removed."""
 
 
 def _template_text(template: Template) -> str:
@@ -276,7 +276,7 @@ _INNERMOST_TABLE = re.compile(r"^[\s:]*\{\|(?:(?!\{\||\|\}(?!\})).)*\|\}(?!\})",
 
 
 def _without_hidden(wikitext: str) -> str:
-    """Cut out comments, references, tables, and templates that show nothing: parsing them is most of the time."""
+    """Remove comments, references, tables and invisible templates, because parsing them takes most of the time."""
     before, text = "", _HIDDEN.sub("", wikitext)
     while text != before:
         before, text = text, _INNERMOST_TABLE.sub("", _INNERMOST_TEMPLATE.sub(_shown, text))
@@ -298,7 +298,7 @@ _TIDY = [
 
 
 def _tidy(text: str) -> str:
-    """Close the gaps that left-out markup leaves."""
+    """Close the gaps left by removed markup."""
     for pattern, replacement in _TIDY:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -308,7 +308,7 @@ _STREAM = re.compile(rb"BZh[1-9]1AY&SY")  # headers of a bzip2 stream and of its
 
 
 def _bounds(dump: Path, part_bytes: int) -> list[tuple[int, int]]:
-    """Where the parts of a dump begin and end: between streams, if its streams hold whole pages."""
+    """Compute the bounds of a dump's parts: between streams, if the streams have whole pages."""
     if not (size := dump.stat().st_size):
         raise DataError(f"{dump}: is empty")
     with dump.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -324,7 +324,7 @@ def _bounds(dump: Path, part_bytes: int) -> list[tuple[int, int]]:
         if not tail.rstrip().endswith(b"</mediawiki>"):
             raise DataError(f"{dump}: is cut off, its last stream does not end with </mediawiki>")
         if not head.lstrip().startswith((b"<page>", b"</mediawiki>")):
-            return [(0, size)]  # its streams do not hold whole pages
+            return [(0, size)]  # its streams do not have whole pages
     bounds, begin = [], 0
     for start in [*starts[1:], size]:
         if start - begin >= part_bytes or start == size:
@@ -334,13 +334,13 @@ def _bounds(dump: Path, part_bytes: int) -> list[tuple[int, int]]:
 
 
 def _decompressed(part: Part) -> Iterator[bytes]:
-    """The XML of a part's streams, in blocks.
+    """Read the XML of a part's streams, in blocks.
 
-    Not with bz2.open, which takes a damaged stream behind a whole one for no data.
+    This does not use bz2.open, which ignores a damaged stream after a complete one.
 
     Raises:
         OSError: a stream is corrupt.
-        EOFError: the last one is cut off.
+        EOFError: the last stream is truncated.
     """
     stream, left = None, part.end - part.begin
     with part.dump.open("rb") as file:
