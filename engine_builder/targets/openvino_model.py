@@ -113,7 +113,7 @@ class TritonPythonModel:
     """The interface of Triton's Python backend; each instance is a process with one engine."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the engine that the manifest beside this file describes.
+        """Load the engine described by the manifest in this file's directory.
 
         Raises:
             RuntimeError: the engine's files do not match the manifest.

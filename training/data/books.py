@@ -131,13 +131,13 @@ def read_books(source: BookSource, books: Sequence[str], *, leave_out: bool) -> 
     """Download and read books, one after another.
 
     Args:
-        source: of the books.
+        source: source of the books.
         books: their ids.
-        leave_out: a book that the server does not have or that is not as its source has books, and tell.
+        leave_out: skip books that the server does not have or that are malformed, with a warning.
 
     Raises:
-        DataError: a book is not as its source has books.
-        DownloadError: a book cannot be had.
+        DataError: a book is malformed.
+        DownloadError: a book cannot be downloaded.
     """
     for book in tqdm(books, unit="book", disable=None):
         try:

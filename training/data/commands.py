@@ -121,7 +121,7 @@ def wikipedia(options: WikipediaOptions) -> None:
                 dump = options.downloads / url.rpartition("/")[2]
                 if published is None:
                     print(
-                        f"{url}: without --checksum its SHA-256 is recorded beside it, and checked from now on",
+                        f"{url}: without --checksum its SHA-256 is stored next to it and checked from now on",
                         flush=True,
                     )
                 download(client, url, dump, published)

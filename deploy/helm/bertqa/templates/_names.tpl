@@ -1,4 +1,4 @@
-{{- /* Names, labels and pieces of a pod that both deployments share; COMPONENT is "service", "triton" or "build". */ -}}
+{{- /* Names, labels and parts of a pod shared by both deployments; COMPONENT is "service", "triton" or "build". */ -}}
 
 {{- define "bertqa.name" -}}
 {{- if contains .Chart.Name .Release.Name -}}
@@ -8,7 +8,7 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* What selects the pods of a component: (list $ COMPONENT). */ -}}
+{{- /* Labels that select the pods of a component: (list $ COMPONENT). */ -}}
 {{- define "bertqa.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ $root.Chart.Name }}
@@ -61,7 +61,7 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{- /* A pod's init container that copies the repository, where there is no claim. */ -}}
+{{- /* A pod's init container that copies the repository if there is no claim. */ -}}
 {{- define "bertqa.fetch-models" -}}
 {{- with .Values.models.objectStorage }}
 {{- if .source }}
