@@ -159,7 +159,7 @@ class Results:
 
 
 def main(args: MeasureOptions) -> None:
-    """Measure, print the tables, write JSON and figures."""
+    """Measure, print the tables, and write JSON and figures."""
     if args.plan:
         run_plan(args.plan)
     elif args.gpu_suite:
@@ -195,7 +195,7 @@ def precisions() -> list[Precision]:
 
 
 def contenders(args: MeasureOptions) -> list[Row]:
-    """What is compared."""
+    """Return the contenders to compare."""
     cores = os.cpu_count() or 1
     alone, shared = (1, cores), (args.processes, max(cores // args.processes, 1))
     rows = []
@@ -227,7 +227,7 @@ def contenders(args: MeasureOptions) -> list[Row]:
 
 
 def compare(args: MeasureOptions) -> Results:
-    """Measure all contenders in turn, so many times; those that share a launch take turns within it.
+    """Measure all contenders in turn, in each repeat; those that share a launch take turns within it.
 
     Raises:
         SystemExit: ``--output`` contains the results of another comparison.
@@ -533,7 +533,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def run_gpu_suite(args: MeasureOptions) -> None:
-    """Measure BERT-large, and print the numbers beside the published ones."""
+    """Measure BERT-large, and print the numbers next to the published ones."""
     workers = start_workers()
     vocabulary = Tokenizer.from_file(str(args.tokenizer)).get_vocab_size()
     config = new_config(args.config or "large", vocabulary + -vocabulary % 8)

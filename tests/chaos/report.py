@@ -37,9 +37,9 @@ class Row:
     wrong: int = 0  # 200 with another answer
     hung: int = 0  # no answer at all until the client gave up
     over: int = 0  # beyond a bound on time, holds of the event loop, bytes or memory
-    ready_s: float | None = None  # the longest from the engine's return until every replica was ready again
-    leaked: str = ""  # tasks or file descriptors that stayed
-    problems: list[str] = field(default_factory=list)  # the first few of what is lost or wrong, and broken promises
+    ready_s: float | None = None  # longest time from the engine's return until every replica was ready
+    leaked: str = ""  # tasks or file descriptors that remained
+    problems: list[str] = field(default_factory=list)  # the first lost or wrong replies, and broken promises
     notes: list[str] = field(default_factory=list)  # what is worth knowing though nothing is broken
 
     @property

@@ -300,7 +300,10 @@ QUERY = "bert.encoder.layer.0.attention.self.query.weight"
         (change(QUERY, None), r"encoder\.layer\.0\.attention\.self\.query\.weight of shape \(32, 32\) is missing"),
         (change(QUERY, np.zeros((32, 31))), rf"{QUERY} has shape \(32, 31\); config\.json expects \(32, 32\)"),
         (change(QUERY, np.full((32, 32), np.nan)), r"self\.query\.weight contains NaN or infinite values"),
-        (change("bert.encoder.layer.2.output.dense.bias", np.zeros(32)), r"layer\.2\.output\.dense\.bias has no place"),
+        (
+            change("bert.encoder.layer.2.output.dense.bias", np.zeros(32)),
+            r"layer\.2\.output\.dense\.bias does not belong to the model",
+        ),
         (truncate, "truncated, or not a safetensors file"),
         (replace_by_pickle, r"is missing; pytorch_model\.bin is not read"),
     ],

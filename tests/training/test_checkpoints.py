@@ -153,7 +153,7 @@ def test_a_state_of_another_run_is_refused_with_the_difference(tmp_path: Path) -
     [
         ({"model/weight": torch.zeros(2, 3)}, "has no parameter 'bias'"),
         ({"model/weight": torch.zeros(3, 3), "model/bias": torch.zeros(2)}, r"'weight' is \(3, 3\), in this model \(2"),
-        ({"model/weight": torch.zeros(2, 3), "model/bias": torch.zeros(2), "step/x": torch.zeros(1)}, "holds 'step/x'"),
+        ({"model/weight": torch.zeros(2, 3), "model/bias": torch.zeros(2), "step/x": torch.zeros(1)}, "has 'step/x'"),
     ],
 )
 def test_tensors_of_another_model_are_refused(tensors: dict[str, torch.Tensor], message: str) -> None:

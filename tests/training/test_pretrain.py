@@ -268,7 +268,7 @@ def test_shards_of_another_vocabulary_are_refused(
 
 def test_bad_flags_are_refused_by_their_name(shards: Path, config: Path, tmp_path: Path) -> None:
     argv = flags(shards, tmp_path / "run", "--config", config)
-    with pytest.raises(SystemExit, match=r"--batch-size 401: 400 sequences are less"):
+    with pytest.raises(SystemExit, match=r"--batch-size 401: 400 sequences are fewer"):
         main(parse(PretrainArguments, [*argv, "--batch-size", "401"]))
     with pytest.raises(SystemExit, match=r"--held-out-shards 3: .* has 3 shards"):
         main(parse(PretrainArguments, [*argv, "--held-out-shards", "3"]))
