@@ -35,12 +35,12 @@ class Row:
     slowest_s: float = 0.0
     lost: int = 0  # no reply, too late, truncated, or an error not defined by the API
     wrong: int = 0  # 200 with another answer
-    hung: int = 0  # no answer at all until the client gave up
-    over: int = 0  # beyond a bound on time, holds of the event loop, bytes or memory
+    hung: int = 0  # no reply until the client gave up
+    over: int = 0  # exceeded a limit on time, event-loop hold, bytes or memory
     ready_s: float | None = None  # longest time from the engine's return until every replica was ready
     leaked: str = ""  # tasks or file descriptors that remained
     problems: list[str] = field(default_factory=list)  # the first lost or wrong replies, and broken promises
-    notes: list[str] = field(default_factory=list)  # what is worth knowing though nothing is broken
+    notes: list[str] = field(default_factory=list)  # remarks that are not problems
 
     @property
     def is_kept(self) -> bool:

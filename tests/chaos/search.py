@@ -1,7 +1,7 @@
-"""A search for requests that cost much: hypothesis changes what it sends so that time, holds, replies and memory grow.
+"""Search for expensive requests: hypothesis varies requests to maximize time, event-loop holds, replies and memory.
 
-The service is a process of its own behind a real socket, with default settings and an engine that costs nothing: what
-is found is the service's own cost. Every request has a deadline of a second.
+The service is a separate process behind a real socket, with default settings and an engine without cost, so the search
+measures the service's own cost. Every request has a deadline of one second.
 """
 
 import json
@@ -25,11 +25,11 @@ from tests.chaos.wire import Address, Reply, exchange, request
 
 DEADLINE_S = 1.0
 LATE_S = 0.5
-"""Seconds after its deadline by which a request has ended, and its work has stopped."""
+"""Seconds after its deadline within which a request and its work must end."""
 HOLD_S = 0.05
-"""Seconds that the event loop may be held at a time."""
+"""Longest time in seconds that the event loop may be held."""
 REPLY_BYTES = 8 << 20
-"""Of a reply: a MiB of answers, whose bytes JSON writes as six at worst, and what stands around them."""
+"""Largest reply: a MiB of answers, where JSON needs at most six bytes per byte, and the JSON around them."""
 MEMORY_MIB = 512
 STATUSES = {200, 400, 404, 405, 408, 413, 415, 422, 431, 503, 504}
 SHARE = 0.02
@@ -40,13 +40,13 @@ FLOOR = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A request, and how it is told: in a line, whatever its length."""
+    """A request, with a one-line description."""
 
     content: bytes
     told: str
 
 
-# ---- what is sent --------------------------------------------------------------------------------------------------
+# ---- requests ------------------------------------------------------------------------------------------------------
 
 UNITS = (
     *(
@@ -90,17 +90,17 @@ UNITS = (
     *("\u0600", "\u0903", "\u202e", "\ufeff", "\u00ad", "\u2028", "\u3000", "ﷺ", "İ", "ß", "ﬁ", "𝒳", "\U0010ffff", "é"),
 )
 MOST_CHARS = 201_000
-"""A little beyond what the contexts of a question may have."""
+"""Slightly more than the limit for the contexts of a question."""
 
 
 def powers(most: int) -> st.SearchStrategy[int]:
-    """Whole numbers up to a bound, small ones as often as large ones."""
+    """Integers up to a bound, small ones as often as large ones."""
     return st.integers(0, 64).map(lambda step: round(most ** (step / 64)))
 
 
 @st.composite
 def texts(draw: st.DrawFn, most: int = MOST_CHARS) -> tuple[str, str]:
-    """A text of a few repeated pieces, and how it is told."""
+    """A text of a few repeated pieces, with its description."""
     pieces = draw(
         st.lists(
             st.tuples(st.lists(st.sampled_from(UNITS), min_size=1, max_size=3).map("".join), powers(most)),
@@ -122,7 +122,7 @@ def _short(text: str) -> str:
 
 @st.composite
 def questions(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
-    """A question of ``/v1``, most of its numbers at an extreme."""
+    """A question for ``/v1``, with most numbers at an extreme."""
     number = draw(st.sampled_from((0, 0, 0, 2, 8, 64, 65)))
     text, told = draw(texts(MOST_CHARS if number < 2 else MOST_CHARS // number))
     asked, told_asked = draw(st.just(("who", "'who'")) | texts(1_000))
@@ -141,7 +141,7 @@ def questions(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
 
 @st.composite
 def asked(draw: st.DrawFn) -> Sent:
-    """What ``/v1/answer``, ``/v1/answers`` and the Hugging Face routes are asked."""
+    """Requests to ``/v1/answer``, ``/v1/answers`` and the Hugging Face routes."""
     body, told = draw(questions())
     how = draw(st.sampled_from(("/v1/answer", "/v1/answer", "/v1/answers", "/", "/predict", "/models/x")))
     copies = draw(st.sampled_from((1, 2, 8, 64, 65)))
@@ -201,7 +201,7 @@ ENDS = (b"", b"]", b"}", b"1]}", b'""]}', b'"]}', b"{}]}")
 
 @st.composite
 def structures(draw: st.DrawFn) -> Sent:
-    """JSON whose structure is the load: depth, width, names, numbers, escapes."""
+    """JSON with an expensive structure: depth, width, names, numbers, escapes."""
     piece, count = draw(st.sampled_from(JSON_PIECES)), draw(powers(2_100_000))
     wrap, end = draw(st.sampled_from(WRAPS)), draw(st.sampled_from(ENDS))
     body = (wrap + piece * (count // len(piece)) + end)[: (2 << 20) + 1]
@@ -212,7 +212,7 @@ def structures(draw: st.DrawFn) -> Sent:
 
 @st.composite
 def heads(draw: st.DrawFn) -> Sent:
-    """Heads whose length or number is the load, before a small question."""
+    """Long or many headers before a small question."""
     value, count = draw(st.sampled_from(("x", ",", ";", "a=b;", "\xe9", "%41", "&a=1", "1"))), draw(powers(33_000))
     name = draw(st.sampled_from(("x-api-key", "content-type", "accept", "traceparent", "x-request-id", "x-timeout-ms")))
     lines, told, how = {"x-timeout-ms": "1000"}, "", "/predict"
@@ -236,19 +236,19 @@ def _post(target: str, body: bytes) -> bytes:
 REQUESTS = st.one_of(asked(), asked(), asked(), structures(), heads())
 
 
-# ---- what it costs -------------------------------------------------------------------------------------------------
+# ---- cost ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a request came to; times without those that this machine's other work took."""
+    """The cost of a request; times exclude those of other work on this machine."""
 
     sent: Sent
     reply: Reply
-    seconds: float  # until the whole reply was there
-    cpu: float  # seconds of the whole process until it was quiet
+    seconds: float  # until the complete reply
+    cpu: float  # CPU seconds of the process until it was idle
     hold: float  # of the event loop, seconds
-    noise: float  # of that, as much as an idle process showed meanwhile
+    noise: float  # the part of hold that an idle process showed meanwhile
     after: float  # seconds of work after the reply
     grown: float  # MiB of resident memory
 
@@ -268,15 +268,15 @@ class Cost:
 
 
 class Searched:
-    """A service, and beside it one that nobody asks anything, which shows what of a hold is the machine's."""
+    """A service, and an idle one next to it that shows which part of a hold is caused by the machine."""
 
     def __init__(self, address: Address, process: int, pulse: Pulse, idle: Pulse) -> None:
         self._address, self.process, self._pulse, self._idle = address, process, pulse, idle
         self.noise_s = 0.0
-        """Longest hold of the service that has nothing to do."""
+        """Return the longest hold of the idle service."""
 
     def cost(self, sent: Sent) -> Cost:
-        """Send a request and wait until nothing is done any more."""
+        """Send a request and wait until the service is idle."""
         memory, times = memory_mib(self.process), Times(self.process)
         self._pulse.begin()
         self._idle.begin()
@@ -289,7 +289,7 @@ class Searched:
         return Cost(sent, reply, seconds, cpu, hold, noise, after, memory_mib(self.process) - memory)
 
     def _until_quiet(self) -> float:
-        """Seconds until the process does no more than to say that it lives."""
+        """Return the seconds until the process only answers liveness checks."""
         began, times = time.monotonic(), Times(self.process)
         while (passed := time.monotonic() - began) < 10:
             times.begin()
@@ -300,7 +300,7 @@ class Searched:
 
 
 def broken_bounds(cost: Cost, patience: float) -> list[str]:
-    """What a request did that none may do."""
+    """Return the limits that a request exceeded."""
     late_s, hold_s = LATE_S * patience, HOLD_S * patience + cost.noise
     found = []
     if cost.reply.status not in STATUSES:
@@ -317,12 +317,12 @@ def broken_bounds(cost: Cost, patience: float) -> list[str]:
 
 
 def search(size: Size, seed: int, *, planted_s: float = 0.0) -> Row:
-    """Send what hypothesis thinks of; tell the worst by each measure.
+    """Send requests from hypothesis, and report the worst one by each measure.
 
     Args:
-        size: how much, and how patiently.
-        seed: finds the same again.
-        planted_s: seconds for which an engine call holds the event loop, a fault to be found.
+        size: number of requests, and patience.
+        seed: seed that reproduces the search.
+        planted_s: seconds for which an engine call holds the event loop, as a fault to find.
     """
     row = Row(fault="slow and large requests, searched for")
     worst: dict[str, Cost] = {}
@@ -382,5 +382,5 @@ def _note(row: Row, cost: Cost, broken: list[str]) -> None:
 
 
 def searches(size: Size) -> Iterator[Row]:
-    """The row; its notes name the seed with which the same is sent again."""
+    """Return the row; its notes have the seed that reproduces the search."""
     yield search(size, secrets.randbelow(1 << 31))

@@ -1,6 +1,6 @@
-"""The real application over the shipped tokenizer, with an engine that computes nothing and answers anything.
+"""The real application with the shipped tokenizer, and an engine that gives random answers without computing.
 
-A process of its own, as the launcher starts one: ``uvicorn tests.chaos.toy_service:create --factory``.
+It runs as a separate process, as the launcher starts one: ``uvicorn tests.chaos.toy_service:create --factory``.
 """
 
 import asyncio
@@ -28,12 +28,12 @@ from tests.support.toy_model import FakeEngine, toy_bundle
 from tests.support.waiting import until
 
 CALL_S, PLANTED_S = "CHAOS_CALL_S", "CHAOS_PLANTED_S"
-"""Variables of the environment with the seconds of an engine call, and those for which it holds the event loop."""
+"""Environment variables: seconds per engine call, and seconds for which a call holds the event loop."""
 INSTANCES = 2
 
 
 class RandomEngine(FakeEngine):
-    """Its logits are random, always the same for the same window: any span may be the best."""
+    """An engine with random logits, the same for the same window, so that any span may be the best."""
 
     def __init__(self, identity: str, call_s: float = 0.0, planted_s: float = 0.0) -> None:
         super().__init__(identity)
@@ -41,7 +41,7 @@ class RandomEngine(FakeEngine):
         if call_s:
             self.concurrency = 2 * INSTANCES
         if planted_s:
-            self.concurrency = 1  # so that a deadline ends what is left
+            self.concurrency = 1  # so that a deadline ends the remaining calls
         self._instances = asyncio.Semaphore(INSTANCES)
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
@@ -50,7 +50,7 @@ class RandomEngine(FakeEngine):
             async with self._instances:
                 await asyncio.sleep(self._call_s)
         else:
-            await asyncio.sleep(0)  # as every real one lets others have their turn
+            await asyncio.sleep(0)  # yields, as every real engine does
         return [self.logits(window) for window in windows]
 
     @staticmethod
@@ -61,12 +61,12 @@ class RandomEngine(FakeEngine):
 
 
 def application(**settings: object) -> FastAPI:
-    """The service over the shipped tokenizer, with windows so short that most texts need several."""
+    """Create the service with the shipped tokenizer, and windows so short that most texts need several."""
     return _application(Settings(**settings))  # type: ignore[arg-type]
 
 
 def create() -> FastAPI:
-    """The application with the settings and the engine of the environment."""
+    """Create the application with the settings and engine from the environment."""
     call_s, planted_s = (float(os.environ[name]) for name in (CALL_S, PLANTED_S))
     return _application(Settings.from_environment(os.environ), call_s, planted_s)
 
@@ -80,13 +80,13 @@ def _application(settings: Settings, call_s: float = 0.0, planted_s: float = 0.0
 def toy_service(
     log: Path, settings: Mapping[str, object] | None = None, *, call_s: float = 0.0, planted_s: float = 0.0
 ) -> Iterator[tuple[Address, int]]:
-    """Run it with the flags of `bertqa serve`; gives host and port, and the process id.
+    """Run the service with the flags of `bertqa serve`; yield host and port, and the process id.
 
     Args:
-        log: for what it says.
-        settings: of the service.
-        call_s: seconds of an engine call, of which `INSTANCES` run at one time; 0: none at all.
-        planted_s: seconds for which each holds the event loop, as nothing may.
+        log: file for its output.
+        settings: settings of the service.
+        call_s: seconds per engine call, with `INSTANCES` concurrent calls; 0 for no delay.
+        planted_s: seconds for which each call holds the event loop, as a fault.
     """
     address = "127.0.0.1", free_port()
     command = [sys.executable, "-m", "uvicorn", "tests.chaos.toy_service:create", "--factory", f"--port={address[1]}"]

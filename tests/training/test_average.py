@@ -71,7 +71,7 @@ def test_what_is_not_of_one_model_is_refused_by_name(tmp_path: Path, spoil: Call
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["a"], "DIR: give two or more"),
+        (["a"], "DIR: give at least two"),
         (["a", "b", "--shares", "1"], "--shares: 1 for 2 checkpoints"),
         (["a", "b", "--shares", "1,0"], "--shares: must be above 0, not 0.0"),
     ],
