@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bertqa.errors import InvalidArgument
 from bertqa.spans import MAX_ANSWER_TOKENS, Decoded, Logits, decode
 from bertqa.windows import Window, WindowMaker, check_unicode
 
@@ -135,9 +136,9 @@ def _field(holder: object, name: str, kind: type, at: str, default: object = _MI
         raise MalformedSquad(f"{at}.{name}: must be of type {kind.__name__}")
     if isinstance(value, str):
         try:
-            check_unicode(f"{at}.{name}", value)
-        except ValueError as error:
-            raise MalformedSquad(str(error)) from None
+            check_unicode(name, value)
+        except InvalidArgument as error:
+            raise MalformedSquad(f"{at}.{name}: {error.reason}") from None
     return value
 
 

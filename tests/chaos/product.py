@@ -119,6 +119,10 @@ class Service:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
+    def release_port(self) -> None:
+        """Release the port for good; nothing may be started after it."""
+        self._held.close()
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -198,6 +202,7 @@ class Product:
             for _ in range(2):
                 service = Service(self.directory, self.repository.root, urls, **dict(self.layout.settings))
                 self.services.append(service)
+                stack.callback(service.release_port)
                 service.start()
                 stack.callback(service.stop)
             if self.layout.balanced:

@@ -99,7 +99,7 @@ def test_a_set_up_is_renewed_when_contents_change_and_not_when_files_are_touched
     for name in inputs:
         if name.endswith(".sh"):
             program(tmp_path / name, f"echo ran {name}")
-    for name in ("python", "ruff", "mypy", "npm"):
+    for name in ("python", "ruff", "mypy", "lint-imports", "npm"):
         program(tmp_path / ".venv" / "bin" / name, f"echo ran {name}")
 
     def make() -> set[str]:
@@ -116,11 +116,11 @@ def test_a_set_up_is_renewed_when_contents_change_and_not_when_files_are_touched
         assert done.returncode == 0, done.stdout + done.stderr
         return {line.removeprefix("ran ") for line in done.stdout.splitlines() if line.startswith("ran ")}
 
-    everything = {"python", "npm", "ruff", "mypy", *(name for name in inputs if name.endswith(".sh"))}
+    everything = {"python", "npm", "ruff", "mypy", "lint-imports", *(name for name in inputs if name.endswith(".sh"))}
     assert make() == everything
     for name in inputs:
         os.utime(tmp_path / name, (time.time() + 9, time.time() + 9))  # as a checkout does
-    assert make() == {"ruff", "mypy"}
+    assert make() == {"ruff", "mypy", "lint-imports"}
     with (tmp_path / "tests" / "install_browser.sh").open("a") as script:
         script.write("# another browser\n")
     assert make() == everything - {"training/install_horovod.sh"}

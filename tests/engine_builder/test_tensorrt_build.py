@@ -223,7 +223,7 @@ def test_a_machine_without_gpu_is_told_what_is_missing_and_what_works(tmp_path: 
     )
     assert done.returncode == 1
     first, *parts, last = done.stderr.strip().splitlines()
-    assert first == "engine_builder: --target tensorrt: this machine lacks:"
+    assert first == "bertqa: error: --target tensorrt: this machine lacks:"
     assert all(part.startswith("  - ") for part in parts)
     assert any(part.startswith("  - a GPU: ") for part in parts)
     assert last == "--target cpu works here"

@@ -33,8 +33,9 @@ def test_launcher_told_to_end_ends_the_engine_build_too(tmp_path: Path) -> None:
     (builder / "__main__.py").write_text("import sys, time; print('building', flush=True); time.sleep(600)")
     program = (
         "import sys; from pathlib import Path; from service.runtime import engine, launcher\n"
+        "from service.commands.serve import ServeOptions\n"
         "engine.PROJECT = here = Path(sys.argv[1])\n"
-        "sys.exit(launcher.launch(launcher.ServeOptions(port=0, repository=here, checkpoint=here)))"
+        "sys.exit(launcher.launch(ServeOptions(port=0, repository=here, checkpoint=here)))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
