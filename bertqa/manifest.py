@@ -18,7 +18,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bertqa.targets import SERVED_TARGETS, ServedTarget, TargetName
-from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, WindowMaker
+from bertqa.windows import MAX_QUESTION_TOKENS, MAX_SEQ_LEN, OVERLAP, WindowTokenizer
 
 MODEL_NAME = "bert_qa"
 """Default name of the model in Triton's repository."""
@@ -195,12 +195,12 @@ class Manifest(_JsonFile):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A published version: its manifest, and the window maker that its engine was measured with."""
+    """A published version: its manifest, and the window tokenizer that its engine was measured with."""
 
     model: str  # its name in Triton's repository
     version: int
     manifest: Manifest
-    maker: WindowMaker
+    tokenizer: WindowTokenizer
 
     @classmethod
     def open(cls, directory: Path) -> "Bundle":
@@ -217,7 +217,7 @@ class Bundle:
         if not tokenizer.is_file() or sha256_of(tokenizer) != manifest.tokenizer_sha256:
             raise BundleMismatch(f"{tokenizer}: not the tokenizer that the engine was built with; {fix}")
         try:
-            maker = WindowMaker.from_directory(
+            window_tokenizer = WindowTokenizer.from_directory(
                 directory,
                 max_seq_len=manifest.max_seq_len,
                 max_question_tokens=manifest.max_question_tokens,
@@ -226,11 +226,12 @@ class Bundle:
             )
         except ValueError as error:
             raise BundleMismatch(f"{directory}: {error}; {fix}") from error
-        if maker.vocabulary_size > manifest.vocabulary_size:
+        if window_tokenizer.vocabulary_size > manifest.vocabulary_size:
             raise BundleMismatch(
-                f"{tokenizer}: {maker.vocabulary_size} tokens, but the engine embeds {manifest.vocabulary_size}; " + fix
+                f"{tokenizer}: {window_tokenizer.vocabulary_size} tokens, but the engine embeds "
+                f"{manifest.vocabulary_size}; {fix}"
             )
-        return cls(directory.parent.name, int(directory.name), manifest, maker)
+        return cls(directory.parent.name, int(directory.name), manifest, window_tokenizer)
 
 
 def changed_files(directory: Path, manifest: Manifest) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from bertqa.errors import InvalidArgument
 from bertqa.spans import MAX_ANSWER_TOKENS, Decoded, Logits, decode
-from bertqa.windows import Window, WindowMaker, check_unicode
+from bertqa.windows import Window, WindowTokenizer, check_unicode
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ Predict = Callable[[Window], Logits]
 
 def answer_all(
     examples: Iterable[Example],
-    maker: WindowMaker,
+    tokenizer: WindowTokenizer,
     predict: Predict,
     *,
     max_answer_tokens: int = MAX_ANSWER_TOKENS,
@@ -156,7 +156,7 @@ def answer_all(
 ) -> Iterator[tuple[Example, Decoded]]:
     """Answer every question of a SQuAD file with any runtime, lazily and in order, one window at a time."""
     for example in examples:
-        windows = maker(example.question, example.context)
+        windows = tokenizer(example.question, example.context)
         logits = [predict(window) for window in windows.windows]
         yield (
             example,

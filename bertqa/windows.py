@@ -85,7 +85,7 @@ class Windows:
         return (first, last) if first <= last else None
 
 
-class WindowMaker:
+class WindowTokenizer:
     """Makes windows with one tokenizer; immutable, so one instance serves any number of threads.
 
     The tokenizer is copied with truncation and padding off: those are mutable state inside the Rust object, and
@@ -132,7 +132,7 @@ class WindowMaker:
         max_question_tokens: int = MAX_QUESTION_TOKENS,
         overlap: int = OVERLAP,
         buckets: Sequence[int] = BUCKETS,
-    ) -> "WindowMaker":
+    ) -> "WindowTokenizer":
         """Load ``tokenizer.json`` of a checkpoint directory; limits as in the constructor.
 
         Raises:
@@ -181,10 +181,10 @@ class WindowMaker:
         Args:
             question: kept up to ``max_question_tokens`` tokens; a cut is reported, not hidden.
             context: any text; one window for each ``max_seq_len - question - 3 - overlap`` of its tokens.
-            overlap: context tokens that neighbouring windows share; by default this maker's own, or half of a window's
-                context where the window is too short for that.
-            max_seq_len: length of a full window, this maker's own by default.
-            max_question_tokens: by default this maker's own, or what a shorter ``max_seq_len`` leaves room for.
+            overlap: context tokens that neighbouring windows share; by default this tokenizer's own, or half of a
+                window's context where the window is too short for that.
+            max_seq_len: length of a full window, this tokenizer's own by default.
+            max_question_tokens: by default this tokenizer's own, or what a shorter ``max_seq_len`` leaves room for.
             max_windows: most windows allowed; held against the text's tokens before any window is made.
             check: called between steps; what it raises ends the work and comes out of here. A step takes a few
                 milliseconds with the tokenizers of BERT. Others tokenize a text in one step, without holding the GIL.

@@ -27,7 +27,7 @@ from bertqa.manifest import (
 )
 from bertqa.squad import Example, read_squad
 from bertqa.targets import TargetName
-from bertqa.windows import BUCKETS, Window, WindowMaker
+from bertqa.windows import BUCKETS, Window, WindowTokenizer
 from engine_builder.architectures import Architecture, build_graph, read_architecture
 from engine_builder.checkpoint import (
     CALIBRATION_FILE,
@@ -88,7 +88,7 @@ class _Inputs:
     checkpoint: Path
     settings: Settings
     architecture: Architecture
-    maker: WindowMaker
+    tokenizer: WindowTokenizer
     gate_file: Path
     gate: Sequence[Example]
     calibration: Sequence[Window]  # empty if the precision needs no calibration
@@ -110,7 +110,7 @@ def build(options: BuildOptions) -> Manifest:
         reference = directory.parent / "float32.onnx"
         engine = _build_engine(inputs, target, reference, directory, options, stack)
         measured = measure(
-            inputs.gate, inputs.maker, engine.predict, load_onnx(reference, threads=options.threads or 0)
+            inputs.gate, inputs.tokenizer, engine.predict, load_onnx(reference, threads=options.threads or 0)
         )
         limit = options.max_logit_error
         gate = AccuracyGate(
@@ -118,7 +118,7 @@ def build(options: BuildOptions) -> Manifest:
             max_logit_error=MAX_LOGIT_ERRORS[inputs.precision] if limit is None else limit,
         )
         gate.check(measured, _floating(target, inputs.precision))
-        write_questions(directory / QUESTIONS_FILE, inputs.gate[:64], inputs.maker, engine.predict)
+        write_questions(directory / QUESTIONS_FILE, inputs.gate[:64], inputs.tokenizer, engine.predict)
         shutil.copy(inputs.checkpoint / TOKENIZER_FILE, directory)
         published = publish(directory, _manifest(inputs, options.target, engine, measured), options.publication)
     _summary(published, options.publication, measured, time.monotonic() - started)
@@ -154,12 +154,12 @@ def _read_inputs(options: BuildOptions, target: Target, precision: str) -> _Inpu
     if not (checkpoint / SETTINGS_FILE).exists():  # a hub snapshot's directory is named after its commit
         settings = replace(settings, name=Path(options.checkpoint).resolve().name)
     architecture = read_architecture(checkpoint)
-    maker = window_maker(checkpoint, settings, architecture)
+    tokenizer = window_tokenizer(checkpoint, settings, architecture)
     gate_file = _data_file(options.gate_data, checkpoint / GATE_FILE, "--gate-data")
     gate = read_squad(gate_file)
     if not any(example.context.strip() for example in gate):
         raise BuildRefused(f"--gate-data: {gate_file} contains no question with a context")
-    check_tokenizer(maker, gate)
+    check_tokenizer(tokenizer, gate)
     has_calibration = options.calibration_data or (checkpoint / CALIBRATION_FILE).is_file()
     if options.precision is None and precision in target.calibrated and not has_calibration:
         _say(
@@ -170,14 +170,14 @@ def _read_inputs(options: BuildOptions, target: Target, precision: str) -> _Inpu
     calibration: list[Window] = []
     if precision in target.calibrated:
         file = _data_file(options.calibration_data, checkpoint / CALIBRATION_FILE, "--calibration-data")
-        calibration = calibration_windows(read_squad(file), maker)
+        calibration = calibration_windows(read_squad(file), tokenizer)
         if not calibration:
             raise BuildRefused(f"--calibration-data: {file} contains no question with a context")
     return _Inputs(
         checkpoint=checkpoint,
         settings=settings,
         architecture=architecture,
-        maker=maker,
+        tokenizer=tokenizer,
         gate_file=gate_file,
         gate=gate,
         calibration=calibration,
@@ -199,7 +199,7 @@ def _build_engine(
             architecture=inputs.architecture,
             weights=weights,
             reference=reference,
-            buckets=inputs.maker.buckets,
+            buckets=inputs.tokenizer.buckets,
             calibration=inputs.calibration,
         )
         engine = target.build(source, directory, inputs.precision, options, stack)
@@ -209,10 +209,10 @@ def _build_engine(
 
 def _manifest(inputs: _Inputs, target: TargetName, engine: Engine, measured: Measured) -> Manifest:
     """Create the manifest of an engine, and measure its latency."""
-    maker, settings = inputs.maker, inputs.settings
+    tokenizer, settings = inputs.tokenizer, inputs.settings
     latency_ms = {
-        str(length): engine.latency(full_windows(inputs.gate, maker, length))
-        for length in tqdm(maker.buckets, "latency", unit=" lengths")
+        str(length): engine.latency(full_windows(inputs.gate, tokenizer, length))
+        for length in tqdm(tokenizer.buckets, "latency", unit=" lengths")
     }
     return Manifest(
         name=settings.name,
@@ -238,7 +238,7 @@ def _manifest(inputs: _Inputs, target: TargetName, engine: Engine, measured: Mea
         triton=(MIN_TRITON, ""),
         latency_ms=latency_ms,
         cpu_features=engine.cpu_features,
-        buckets=maker.buckets,
+        buckets=tokenizer.buckets,
         max_batch_size=engine.max_batch_size,
     )
 
@@ -250,7 +250,7 @@ def _floating(target: Target, precision: str) -> list[str]:
     return [name for name in target.precisions if name != precision and name not in target.calibrated]
 
 
-def window_maker(checkpoint: Path, settings: Settings, architecture: Architecture) -> WindowMaker:
+def window_tokenizer(checkpoint: Path, settings: Settings, architecture: Architecture) -> WindowTokenizer:
     """Load the checkpoint's tokenizer with its window settings, and check both against the model.
 
     Raises:
@@ -266,7 +266,7 @@ def window_maker(checkpoint: Path, settings: Settings, architecture: Architectur
     fits = next((length for length in BUCKETS if settings.max_seq_len <= length <= longest), longest)
     buckets = [length for length in BUCKETS if length < fits] + [fits]  # longer buckets would only waste memory
     try:
-        maker = WindowMaker.from_directory(
+        tokenizer = WindowTokenizer.from_directory(
             checkpoint,
             max_seq_len=settings.max_seq_len,
             max_question_tokens=settings.max_question_tokens,
@@ -275,18 +275,18 @@ def window_maker(checkpoint: Path, settings: Settings, architecture: Architectur
         )
     except ValueError as error:
         raise InvalidCheckpoint(str(error)) from error
-    if maker.vocabulary_size > architecture.vocab_size:
+    if tokenizer.vocabulary_size > architecture.vocab_size:
         raise InvalidCheckpoint(
-            f"{checkpoint / TOKENIZER_FILE}: has {maker.vocabulary_size} tokens, but vocab_size in {CONFIG_FILE} is "
-            f"{architecture.vocab_size}; it belongs to another checkpoint"
+            f"{checkpoint / TOKENIZER_FILE}: has {tokenizer.vocabulary_size} tokens, but vocab_size in {CONFIG_FILE} "
+            f"is {architecture.vocab_size}; it belongs to another checkpoint"
         )
-    return maker
+    return tokenizer
 
 
-def calibration_windows(examples: Sequence[Example], maker: WindowMaker) -> list[Window]:
+def calibration_windows(examples: Sequence[Example], tokenizer: WindowTokenizer) -> list[Window]:
     """Return up to `CALIBRATION_WINDOWS` windows, spread evenly over the questions."""
     chosen = examples[:: max(1, len(examples) // CALIBRATION_WINDOWS)]
-    windows = [window for example in chosen for window in maker(example.question, example.context).windows[:1]]
+    windows = [window for example in chosen for window in tokenizer(example.question, example.context).windows[:1]]
     return windows[:CALIBRATION_WINDOWS]
 
 

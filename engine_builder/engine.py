@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bertqa.squad import Example, Predict
-from bertqa.windows import Window, WindowMaker
+from bertqa.windows import Window, WindowTokenizer
 from engine_builder.architectures import Architecture
 from engine_builder.checkpoint import FloatArray
 
@@ -80,12 +80,12 @@ class Engine:
     cpu_features: tuple[str, ...] = ()
 
 
-def full_windows(examples: Sequence[Example], maker: WindowMaker, length: int, count: int = 8) -> list[Window]:
+def full_windows(examples: Sequence[Example], tokenizer: WindowTokenizer, length: int, count: int = 8) -> list[Window]:
     """Make windows of real text without padding, spread over the data; short contexts are joined and repeated.
 
     Args:
         examples: source of questions and contexts.
-        maker: window maker with the model's tokenizer.
+        tokenizer: window tokenizer with the model's tokenizer.
         length: length of each window, in tokens.
         count: number of windows at most; there may be fewer examples.
     """
@@ -93,11 +93,11 @@ def full_windows(examples: Sequence[Example], maker: WindowMaker, length: int, c
     windows: list[Window] = []
     for first in range(0, len(examples), step):
         text = "\n".join(dict.fromkeys(example.context for example in islice(examples, first, first + 64)))
-        made = maker(
+        made = tokenizer(
             examples[first].question,
             "\n".join([text] * (1 + length // max(1, len(text.split())))),
             max_seq_len=length,
-            max_question_tokens=min(maker.max_question_tokens, length // 2),
+            max_question_tokens=min(tokenizer.max_question_tokens, length // 2),
             overlap=0,
         ).windows
         windows += [window for window in made[:1] if window.length == length]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from bertqa.spans import InvalidLogits, Logits
 from bertqa.squad import Example, Predict, Score, answer_all, score
-from bertqa.windows import OUTPUT_NAMES, Window, WindowMaker
+from bertqa.windows import OUTPUT_NAMES, Window, WindowTokenizer
 
 MAX_UNKNOWN_SHARE = 0.05
 """Largest allowed share of [UNK] among the gate's tokens; above it, the tokenizer does not fit the text. WordPiece on
@@ -53,7 +53,7 @@ def load_onnx(path: Path, *, threads: int = 0, spinning: bool = False) -> Predic
     return predict
 
 
-def check_tokenizer(maker: WindowMaker, examples: Sequence[Example]) -> None:
+def check_tokenizer(tokenizer: WindowTokenizer, examples: Sequence[Example]) -> None:
     """Refuse a tokenizer that does not fit the language of the questions.
 
     Raises:
@@ -61,14 +61,14 @@ def check_tokenizer(maker: WindowMaker, examples: Sequence[Example]) -> None:
     """
     contexts = dict.fromkeys(example.context for example in examples)
     text = "\n".join([*contexts, *(example.question for example in examples)])
-    if (share := maker.unknown_share(text)) > MAX_UNKNOWN_SHARE:
+    if (share := tokenizer.unknown_share(text)) > MAX_UNKNOWN_SHARE:
         raise GateFailed(
             f"tokenizer.json: {share:.1%} of the tokens of the gate's texts are [UNK], at most {MAX_UNKNOWN_SHARE:.0%} "
             "may be; is it the tokenizer that the checkpoint was trained with?"
         )
 
 
-def measure(examples: Sequence[Example], maker: WindowMaker, engine: Predict, reference: Predict) -> Measured:
+def measure(examples: Sequence[Example], tokenizer: WindowTokenizer, engine: Predict, reference: Predict) -> Measured:
     """Answer all questions with the reference, then with the engine.
 
     They run one after the other, because idle threads of one runtime would slow down the other.
@@ -77,10 +77,10 @@ def measure(examples: Sequence[Example], maker: WindowMaker, engine: Predict, re
         GateFailed: logits of either are not finite or have the wrong shape.
     """
     expected_logits: list[Logits] = []
-    expected = _answers(examples, maker, _recording(reference, expected_logits), "float32 reference")
+    expected = _answers(examples, tokenizer, _recording(reference, expected_logits), "float32 reference")
     found_logits: list[Logits] = []
     try:
-        found = _answers(examples, maker, _recording(engine, found_logits), "engine")
+        found = _answers(examples, tokenizer, _recording(engine, found_logits), "engine")
     except GateFailed as failed:
         raise GateFailed(f"{failed}; values above 65,504 overflow fp16, so try --precision bf16") from failed
     reference_logits, engine_logits = (
@@ -103,9 +103,9 @@ class _Best(NamedTuple):
     end: int
 
 
-def _answers(examples: Sequence[Example], maker: WindowMaker, predict: Predict, name: str) -> dict[str, _Best]:
+def _answers(examples: Sequence[Example], tokenizer: WindowTokenizer, predict: Predict, name: str) -> dict[str, _Best]:
     answers: dict[str, _Best] = {}
-    answered = answer_all(examples, maker, predict)
+    answered = answer_all(examples, tokenizer, predict)
     try:
         for example, decoded in tqdm(answered, name, len(examples), unit=" questions", mininterval=0.5):
             if best := decoded.best:

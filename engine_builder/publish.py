@@ -12,7 +12,7 @@ from pathlib import Path
 from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, Manifest, OtherFormat, sha256_of
 from bertqa.repository import MODEL_NAMES, Repository
 from bertqa.squad import Example, Predict, answer_all
-from bertqa.windows import WindowMaker
+from bertqa.windows import WindowTokenizer
 
 NO_CACHE = "__pycache__"
 """A file of this name stops Python from writing its bytecode cache next to ``model.py``. In poll mode Triton would see
@@ -67,12 +67,12 @@ def building() -> Iterator[Path]:
         yield directory
 
 
-def write_questions(path: Path, examples: Sequence[Example], maker: WindowMaker, engine: Predict) -> None:
+def write_questions(path: Path, examples: Sequence[Example], tokenizer: WindowTokenizer, engine: Predict) -> None:
     """Write the questions that the engine is most certain of, with its answers, as a JSON list of objects.
 
     Rounding on another machine does not change these answers.
     """
-    found = [(example, decoded.best) for example, decoded in answer_all(examples, maker, engine)]
+    found = [(example, decoded.best) for example, decoded in answer_all(examples, tokenizer, engine)]
     sure = sorted((pair for pair in found if pair[1]), key=lambda pair: -pair[1].score if pair[1] else 0)
     questions = [
         {"question": example.question, "context": example.context, "answer": best.text, "start": best.start}

@@ -230,7 +230,7 @@ def one_window_questions(path: Path, product: Product) -> list[dict[str, str]]:
     found = [
         {"question": each.question, "context": each.context}
         for each in examples
-        if len(product.bundle.maker(each.question, each.context).windows) == 1
+        if len(product.bundle.tokenizer(each.question, each.context).windows) == 1
     ]
     if not found:
         raise ValueError(f"{path}: holds no question of one window")

@@ -215,7 +215,7 @@ class Questions:
     def __init__(self, product: Product, examples: Sequence[Example]) -> None:
         self.product = product
         self.batch = product.bundle.manifest.max_batch_size
-        made = [product.bundle.maker(example.question, example.context).windows for example in examples]
+        made = [product.bundle.tokenizer(example.question, example.context).windows for example in examples]
         posts = [
             post(product, body_of(each)) for each, windows in zip(examples, made, strict=True) if len(windows) == 1
         ]

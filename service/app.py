@@ -50,7 +50,7 @@ from service.services import Services
 from service.settings import Settings, SettingsError
 from service.shutdown import Shutdown, clean_up
 from service.triton.channels import Channels, EngineFactory
-from service.triton.errors import ModelError
+from service.triton.errors import EngineError
 
 log = logging.getLogger("bertqa.service")
 
@@ -196,5 +196,5 @@ async def _verify_if_up(models: ModelRegistry) -> None:
     for model in models:
         try:
             await model.verify(deadline=time.monotonic() + PROBE_S)
-        except ModelError as error:
+        except EngineError as error:
             log.warning("the engine is not up yet, its identity will be checked when it is: %s", error)

@@ -87,15 +87,15 @@ def complete(
     null_threshold = 0.0
     if data.held_back:
         others = [] if data.v2 else negatives(data.held_back, 1.0, args.data_seed)
-        answered = evaluate([*data.held_back, *others, *data.impossible], data.maker, predict, workers)
+        answered = evaluate([*data.held_back, *others, *data.impossible], data.tokenizer, predict, workers)
         null_threshold, quality = fit_null_threshold(answered)
         report["null_threshold"] = {"value": null_threshold, "mean_f1": quality, "questions": len(answered)}
         report["has_answer"] = has_answer_shares(answered, null_threshold, {each.id for each in data.impossible})
         report["held_back"] = as_report(of_file(answered, data), null_threshold)
     if dev:
-        report["dev"] = as_report(evaluate(dev, data.maker, predict, workers), null_threshold)
+        report["dev"] = as_report(evaluate(dev, data.tokenizer, predict, workers), null_threshold)
     if workers.rank == 0:
-        write_checkpoint(args.output, type(model).__name__, model.config, half(model), data.maker.tokenizer_json())
+        write_checkpoint(args.output, type(model).__name__, model.config, half(model), data.tokenizer.tokenizer_json())
         settings = {name: getattr(args, name) for name in ("name", "max_seq_len", "overlap", "max_question_tokens")}
         Settings(**settings, null_threshold=round(null_threshold, 4)).write(args.output / SETTINGS_FILE)
         save_json(args.output / "training_report.json", report)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from bertqa.manifest import Settings
 from bertqa.squad import Example, as_squad
-from bertqa.windows import WindowMaker
+from bertqa.windows import WindowTokenizer
 from training.checkpoints import save_json
 from training.distributed import Workers, start_workers
 from training.encoders import EncoderOptions, load_model, model_class
@@ -135,7 +135,7 @@ def agreed(made: Sequence[Example], teacher: Path, args: HardNegativesArguments,
     model = load_model(model_class(source, "question answering"), source, options, trained_head=True)
     model.to(workers.device)  # type: ignore[arg-type]
     predict = predictor(model, workers.device, args.precision, progress=workers.rank == 0)
-    answered = evaluate(made, WindowMaker.from_directory(teacher, **limits), predict, workers)
+    answered = evaluate(made, WindowTokenizer.from_directory(teacher, **limits), predict, workers)
     found = {example.id for example, decoded in answered if decoded.null_margin > threshold}
     return [example for example in made if example.id in found]
 

@@ -33,7 +33,7 @@ from transformers import (
 
 from bertqa.manifest import TOKENIZER_FILE
 from bertqa.squad import read_squad
-from bertqa.windows import MAX_SEQ_LEN, WindowMaker
+from bertqa.windows import MAX_SEQ_LEN, WindowTokenizer
 from training.batches import Batches
 from training.data.documents import write_documents
 from training.data.sharding import SPECIAL_TOKENS, write_shard_set
@@ -143,8 +143,8 @@ def real_features(squad: Path, tokenizer: Tokenizer, count: int) -> list[Feature
     """Make ``count`` labelled windows of randomly chosen questions."""
     examples = read_squad(squad)
     order = np.random.default_rng(1).permutation(len(examples))
-    maker = WindowMaker(tokenizer, max_seq_len=MAX_SEQ_LEN)
-    features = list(islice(make_features((examples[index] for index in order), maker), count))
+    window_tokenizer = WindowTokenizer(tokenizer, max_seq_len=MAX_SEQ_LEN)
+    features = list(islice(make_features((examples[index] for index in order), window_tokenizer), count))
     if len(features) < count:
         raise SystemExit(f"{squad}: has {len(features)} windows, fewer than --sequences {count}")
     return features

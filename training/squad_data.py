@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from bertqa.squad import Example, MalformedSquad, read_squad
-from bertqa.windows import WindowMaker
+from bertqa.windows import WindowTokenizer
 from training.distillation import Source, fingerprint
 from training.encoders import load_tokenizer, longest_input
 from training.options import SquadArguments, TeachSquadArguments
@@ -32,7 +32,7 @@ class SquadData:
     impossible: list[Example]  # questions of --impossible about held-back articles
     examples: int  # number of training questions, including added ones
     features: list[Feature]
-    maker: WindowMaker
+    tokenizer: WindowTokenizer
     v2: bool  # whether the file itself has unanswerable questions
     negatives: float  # share of questions repeated with another paragraph
     source: Source  # the features of the soft labels
@@ -49,7 +49,7 @@ class SquadData:
         Raises:
             SystemExit: a file cannot be read, or the windows do not suit the encoder.
         """
-        maker = window_maker(args, tokenizer_of, config)
+        tokenizer = window_tokenizer(args, tokenizer_of, config)
         training, held_back = hold_back_articles(read_file(args.train, "--train"), args.held_back_articles)
         if args.max_questions:
             training = random.Random(args.data_seed).sample(training, min(args.max_questions, len(training)))
@@ -60,14 +60,14 @@ class SquadData:
         more = unlabelled(training, args.unlabelled_share, args.data_seed)
         for path in args.unlabelled:
             more += read_file(path, "--unlabelled")
-        features = [*make_features(labelled, maker), *map(without_label, make_features(more, maker))]
+        features = [*make_features(labelled, tokenizer), *map(without_label, make_features(more, tokenizer))]
         source = Source(
             kind="squad",
             features=fingerprint((feature.input_ids, feature.context_offset) for feature in features),
             rows=tuple(len(feature.input_ids) for feature in features),
             settings={name: getattr(args, name) for name in SETTINGS} | {"negatives": share},
         )
-        return cls(training, held_back, tuning, len(labelled) + len(more), features, maker, v2, share, source)
+        return cls(training, held_back, tuning, len(labelled) + len(more), features, tokenizer, v2, share, source)
 
 
 def read_file(path: Path, flag: str) -> list[Example]:
@@ -102,12 +102,12 @@ def has_impossible(examples: Iterable[Example]) -> bool:
     return any(not example.references for example in examples)
 
 
-def window_maker(args: Arguments, tokenizer_of: str, config: PreTrainedConfig) -> WindowMaker:
-    """Create the job's window maker, and check that it fits the encoder."""
+def window_tokenizer(args: Arguments, tokenizer_of: str, config: PreTrainedConfig) -> WindowTokenizer:
+    """Create the job's window tokenizer, and check that it fits the encoder."""
     if args.max_seq_len > (positions := longest_input(config)):
         raise SystemExit(f"--max-seq-len {args.max_seq_len}: {args.init} has {positions} positions")
     try:
-        maker = WindowMaker(
+        tokenizer = WindowTokenizer(
             load_tokenizer(tokenizer_of),
             max_seq_len=args.max_seq_len,
             max_question_tokens=args.max_question_tokens,
@@ -115,6 +115,6 @@ def window_maker(args: Arguments, tokenizer_of: str, config: PreTrainedConfig) -
         )
     except ValueError as error:
         raise SystemExit(f"--max-seq-len, --max-question-tokens, --overlap: {error}") from error
-    if maker.vocabulary_size > config.vocab_size:
-        raise SystemExit(f"--init {args.init}: {maker.vocabulary_size} tokens, but {config.vocab_size} embeddings")
-    return maker
+    if tokenizer.vocabulary_size > config.vocab_size:
+        raise SystemExit(f"--init {args.init}: {tokenizer.vocabulary_size} tokens, but {config.vocab_size} embeddings")
+    return tokenizer

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bertqa.spans import Decoded, Logits, decode
 from bertqa.squad import Example, exact_match, f1, score, score_by_kind
-from bertqa.windows import Window, WindowMaker
+from bertqa.windows import Window, WindowTokenizer
 from training.distributed import Workers
 from training.inference import predict
 from training.options import Precision
@@ -51,14 +51,14 @@ def predictor(model: PreTrainedModel, device: torch.device, precision: Precision
 
 
 def evaluate(
-    examples: Sequence[Example], maker: WindowMaker, predict: Predict, workers: Workers
+    examples: Sequence[Example], tokenizer: WindowTokenizer, predict: Predict, workers: Workers
 ) -> list[tuple[Example, Decoded]]:
     """Answer the questions; each process computes a share, and every process gets all answers."""
     mine = list(examples)[workers.rank :: workers.size]
     answers: list[tuple[Example, Decoded]] = []
     for begin in range(0, len(mine), QUESTIONS_AT_ONCE):
         part = mine[begin : begin + QUESTIONS_AT_ONCE]
-        windows = [maker(example.question, example.context) for example in part]
+        windows = [tokenizer(example.question, example.context) for example in part]
         logits = iter(predict([window for each in windows for window in each.windows]))
         for example, each in zip(part, windows, strict=True):
             answers.append((example, decode([each], [[next(logits) for _ in each.windows]])))

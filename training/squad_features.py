@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from bertqa.squad import Example
-from bertqa.windows import WindowMaker
+from bertqa.windows import WindowTokenizer
 
 UNLABELLED = -100
 """Label that torch's cross entropy ignores."""
@@ -106,10 +106,10 @@ def _paragraphs(examples: Iterable[Example]) -> Mapping[str, Sequence[str]]:
     return {title: list(contexts) for title, contexts in paragraphs.items()}
 
 
-def make_features(examples: Iterable[Example], maker: WindowMaker) -> Iterator[Feature]:
+def make_features(examples: Iterable[Example], tokenizer: WindowTokenizer) -> Iterator[Feature]:
     """Label the windows of each question with its first reference answer."""
     for example in examples:
-        windows = maker(example.question, example.context)
+        windows = tokenizer(example.question, example.context)
         span = None
         if example.references:
             answer = example.references[0]

@@ -25,7 +25,7 @@ import numpy as np
 from bertqa.manifest import Manifest
 from bertqa.repository import Repository
 from bertqa.squad import read_squad
-from bertqa.windows import Window, WindowMaker
+from bertqa.windows import Window, WindowTokenizer
 from engine_builder.benchmarks.commands import BucketsOptions
 from engine_builder.publish import BuildRefused
 from engine_builder.targets import openvino
@@ -102,7 +102,7 @@ def _serve(
     line: Connection, directory: Path, manifest: Manifest, args: BucketsOptions, buckets: tuple[int, ...]
 ) -> None:
     """Run in a process: for each round send the number of windows, then run the requested blocks."""
-    maker = WindowMaker.from_directory(
+    tokenizer = WindowTokenizer.from_directory(
         directory,
         max_seq_len=manifest.max_seq_len,
         max_question_tokens=manifest.max_question_tokens,
@@ -113,7 +113,7 @@ def _serve(
     predict = openvino.load(directory / manifest.engine_file, precision, buckets, args.threads)
     examples = read_squad(args.data)
     chosen = examples[:: max(1, len(examples) // args.questions)][: args.questions]
-    windows = [window for each in chosen for window in maker(each.question, each.context).windows]
+    windows = [window for each in chosen for window in tokenizer(each.question, each.context).windows]
     for length in buckets:  # the first call of a length is slower
         row = np.ones((1, length), np.int32)
         predict(Window(row, row, row, 1, 0, 1))

@@ -35,11 +35,11 @@ from bertqa.hardware import cpu_name
 from bertqa.manifest import Settings
 from bertqa.spans import Logits
 from bertqa.squad import Example, Predict, answer_all, read_squad, score
-from bertqa.windows import OUTPUT_NAMES, Window, WindowMaker
+from bertqa.windows import OUTPUT_NAMES, Window, WindowTokenizer
 from engine_builder.architectures import build_graph, read_architecture
 from engine_builder.architectures.encoder import Encoder
 from engine_builder.benchmarks.commands import RuntimesOptions
-from engine_builder.build import calibration_windows, window_maker
+from engine_builder.build import calibration_windows, window_tokenizer
 from engine_builder.checkpoint import CALIBRATION_FILE, InvalidCheckpoint, find_checkpoint, read_weights
 from engine_builder.engine import EngineOptions, Source, full_windows
 from engine_builder.gate import load_onnx
@@ -78,15 +78,17 @@ def main(args: RuntimesOptions) -> None:
     """Build every variant, time them side by side, score them, print the table."""
     checkpoint = find_checkpoint(args.checkpoint)
     architecture = read_architecture(checkpoint)
-    maker = window_maker(checkpoint, Settings.of_checkpoint(checkpoint), architecture)
-    lengths = args.lengths or list(maker.buckets)
-    if unknown := [length for length in lengths if length not in maker.buckets]:
-        raise InvalidCheckpoint(f"--lengths {unknown[0]}: the model's buckets are {', '.join(map(str, maker.buckets))}")
+    tokenizer = window_tokenizer(checkpoint, Settings.of_checkpoint(checkpoint), architecture)
+    lengths = args.lengths or list(tokenizer.buckets)
+    if unknown := [length for length in lengths if length not in tokenizer.buckets]:
+        raise InvalidCheckpoint(
+            f"--lengths {unknown[0]}: the model's buckets are {', '.join(map(str, tokenizer.buckets))}"
+        )
     examples = read_squad(args.data)
     calibration_file = args.calibration_data or checkpoint / CALIBRATION_FILE
     calibration = []
     if args.calibration_data or calibration_file.is_file():
-        calibration = calibration_windows(read_squad(calibration_file), maker)
+        calibration = calibration_windows(read_squad(calibration_file), tokenizer)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         plain = Path(directory) / "plain.onnx"
         weights = read_weights(checkpoint, architecture)
@@ -95,7 +97,7 @@ def main(args: RuntimesOptions) -> None:
             architecture=architecture,
             weights=weights,
             reference=plain,
-            buckets=maker.buckets,
+            buckets=tokenizer.buckets,
             calibration=calibration,
         )
         rows: dict[str, Row] = {}
@@ -106,10 +108,10 @@ def main(args: RuntimesOptions) -> None:
                 runtimes[name] = build()
             except (Unavailable, BuildRefused) as error:
                 rows[name] = Row({}, float("nan"), str(error).splitlines()[0])
-        windows = {length: full_windows(examples, maker, length) for length in lengths}
+        windows = {length: full_windows(examples, tokenizer, length) for length in lengths}
         medians = _time(runtimes, windows, args.rounds)
         for name, runtime in runtimes.items():
-            rows[name] = Row(medians[name], _f1(examples, args.questions, maker, runtime.predict, name))
+            rows[name] = Row(medians[name], _f1(examples, args.questions, tokenizer, runtime.predict, name))
     _print_table(rows, lengths)
     if args.chart:
         draw(rows, args.chart, f"{Settings.of_checkpoint(checkpoint).name}, one window at a time")
@@ -291,11 +293,11 @@ def _time(
     }
 
 
-def _f1(examples: Sequence[Example], count: int, maker: WindowMaker, predict: Predict, name: str) -> float:
+def _f1(examples: Sequence[Example], count: int, tokenizer: WindowTokenizer, predict: Predict, name: str) -> float:
     chosen = examples[:: max(1, len(examples) // count)][:count] if count else []
     if not chosen:
         return float("nan")
-    answered = tqdm(answer_all(chosen, maker, predict), f"F1 of {name}", len(chosen), mininterval=0.5)
+    answered = tqdm(answer_all(chosen, tokenizer, predict), f"F1 of {name}", len(chosen), mininterval=0.5)
     return score(chosen, {example.id: decoded.best.text for example, decoded in answered if decoded.best}).f1
 
 

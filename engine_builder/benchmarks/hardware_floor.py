@@ -63,7 +63,7 @@ def main(args: FloorOptions) -> None:
     found = Counter(
         window.length
         for example in read_squad(args.checkpoint / GATE_FILE)
-        for window in bundle.maker(example.question, example.context).windows
+        for window in bundle.tokenizer(example.question, example.context).windows
     )
     told = ", ".join(f"{length}: {count / found.total():.0%}" for length, count in sorted(found.items()))
     print(f"\nThe windows of {GATE_FILE} (tokens {told}): at most")

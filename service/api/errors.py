@@ -1,7 +1,7 @@
 """Everything that can go wrong with a request, the one table from exception to HTTP status, and the reply to each.
 
 Fields that are not acceptable are `bertqa.errors.InvalidArgument`, 422, wherever they are found; errors of the engine's
-side are `service.triton.errors.ModelError`. The rest is this tree::
+side are `service.triton.errors.EngineError`. The rest is this tree::
 
     RequestError               what the client can mend
     ├── MalformedHttp          400, not HTTP
@@ -37,7 +37,7 @@ from bertqa.manifest import BundleMismatch
 from bertqa.spans import InvalidLogits
 from service.observability import readiness
 from service.observability.request_context import request_context, route_of
-from service.triton.errors import ModelBroken, ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import EngineBroken, EngineError, EngineOverloaded, EngineTimeout, EngineUnavailable
 
 log = logging.getLogger("bertqa.service")
 
@@ -142,16 +142,16 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
     RateLimited: (429, "rate_limited"),
     HeadTooLarge: (431, "head_too_large"),
     ClientDisconnect: (499, "client_disconnected"),  # nobody reads it, but the metrics count it
-    ModelOverloaded: (503, "engine_overloaded"),
-    ModelUnavailable: (503, "engine_unavailable"),
-    ModelBroken: (503, "engine_broken"),
-    ModelError: (503, "engine_broken"),
+    EngineOverloaded: (503, "engine_overloaded"),
+    EngineUnavailable: (503, "engine_unavailable"),
+    EngineBroken: (503, "engine_broken"),
+    EngineError: (503, "engine_broken"),
     InvalidLogits: (503, "engine_broken"),
     BundleMismatch: (503, "engine_mismatch"),
     Stopping: (503, "stopping"),
     BodiesOverloaded: (503, "bodies_overloaded"),
     TooManyConnections: (503, "too_many_connections"),
-    ModelTimeout: (504, "engine_timeout"),
+    EngineTimeout: (504, "engine_timeout"),
 }
 """Status and ``error_type`` of every exception that a route lets out; any other one is 500 ``internal``."""
 
@@ -180,7 +180,7 @@ def respond(scope: Scope, error: Exception) -> Response:
     context.error_type = error_type
     field = render(error.location) if isinstance(error, InvalidArgument) else None
     headers = getattr(error, "headers", None)
-    if isinstance(error, ModelOverloaded):  # counted, but not logged one by one: refusing must stay cheap
+    if isinstance(error, EngineOverloaded):  # counted, but not logged one by one: refusing must stay cheap
         headers = {"retry-after": str(max(math.ceil(error.retry_after_s), 1))}
     elif status >= 500 and not isinstance(error, BodiesOverloaded) and route_of(scope) != readiness.ROUTE:
         told = error if context.keeps_texts else getattr(error, "plain", error)

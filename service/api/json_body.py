@@ -56,7 +56,7 @@ class JsonRoute(APIRoute):
         """Read and validate the body, and answer.
 
         Raises:
-            ModelOverloaded: the request would be refused whatever it asks; its body is not read then.
+            EngineOverloaded: the request would be refused whatever it asks; its body is not read then.
             NotJson, MalformedBody, InvalidArgument: as in `read_json`, and by the model.
         """
         assert self._model

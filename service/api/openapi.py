@@ -21,7 +21,7 @@ from service.api.errors import (
     Unauthorized,
 )
 from service.api.schemas import Problem
-from service.triton.errors import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import EngineBroken, EngineOverloaded, EngineTimeout, EngineUnavailable
 
 DESCRIPTION = """Extractive question answering: answers are spans of the texts given, with exact offsets.
 
@@ -40,7 +40,7 @@ DEADLINE_PARAMETER = {
 }
 """The header that `service.api.deadline` reads; questions do not go through FastAPI's own parameters."""
 
-ENGINE: tuple[type[Exception], ...] = (ModelOverloaded, ModelUnavailable, ModelBroken, BundleMismatch, ModelTimeout)
+ENGINE: tuple[type[Exception], ...] = (EngineOverloaded, EngineUnavailable, EngineBroken, BundleMismatch, EngineTimeout)
 """What a route raises that asks the engine."""
 QUESTIONS: tuple[type[Exception], ...] = (
     MalformedBody,

@@ -25,7 +25,7 @@ from service.inference.probe import is_ready
 from service.observability import tracing
 from service.services import services_of
 from service.settings import Settings
-from service.triton.errors import ModelError
+from service.triton.errors import EngineError
 
 PAGE = Path(__file__).parent / "static"
 PROBE_S = 1.0
@@ -106,7 +106,7 @@ async def info(request: Request) -> Info:
     bundle = model.bundle
     numbers = [name for name, field in Settings.model_fields.items() if field.annotation in (int, float)]
     triton: str | None = None
-    with suppress(ModelError):
+    with suppress(EngineError):
         triton = await model.admin.server_version(deadline=time.monotonic() + PROBE_S)
     return Info(
         model=bundle.manifest.identity,

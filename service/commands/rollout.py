@@ -21,7 +21,7 @@ from service.inference.registry import ModelRegistry, ServedModel
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.triton.channels import tls_from
-from service.triton.errors import ModelError
+from service.triton.errors import EngineError
 from service.triton.replica import TlsCredentials
 from service.triton.servers import UNKNOWN, Servers, ServerUnreachable, VersionState
 
@@ -242,7 +242,7 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
                     + rebuild(bundle.manifest.target)
                 )
             seconds.append(result.infer_s)
-    except (ModelError, BundleMismatch, InvalidLogits) as error:
+    except (EngineError, BundleMismatch, InvalidLogits) as error:
         raise RolloutFailed(f"{bundle.model} {bundle.version} at {url}: {error}") from error
     finally:
         pipeline.close()

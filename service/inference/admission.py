@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from service.inference.fair_queue import FairQueue
-from service.triton.errors import ModelError, ModelOverloaded, ModelTimeout
+from service.triton.errors import EngineError, EngineOverloaded, EngineTimeout
 
 SLOTS_AT_FIRST = 4
 """Engine calls at one time before the server has said how many it computes."""
@@ -83,12 +83,12 @@ class Admission:
         """Return if a call that comes now can be expected to get its first turn in time.
 
         Raises:
-            ModelOverloaded: it cannot; it says when it could.
+            EngineOverloaded: it cannot; it says when it could.
         """
         wait_s = self.expected_wait(besides)
         bound_s = max(min(self.max_wait_s, deadline - time.monotonic()), 0)
         if wait_s > bound_s:
-            raise ModelOverloaded(
+            raise EngineOverloaded(
                 f"The engine is busy: this would wait {wait_s:.2f} s for its turn, and may wait {bound_s:.2f} s.",
                 retry_after_s=wait_s - bound_s,
             )
@@ -107,8 +107,8 @@ class Admission:
         """Wait for the call's turn, and hold a slot for one engine call.
 
         Raises:
-            ModelTimeout: the call's deadline passed first.
-            ModelOverloaded: its first turn did not come within the bound.
+            EngineTimeout: the call's deadline passed first.
+            EngineOverloaded: its first turn did not come within the bound.
         """
         await self._take(call)
         began, is_full = time.monotonic(), self._queue.busy >= self.slots
@@ -117,7 +117,7 @@ class Admission:
             self.answered_at = time.monotonic()
             if is_full:
                 self._measured(self.answered_at - began)
-        except ModelError:
+        except EngineError:
             self.answered_at = -math.inf
             raise
         finally:
@@ -130,10 +130,10 @@ class Admission:
                 await self._queue.take(call, min(call.deadline, first_turn_by))
             except TimeoutError:
                 if call.deadline <= time.monotonic() or call.deadline <= first_turn_by:
-                    raise ModelTimeout("The deadline passed while waiting for a free slot at the engine.") from None
+                    raise EngineTimeout("The deadline passed while waiting for a free slot at the engine.") from None
                 if call.has_begun:  # with another of its windows
                     continue
-                raise ModelOverloaded(
+                raise EngineOverloaded(
                     f"The engine is slower than it was: no turn came within {self.max_wait_s:g} s.",
                     retry_after_s=max(self.expected_wait() - self.max_wait_s, 0),
                 ) from None

@@ -16,7 +16,7 @@ from service.inference.registry import ServedModel
 from service.inference.shared_values import SharedValues
 from service.observability.metrics import Metrics
 from service.observability.request_context import request_context
-from service.triton.errors import ModelTimeout
+from service.triton.errors import EngineTimeout
 
 
 class CachedPipeline:
@@ -67,7 +67,7 @@ class CachedPipeline:
         try:
             found, source = await self._values(question.model).get(question, compute, deadline=call.deadline)
         except TimeoutError:
-            raise ModelTimeout("The deadline passed before another caller's same question was answered.") from None
+            raise EngineTimeout("The deadline passed before another caller's same question was answered.") from None
         except InvalidArgument as error:
             raise error.within(*question.location) from None
         if source == "hit":

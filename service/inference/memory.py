@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.triton.errors import ModelOverloaded
+from service.triton.errors import EngineOverloaded
 
 
 class MemoryBudget:
@@ -28,11 +28,11 @@ class MemoryBudget:
         """Return if a request may hold so many bytes more.
 
         Raises:
-            ModelOverloaded: others hold too many.
+            EngineOverloaded: others hold too many.
         """
         total = self.body_bytes + self.held
         if self.held and total + more > self.max_bytes:
-            raise ModelOverloaded(
+            raise EngineOverloaded(
                 f"Requests in progress hold {total >> 20} MiB of memory; they may hold {self.max_bytes >> 20} MiB."
             )
 
@@ -61,7 +61,7 @@ class Account:
         """Hold more.
 
         Raises:
-            ModelOverloaded: there is no room for it beside what others hold; a request alone always has room.
+            EngineOverloaded: there is no room for it beside what others hold; a request alone always has room.
         """
         if self._budget.held > self._bytes:
             self._budget.check(number)

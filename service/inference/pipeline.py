@@ -23,7 +23,7 @@ from service.observability import tracing
 from service.observability.metrics import Metrics
 from service.observability.request_context import request_context
 from service.settings import Settings
-from service.triton.errors import ModelOverloaded, ModelUnavailable
+from service.triton.errors import EngineOverloaded, EngineUnavailable
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class Answering(Protocol):
         The model that it asks is in its body, so room at any model lets it in; `answer` checks that model again.
 
         Raises:
-            ModelOverloaded: it would be refused, whichever model it asks.
+            EngineOverloaded: it would be refused, whichever model it asks.
         """
         ...
 
@@ -60,8 +60,8 @@ class Answering(Protocol):
         Raises:
             InvalidArgument: a question is outside the limits; its location is within that of the question.
             BundleMismatch: as in `ServedModel.verify`.
-            ModelOverloaded: it would have to wait too long for the engine, or there is no memory for it.
-            ModelError: the engine did not answer.
+            EngineOverloaded: it would have to wait too long for the engine, or there is no memory for it.
+            EngineError: the engine did not answer.
             InvalidLogits: the engine answered nonsense.
         """
         ...
@@ -96,7 +96,7 @@ class Pipeline:
         """Return if the questions of a call may begin.
 
         Raises:
-            ModelOverloaded: they would have to wait too long for the engine, or there is no memory for them.
+            EngineOverloaded: they would have to wait too long for the engine, or there is no memory for them.
         """
         self.memory.check(sum(question.bytes for question in questions))
         for model in _models_of(questions):
@@ -167,7 +167,7 @@ class Pipeline:
         try:
             with tracing.span("infer", calls=True, windows=len(windows), model=model.bundle.manifest.identity):
                 flat = iter(await _ask_engine(model, windows, call))
-        except ModelUnavailable:
+        except EngineUnavailable:
             model.verified = False  # it may come back as another
             raise
         logits = [[next(flat) for _ in document.windows] for document in documents]
@@ -195,7 +195,7 @@ class Pipeline:
         for model in self.registry:
             try:
                 return model.admission.check(besides=self.workers.abandoned)
-            except ModelOverloaded as error:
+            except EngineOverloaded as error:
                 overloaded = error
         raise overloaded
 
@@ -213,13 +213,13 @@ def make_windows(question: Question, max_windows: int, check: Check) -> tuple[Wi
         check: called between steps of a few milliseconds.
 
     Raises:
-        InvalidArgument: as `bertqa.windows.WindowMaker`, named by the fields of `Question`.
+        InvalidArgument: as `bertqa.windows.WindowTokenizer`, named by the fields of `Question`.
     """
     documents: list[Windows] = []
     for number, context in enumerate(question.contexts):
         check()
         try:
-            windows = question.model.bundle.maker(
+            windows = question.model.bundle.tokenizer(
                 question.question,
                 context,
                 overlap=question.overlap,

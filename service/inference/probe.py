@@ -6,7 +6,7 @@ from service.inference.admission import Call
 from service.inference.pipeline import Pipeline
 from service.inference.question import Question
 from service.inference.registry import ServedModel
-from service.triton.errors import ModelUnavailable
+from service.triton.errors import EngineUnavailable
 
 EVIDENCE_S = 1.0
 """Seconds for which an engine call that succeeded proves that the engine answers."""
@@ -26,13 +26,13 @@ async def check_ready(pipeline: Pipeline, model: ServedModel, deadline: float) -
 
     Raises:
         BundleMismatch: as in `ServedModel.verify`.
-        ModelError: the engine does not answer.
+        EngineError: the engine does not answer.
         InvalidLogits: it answers nonsense.
     """
     try:
         await model.admin.check_ready(deadline=deadline)
         await model.compare(deadline=deadline)  # a probe is the moment to notice that Triton has another loaded
-    except ModelUnavailable:
+    except EngineUnavailable:
         model.verified = False  # it may come back as another
         raise
     evidence_s = max(EVIDENCE_S, 2 * model.admission.call_s)

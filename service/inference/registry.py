@@ -36,7 +36,7 @@ class ServedModel:
 
         Raises:
             BundleMismatch: they differ.
-            ModelError: the engine cannot be asked yet.
+            EngineError: the engine cannot be asked yet.
         """
         if not self.verified:
             await self.compare(deadline=deadline)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from service.triton.errors import ModelOverloaded, ModelTimeout
+from service.triton.errors import EngineOverloaded, EngineTimeout
 
 T = TypeVar("T")
 Check = Callable[[], None]
@@ -55,11 +55,11 @@ class WorkerPool:
         """Return if work that comes now would begin in time.
 
         Raises:
-            ModelOverloaded: it would not.
+            EngineOverloaded: it would not.
         """
         wait_s = self.expected_wait
         if wait_s > max_wait_s:
-            raise ModelOverloaded(
+            raise EngineOverloaded(
                 f"Long texts are waiting to be tokenized: this one would wait {wait_s:.2f} s, and may wait "
                 f"{max_wait_s:.2f} s.",
                 retry_after_s=wait_s - max_wait_s,
@@ -71,7 +71,7 @@ class WorkerPool:
         The work is told to stop when the deadline passes or the caller is cancelled, and is not waited for then.
 
         Raises:
-            ModelTimeout: the deadline passed first.
+            EngineTimeout: the deadline passed first.
             Exception: whatever the work raises.
         """
         is_wanted = True
@@ -93,12 +93,12 @@ class WorkerPool:
         try:
             await asyncio.wait((result,), timeout=min(max(deadline - time.monotonic(), 0), _FOREVER_S))
             if not result.done():
-                raise ModelTimeout(_PASSED)
+                raise EngineTimeout(_PASSED)
             value, seconds = result.result()
             self._mean_s += (seconds - self._mean_s) * (_WEIGHT if self._mean_s else 1)
             return value
         except Abandoned:
-            raise ModelTimeout(_PASSED) from None
+            raise EngineTimeout(_PASSED) from None
         finally:
             self._waiting -= 1
             is_wanted = False

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
-from service.triton.errors import ModelBroken, ModelNotLoaded
+from service.triton.errors import EngineBroken, EngineNotLoaded
 from service.triton.failover import Failover
 from service.triton.replica import Replica
 from service.triton.wire import NOT_A_MESSAGE
@@ -35,7 +35,7 @@ class EngineAdmin(Protocol):
         """Return if the model can be called.
 
         Raises:
-            ModelError: it cannot; the message says why.
+            EngineError: it cannot; the message says why.
         """
         ...
 
@@ -43,7 +43,7 @@ class EngineAdmin(Protocol):
         """Look up what the server has loaded.
 
         Raises:
-            ModelError: the server did not answer.
+            EngineError: the server did not answer.
         """
         ...
 
@@ -51,7 +51,7 @@ class EngineAdmin(Protocol):
         """Look up the version of the server.
 
         Raises:
-            ModelError: the server did not answer.
+            EngineError: the server did not answer.
         """
         ...
 
@@ -68,7 +68,7 @@ class TritonAdmin:
         request = service_pb2.ModelReadyRequest(name=self._failover.model, version=self._failover.version)
         reply = await self._call("ModelReady", request, service_pb2.ModelReadyResponse, deadline)
         if not reply.ready:
-            raise ModelNotLoaded(f"Triton runs, but {self._failover.description} is not ready.")
+            raise EngineNotLoaded(f"Triton runs, but {self._failover.description} is not ready.")
 
     async def loaded(self, *, deadline: float) -> Loaded:
         """Look up what the server has loaded, as described in `EngineAdmin`."""
@@ -94,4 +94,4 @@ def _parse(message: Any, reply: bytes) -> Any:
     try:
         return message.FromString(reply)
     except DecodeError:
-        raise ModelBroken(NOT_A_MESSAGE) from None
+        raise EngineBroken(NOT_A_MESSAGE) from None

@@ -30,7 +30,7 @@ class State(IntEnum):
     OPEN = 2
 
 
-class Circuit:
+class CircuitBreaker:
     """Whether calls to one server are allowed; for one event loop, without locks.
 
     After `allows` returns True, report the outcome of the call by exactly one of `succeeded`, `failed`, `silent` and

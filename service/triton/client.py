@@ -27,7 +27,7 @@ class Engine(Protocol):
             For each window its start and end logits, each float32 of shape (1, length), perhaps read-only.
 
         Raises:
-            ModelError: there are no logits for at least one window; the calls for the others have been cancelled.
+            EngineError: there are no logits for at least one window; the calls for the others have been cancelled.
         """
         ...
 

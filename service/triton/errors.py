@@ -2,18 +2,18 @@
 
 The tree::
 
-    ModelError
-    ├── ModelUnavailable    no connection, or the circuit is open
-    │   └── ModelNotLoaded  the server answers, but has not loaded the model
-    ├── ModelTimeout        the deadline passed
-    ├── ModelOverloaded     too many calls wait, here or in Triton
-    └── ModelBroken         the engine failed, or its output is not usable
+    EngineError
+    ├── EngineUnavailable    no connection, or the circuit is open
+    │   └── EngineNotLoaded  the server answers, but has not loaded the model
+    ├── EngineTimeout        the deadline passed
+    ├── EngineOverloaded     too many calls wait, here or in Triton
+    └── EngineBroken         the engine failed, or its output is not usable
 
 `service.triton.replica` translates every error of gRPC into it, once.
 """
 
 
-class ModelError(Exception):
+class EngineError(Exception):
     """The engine gave no usable answer; the message is a plain sentence."""
 
     def __init__(self, message: str, *, detail: str = "") -> None:
@@ -28,19 +28,19 @@ class ModelError(Exception):
         """The message without the engine's own words, safe to log."""
 
 
-class ModelUnavailable(ModelError):
+class EngineUnavailable(EngineError):
     """There is no connection to Triton, or it failed a moment ago and is not called."""
 
 
-class ModelNotLoaded(ModelUnavailable):
+class EngineNotLoaded(EngineUnavailable):
     """Triton answers, but does not serve this model now."""
 
 
-class ModelTimeout(ModelError):
+class EngineTimeout(EngineError):
     """The deadline passed before the engine answered."""
 
 
-class ModelOverloaded(ModelError):
+class EngineOverloaded(EngineError):
     """Too many calls wait for the engine; try again a little later."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
@@ -49,5 +49,5 @@ class ModelOverloaded(ModelError):
         self.retry_after_s = retry_after_s
 
 
-class ModelBroken(ModelError):
+class EngineBroken(EngineError):
     """The engine answered with an error, or with something that cannot be the logits of the window."""

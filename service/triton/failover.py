@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import TypeVar
 
-from service.triton.circuit_breaker import TRIAL_S, Circuit, State
+from service.triton.circuit_breaker import TRIAL_S, CircuitBreaker, State
 from service.triton.errors import (
-    ModelError,
-    ModelNotLoaded,
-    ModelOverloaded,
-    ModelTimeout,
-    ModelUnavailable,
+    EngineError,
+    EngineNotLoaded,
+    EngineOverloaded,
+    EngineTimeout,
+    EngineUnavailable,
 )
 from service.triton.replica import PASSED, Replica
 
@@ -35,16 +35,16 @@ T = TypeVar("T")
 class Link:
     """A version of a model at one replica, with its circuit."""
 
-    def __init__(self, replica: Replica, circuit: Circuit) -> None:
+    def __init__(self, replica: Replica, circuit: CircuitBreaker) -> None:
         self.replica = replica
         self.circuit = circuit
 
-    def note(self, failure: ModelError, sent: float) -> None:
+    def note(self, failure: EngineError, sent: float) -> None:
         """Tell the circuit of a call, sent at that `time.monotonic` time, that failed."""
         match failure:
-            case ModelNotLoaded() | ModelOverloaded():
+            case EngineNotLoaded() | EngineOverloaded():
                 self.circuit.unknown()  # the server works
-            case ModelTimeout():
+            case EngineTimeout():
                 self.circuit.silent(sent, f"Triton at {self.replica.url} is silent.")
             case _:
                 self.circuit.failed(sent, failure.plain)
@@ -69,7 +69,7 @@ class Failover:
         self.description = f"model {model!r}" + (version and f" version {version}")
         """Model and version, for messages."""
         watch = watch_circuit or (lambda *_: lambda state: None)
-        self._links = [Link(replica, Circuit(watch(replica.url, model, version))) for replica in replicas]
+        self._links = [Link(replica, CircuitBreaker(watch(replica.url, model, version))) for replica in replicas]
         self._turns = count()
 
     async def call(
@@ -81,15 +81,15 @@ class Failover:
             method: name of the method.
             request: serialized message.
             deadline: in `time.monotonic` seconds.
-            read: makes the result from the serialized reply; raises `ModelBroken` where it is unusable.
+            read: makes the result from the serialized reply; raises `EngineBroken` where it is unusable.
             proves_engine: whether a result proves that the engine works, and closes its circuit.
 
         Raises:
-            ModelError: the last failure, when there is no replica or no time left to try.
+            EngineError: the last failure, when there is no replica or no time left to try.
         """
         turn = next(self._turns)
         tried: list[Link] = []
-        failure: ModelError | None = None
+        failure: EngineError | None = None
         for attempt in range(RETRIES + 1):
             link = await self._next_link(turn, tried, deadline)
             if link is None:
@@ -97,15 +97,15 @@ class Failover:
             tried.append(link)
             if deadline <= time.monotonic():
                 link.circuit.unknown()
-                raise failure or ModelTimeout(PASSED)
+                raise failure or EngineTimeout(PASSED)
             try:
                 return await self._try(link, len(tried), method, request, deadline, read, proves_engine)
-            except ModelError as error:
+            except EngineError as error:
                 failure = error
             is_untried = len(tried) < len(self._links)
             pause = 0 if is_untried else random.uniform(0.5, 1.5) * _RETRY_S * 2**attempt
-            is_worth_it = is_untried or isinstance(failure, ModelUnavailable)
-            if not is_worth_it or isinstance(failure, ModelOverloaded) or time.monotonic() + pause >= deadline:
+            is_worth_it = is_untried or isinstance(failure, EngineUnavailable)
+            if not is_worth_it or isinstance(failure, EngineOverloaded) or time.monotonic() + pause >= deadline:
                 break
             await asyncio.sleep(pause)
         assert failure
@@ -128,7 +128,7 @@ class Failover:
             timeout_s /= 2  # a trial leaves time for a replica that works
         try:
             result = read(await link.replica.call(method, request, timeout_s, self.description))
-        except ModelError as error:
+        except EngineError as error:
             link.note(error, sent)
             raise
         except BaseException:
@@ -159,6 +159,6 @@ class Failover:
             if not on_trial or not await on_trial[0].trial_ends(until - time.monotonic()):
                 return None
 
-    def _all_open(self) -> ModelUnavailable:
+    def _all_open(self) -> EngineUnavailable:
         reasons = " ".join(link.circuit.reason for link in self._links)
-        return ModelUnavailable(f"Triton failed several times in a row and is left alone for a moment. {reasons}")
+        return EngineUnavailable(f"Triton failed several times in a row and is left alone for a moment. {reasons}")

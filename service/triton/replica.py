@@ -11,12 +11,12 @@ import grpc.aio
 
 from service.observability import tracing
 from service.triton.errors import (
-    ModelBroken,
-    ModelError,
-    ModelNotLoaded,
-    ModelOverloaded,
-    ModelTimeout,
-    ModelUnavailable,
+    EngineBroken,
+    EngineError,
+    EngineNotLoaded,
+    EngineOverloaded,
+    EngineTimeout,
+    EngineUnavailable,
 )
 
 PASSED = "The deadline passed before the engine answered."
@@ -110,7 +110,7 @@ class Replica:
             The serialized reply.
 
         Raises:
-            ModelError: the call failed.
+            EngineError: the call failed.
         """
         is_late = False
 
@@ -121,19 +121,19 @@ class Replica:
         try:
             call = self._methods[method](request, metadata=tracing.metadata())
         except grpc.aio.UsageError as error:
-            raise ModelUnavailable("The connection to Triton was closed.") from error
+            raise EngineUnavailable("The connection to Triton was closed.") from error
         timer = asyncio.get_running_loop().call_later(timeout_s, end)
         try:
             reply: bytes = await call
             return reply
         except asyncio.CancelledError:
             if is_late:
-                raise ModelTimeout(PASSED) from None
+                raise EngineTimeout(PASSED) from None
             raise
         except grpc.aio.AioRpcError as error:
             raise translate(error, self.url, model) from error
         except grpc.aio.UsageError as error:
-            raise ModelUnavailable("The connection to Triton was closed.") from error
+            raise EngineUnavailable("The connection to Triton was closed.") from error
         finally:
             timer.cancel()
 
@@ -165,19 +165,19 @@ async def count_addresses(url: str) -> int:
     return max(Counter(family for family, *_ in found).values())  # a server may listen on IPv4 and on IPv6
 
 
-def translate(error: grpc.aio.AioRpcError, url: str, model: str) -> ModelError:
+def translate(error: grpc.aio.AioRpcError, url: str, model: str) -> EngineError:
     """Make one of our errors of gRPC's; ``model`` describes the model."""
     code, details = error.code(), (error.details() or "").strip()
     match code:
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return ModelTimeout(PASSED)
+            return EngineTimeout(PASSED)
         case grpc.StatusCode.UNAVAILABLE if "maximum queue size" in details.lower():
-            return ModelOverloaded(f"Triton's queue for {model} is full.")
+            return EngineOverloaded(f"Triton's queue for {model} is full.")
         case grpc.StatusCode.UNAVAILABLE if "timeout expired" in details.lower():
-            return ModelOverloaded(f"The request waited too long in Triton's queue for {model}.")
+            return EngineOverloaded(f"The request waited too long in Triton's queue for {model}.")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.NOT_FOUND if "model" in details.lower():
-            return ModelNotLoaded(f"Triton at {url} does not serve {model} now: {details}")
+            return EngineNotLoaded(f"Triton at {url} does not serve {model} now: {details}")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
-            return ModelUnavailable(f"No connection to Triton at {url}: {details}")
+            return EngineUnavailable(f"No connection to Triton at {url}: {details}")
         case _:
-            return ModelBroken(f"The engine failed with {code.name}", detail=details)
+            return EngineBroken(f"The engine failed with {code.name}", detail=details)

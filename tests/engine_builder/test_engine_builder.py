@@ -98,7 +98,7 @@ def test_every_precision_answers(options: BuildOptions, precision: openvino.Prec
         threads=1,
     )
     assert engine.output_names == list(OUTPUT_NAMES)
-    (window,) = bundle.maker("Who wrote it?", CONTEXT).windows
+    (window,) = bundle.tokenizer("Who wrote it?", CONTEXT).windows
     first = engine.infer(window.tensors())
     kept = [array.copy() for array in first]
     engine.infer({name: np.zeros((1, 64), np.int32) for name in INPUT_NAMES})
@@ -301,9 +301,9 @@ def test_an_engine_that_overflows_is_refused(bundle: Bundle, tmp_path: Path) -> 
         return np.full(window.input_ids.shape, np.inf, np.float32), finite(window)[1]
 
     examples = read_squad(write_squad(tmp_path / "squad.json"))
-    assert measure(examples, bundle.maker, finite, finite).logit_error == 0
+    assert measure(examples, bundle.tokenizer, finite, finite).logit_error == 0
     with pytest.raises(GateFailed, match=r"^engine: unusable logits, .*so try --precision bf16$"):
-        measure(examples, bundle.maker, infinite, finite)
+        measure(examples, bundle.tokenizer, infinite, finite)
 
 
 def test_a_tokenizer_of_another_language_is_refused(options: BuildOptions) -> None:
@@ -366,7 +366,9 @@ def test_windows_of_one_length_are_computed_together(options: BuildOptions, tmp_
     build(replace(options, max_batch_size=4, instances=2))
     bundle = Repository(options.repository).open()
     texts = [" ".join([CONTEXT] * repeats) for repeats in range(1, 9)]
-    windows = [bundle.maker("Who wrote it?", text, max_seq_len=n).windows[0] for text in texts for n in (64, 128)] * 6
+    windows = [
+        bundle.tokenizer("Who wrote it?", text, max_seq_len=n).windows[0] for text in texts for n in (64, 128)
+    ] * 6
     assert {window.length for window in windows} == {64, 128}
     alone = openvino.load(options.repository / "bert_qa" / "1" / "engine.xml", "fp32", (64, 128), 1)
 

@@ -21,7 +21,7 @@ from bertqa.repository import Repository
 from bertqa.squad import read_squad
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
 from engine_builder.architectures import build_graph, read_architecture
-from engine_builder.build import BuildOptions, build, calibration_windows, window_maker
+from engine_builder.build import BuildOptions, build, calibration_windows, window_tokenizer
 from engine_builder.checkpoint import read_weights
 from engine_builder.engine import EngineOptions, Source, full_windows
 from engine_builder.publish import BuildRefused
@@ -42,18 +42,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     checkpoint = write_checkpoint(directory / "tiny")
     architecture = read_architecture(checkpoint)
     weights = read_weights(checkpoint, architecture)
-    maker = window_maker(checkpoint, Settings.of_checkpoint(checkpoint), architecture)
+    tokenizer = window_tokenizer(checkpoint, Settings.of_checkpoint(checkpoint), architecture)
     reference = directory / "float32.onnx"
     onnx.save(build_graph(architecture, weights), reference)
     examples = read_squad(write_squad(directory / "squad.json"))
-    calibration = calibration_windows(examples, maker)
-    for length in maker.buckets:
-        calibration += full_windows(examples, maker, length)
+    calibration = calibration_windows(examples, tokenizer)
+    for length in tokenizer.buckets:
+        calibration += full_windows(examples, tokenizer, length)
     return Source(
         architecture=architecture,
         weights=weights,
         reference=reference,
-        buckets=maker.buckets,
+        buckets=tokenizer.buckets,
         calibration=calibration,
     )
 

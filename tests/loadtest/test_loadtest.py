@@ -30,7 +30,7 @@ from bertqa.cli.command import parse
 from bertqa.manifest import Bundle
 from bertqa.repository import Repository
 from bertqa.squad import Example, Reference, as_squad, read_squad
-from bertqa.windows import WindowMaker
+from bertqa.windows import WindowTokenizer
 from loadtest import figures, report, servers, sweep
 from loadtest.closed_loop import closed_loop, http_post
 from loadtest.commands import SweepOptions
@@ -106,9 +106,9 @@ def test_a_mark_is_white_space_that_tells_numbers_apart(one: int, other: int) ->
 
 
 def test_a_mark_changes_no_token(examples: list[Example]) -> None:
-    maker = WindowMaker.from_directory(CHECKPOINT)
+    tokenizer = WindowTokenizer.from_directory(CHECKPOINT)
     for example in examples[:20]:
-        plain, marked = (maker(example.question, example.context + end) for end in ("", mark(123_456_789)))
+        plain, marked = (tokenizer(example.question, example.context + end) for end in ("", mark(123_456_789)))
         for one, other in zip(plain.windows, marked.windows, strict=True):
             np.testing.assert_equal(one.tensors(), other.tensors())
 

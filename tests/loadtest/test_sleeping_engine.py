@@ -27,7 +27,7 @@ def test_it_sleeps_and_answers_with_the_first_word(bundle: Bundle, tmp_path: Pat
     assert served.manifest.name == "sleeping-50ms"
     assert repository.is_configured(MODEL_NAME)
     assert changed_files(repository.directory(MODEL_NAME, 1), served.manifest) == []
-    windows = served.maker("who?", "made by uber. " * 20)
+    windows = served.tokenizer("who?", "made by uber. " * 20)
     assert len(windows.windows) > 1
 
     async def ask(url: str) -> tuple[Decoded, float]:

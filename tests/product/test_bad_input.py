@@ -13,7 +13,7 @@ from service.api.errors import MalformedBody
 from service.api.json_body import MAX_VALUES, parse_json
 from service.app import create_app
 from service.settings import Settings
-from service.triton.errors import ModelBroken, ModelTimeout
+from service.triton.errors import EngineBroken, EngineTimeout
 from tests.chaos import bad_input, who_may_ask
 from tests.chaos.bad_input import Reply, Service, check_refusal
 from tests.chaos.report import table
@@ -197,7 +197,7 @@ def test_ranges_are_ignored_and_all_methods_of_an_address_are_named(shared_clien
 
 
 @pytest.mark.parametrize(
-    "failure", [ModelBroken("output of another shape"), ModelTimeout("no answer in time")], ids=str
+    "failure", [EngineBroken("output of another shape"), EngineTimeout("no answer in time")], ids=str
 )
 def test_the_errors_of_a_failing_engine_are_described_too(failure: Exception) -> None:
     bundle = toy_bundle()

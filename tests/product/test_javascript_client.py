@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.triton.errors import ModelUnavailable
+from service.triton.errors import EngineUnavailable
 from tests.support.toy_model import FakeEngine
 
 CONTEXT = "😀 e\u0301 Horovod was made at «Uber»."
@@ -63,7 +63,7 @@ def test_the_client_shows_our_sentence(javascript_packages: Path, url: str, engi
     inputs = {"question": "Where?", "context": CONTEXT}
 
     refused = ask(javascript_packages, url, {"inputs": inputs, "parameters": {"top_k": 1_000}})
-    engine.failure = ModelUnavailable("the engine is not reachable at 127.0.0.1:1")
+    engine.failure = EngineUnavailable("the engine is not reachable at 127.0.0.1:1")
     down = ask(javascript_packages, url, {"inputs": inputs})
 
     assert refused["status"] in (400, 422)

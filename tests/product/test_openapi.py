@@ -20,7 +20,7 @@ from service.inference.registry import ModelRegistry, ServedModel
 from service.observability.metrics import Metrics
 from service.runtime.http_protocol import MAX_HEAD_BYTES, SMALL_BODY_BYTES, BoundedProtocol
 from service.settings import Settings
-from service.triton.errors import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import EngineBroken, EngineOverloaded, EngineTimeout, EngineUnavailable
 from tests.support.asking import ASKED
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine, toy_bundle
@@ -158,7 +158,7 @@ def test_every_operation_gives_the_errors_that_are_described_and_no_other(
         operations.send("{method} {path} HTTP/1.1\r\nhost: x\r\n")  # and nothing more
         operations.crowd(key)
         # what may be wrong with the engine, the bundle and the process
-        for failure in (ModelOverloaded, ModelBroken, ModelTimeout, ModelUnavailable):
+        for failure in (EngineOverloaded, EngineBroken, EngineTimeout, EngineUnavailable):
             engine.failure = failure("as asked")
             operations.ask(key)
         engine.failure, engine.identity = None, "another"  # which is looked at after the engine was away

@@ -32,7 +32,7 @@ from bertqa.manifest import Bundle
 from service.api_keys import new_key
 from service.app import create_app
 from service.settings import Settings
-from service.triton.errors import ModelError, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import EngineError, EngineOverloaded, EngineTimeout, EngineUnavailable
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
 
@@ -302,13 +302,13 @@ def test_a_question_asked_anew_replaces_the_one_in_flight(page: Page, engine: Fa
 
 
 BUSY = [
-    (ModelUnavailable("the engine is not reachable at 127.0.0.1:1"), "The service cannot answer right now."),
-    (ModelOverloaded("the engine has too many questions waiting"), "The service is still busy."),
+    (EngineUnavailable("the engine is not reachable at 127.0.0.1:1"), "The service cannot answer right now."),
+    (EngineOverloaded("the engine has too many questions waiting"), "The service is still busy."),
 ]
 
 
 @pytest.mark.parametrize("failure", [failure for failure, _ in BUSY], ids=["down", "overloaded"])
-def test_a_busy_service_is_asked_again_by_itself(page: Page, engine: FakeEngine, failure: ModelError) -> None:
+def test_a_busy_service_is_asked_again_by_itself(page: Page, engine: FakeEngine, failure: EngineError) -> None:
     times: list[float] = []
 
     def note(request: Request) -> None:
@@ -333,7 +333,7 @@ def test_a_busy_service_is_asked_again_by_itself(page: Page, engine: FakeEngine,
 
 @pytest.mark.parametrize(("failure", "headline"), BUSY, ids=["down", "overloaded"])
 def test_a_service_that_stays_busy_is_given_up(
-    page: Page, engine: FakeEngine, failure: ModelError, headline: str
+    page: Page, engine: FakeEngine, failure: EngineError, headline: str
 ) -> None:
     page.clock.install()
     engine.failure = failure
@@ -344,12 +344,12 @@ def test_a_service_that_stays_busy_is_given_up(
 
 
 def test_a_slow_engine_is_said_plainly_and_passes(page: Page, engine: FakeEngine) -> None:
-    engine.failure = failure = ModelTimeout("the engine did not answer within 10 s")
+    engine.failure = failure = EngineTimeout("the engine did not answer within 10 s")
     ask(page, QUESTION, TEXT)
     says_why_and_passes(page, engine, failure, "The answer took too long.")
 
 
-def says_why_and_passes(page: Page, engine: FakeEngine, failure: ModelError, headline: str) -> None:
+def says_why_and_passes(page: Page, engine: FakeEngine, failure: EngineError, headline: str) -> None:
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text(headline)
     expect(alert).to_contain_text(str(failure)[1:])
@@ -514,9 +514,9 @@ def test_axe_finds_nothing(
 ) -> None:
     page = open_page(color_scheme=scheme, bypass_csp=True, reduced_motion="reduce")  # for axe's own script
     if state == "failure":
-        engine.failure = ModelTimeout("the engine did not answer within 10 s")
+        engine.failure = EngineTimeout("the engine did not answer within 10 s")
     if state == "waiting":
-        engine.failure = ModelUnavailable("the engine is not reachable at 127.0.0.1:1")
+        engine.failure = EngineUnavailable("the engine is not reachable at 127.0.0.1:1")
     if state == "several texts":
         ask(page, QUESTION, TEXT, "Another text.")
     elif state != "start":

@@ -12,7 +12,7 @@ from bertqa.manifest import Bundle, BundleMismatch
 from service.app import create_app
 from service.inference import readiness
 from service.settings import Settings
-from service.triton.errors import ModelUnavailable
+from service.triton.errors import EngineUnavailable
 from tests.support.asking import ASKED, problem
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
@@ -38,7 +38,7 @@ def test_the_identity_is_checked_when_a_late_engine_comes(
     make_app: MakeApp, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readiness, "REUSE_S", 0.0)
-    engine.failure = ModelUnavailable("not up yet")
+    engine.failure = EngineUnavailable("not up yet")
     right = engine.identity
     with serving(make_app()) as url, httpx.Client(base_url=url, trust_env=False) as client:
         problem(client.get("/health/ready"), 503, "engine_unavailable")

@@ -43,7 +43,7 @@ from service.commands.batch.worker import PartAnswerer
 from service.runtime.triton_process import EmbeddedTriton
 from service.settings import Settings
 from service.triton.channels import EngineFactory
-from service.triton.errors import ModelUnavailable
+from service.triton.errors import EngineUnavailable
 from tests.support.checkpoints import write_checkpoint
 from tests.support.paths import ROOT
 from tests.support.ports import triton_ports
@@ -107,7 +107,7 @@ RAISE, NAN, CRASH = "^", "`", "~"
 
 def sign(bundle: Bundle, text: str) -> int:
     """Token id of a text that is one token."""
-    return int(bundle.maker("?", text).windows[0].input_ids[0, 3])
+    return int(bundle.tokenizer("?", text).windows[0].input_ids[0, 3])
 
 
 def config(identity: str) -> str:
@@ -334,13 +334,13 @@ class MortalEngine(FakeEngine):
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
         deaths = self.deaths
         if time.monotonic() < self.away_until:
-            raise ModelUnavailable("Connection refused")
+            raise EngineUnavailable("Connection refused")
         await asyncio.sleep(0.002)
         if any(self.crash in window.input_ids for window in windows):
             self.deaths += 1
             self.away_until = time.monotonic() + 0.2
         if self.deaths > deaths:
-            raise ModelUnavailable("Socket closed")
+            raise EngineUnavailable("Socket closed")
         return await super().predict(windows, deadline=deadline)
 
 

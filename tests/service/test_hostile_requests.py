@@ -31,7 +31,7 @@ from service.inference import pipeline, watcher
 from service.inference.question import Question
 from service.inference.worker_pool import THREADS
 from service.settings import Settings
-from service.triton.errors import ModelUnavailable
+from service.triton.errors import EngineUnavailable
 from tests.support.paths import CHECKPOINT
 from tests.support.repositories import publish_toy_bundle
 from tests.support.servers import serving
@@ -260,7 +260,7 @@ def test_probes_cost_one_engine_call_a_second_and_no_client_anything(make_app: M
 
 def test_a_failed_probe_is_told_to_all_who_ask_within_a_second(make_app: MakeApp, engine: FakeEngine) -> None:
     with connected(make_app()) as client:
-        engine.failure = ModelUnavailable("gone")
+        engine.failure = EngineUnavailable("gone")
         assert [client.get("/health/ready").status_code for _ in range(5)] == [503] * 5
         engine.failure = None
         assert client.get("/health/ready").status_code == 503
@@ -271,7 +271,7 @@ def test_a_failed_probe_is_told_to_all_who_ask_within_a_second(make_app: MakeApp
 def test_an_engine_that_was_away_is_looked_at_before_it_answers_again(make_app: MakeApp, engine: FakeEngine) -> None:
     with connected(make_app()) as client:
         assert client.post("/v1/answer", json=ASKED).status_code == 200
-        engine.failure = ModelUnavailable("gone")
+        engine.failure = EngineUnavailable("gone")
         real, engine.loaded = engine.loaded, FakeEngine("another").loaded  # type: ignore[method-assign]
         assert client.post("/v1/answer", json=ASKED).json()["error_type"] == "engine_unavailable"
         engine.failure = None

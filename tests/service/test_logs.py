@@ -35,9 +35,9 @@ import asyncio, os, threading, warnings
 import service.inference.pipeline as answering
 from tests.support.toy_model import FakeEngine
 from service.app import create_app
-from service.triton.errors import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import EngineBroken, EngineOverloaded, EngineTimeout, EngineUnavailable
 
-known = {"unavailable": ModelUnavailable, "late": ModelTimeout, "shed": ModelOverloaded}
+known = {"unavailable": EngineUnavailable, "late": EngineTimeout, "shed": EngineOverloaded}
 decode = answering.decode
 
 class Unraisable:
@@ -48,7 +48,7 @@ def faulty(documents, logits, **options):
     text = documents[0].context
     fault = text.split()[0]
     if fault == "broken":
-        raise ModelBroken("as asked", detail=text)
+        raise EngineBroken("as asked", detail=text)
     if fault in known:
         raise known[fault]("as asked")
     if fault == "bug":

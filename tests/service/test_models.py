@@ -19,7 +19,7 @@ from service.app import create_app
 from service.inference import watcher
 from service.settings import Settings
 from service.triton.admin import Loaded
-from service.triton.errors import ModelUnavailable
+from service.triton.errors import EngineUnavailable
 from tests.support.repositories import publish_toy_bundle
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
@@ -51,7 +51,7 @@ class FakeVersion(FakeEngine):
         self.triton, self.key = triton, (model, version)
 
     async def check_ready(self, *, deadline: float) -> None:
-        self.failure = None if self.key in self.triton.versions else ModelUnavailable(f"{self.key} is not loaded")
+        self.failure = None if self.key in self.triton.versions else EngineUnavailable(f"{self.key} is not loaded")
         await super().check_ready(deadline=deadline)
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:

@@ -195,7 +195,7 @@ def test_a_version_that_is_asked_is_not_unloaded(product: Product, capsys: pytes
         async def scenario() -> None:
             channels = Channels([product.triton.url])
             engine = channels.engine(version=other)
-            (window,) = product.repository.open(version=other).maker("Who wrote it?", CONTEXT).windows
+            (window,) = product.repository.open(version=other).tokenizer("Who wrote it?", CONTEXT).windows
             while not done.is_set():
                 await engine.predict([window], deadline=time.monotonic() + 10)
             await channels.close()

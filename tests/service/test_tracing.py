@@ -120,7 +120,7 @@ def test_an_error_is_in_the_trace_with_its_type_and_without_texts(bundle: Bundle
     (infer,) = (span for span in collector.spans if span.name == "infer")
     assert (infer.trace_id, infer.parent_span_id) == (failed.trace_id, failed.span_id)
     assert infer.status.code == infer.status.STATUS_CODE_ERROR
-    assert attributes(infer)["error.type"] == "ModelBroken"
+    assert attributes(infer)["error.type"] == "EngineBroken"
     assert len({span.trace_id for span in collector.spans}) == 3, "each request without a parent begins its own"
     assert SECRET not in str(collector.spans)
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from bertqa.graphemes import OffsetUnit, offset_in, widen_to_graphemes
 from bertqa.spans import Logits
-from bertqa.windows import WindowMaker
+from bertqa.windows import WindowTokenizer
 from tests.support.invariants import (
     check_decoded,
     check_tokens_are_where_they_say,
@@ -25,7 +25,9 @@ from tests.support.paths import CHECKPOINT
 REFUSALS = ("question: ", "context: ", "overlap: ", "max_seq_len: ")
 """Every error message begins with the name of a field."""
 TOKENIZER = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-MAKER = WindowMaker.from_directory(CHECKPOINT, max_seq_len=48, max_question_tokens=8, overlap=8, buckets=(32, 48))
+WINDOW_TOKENIZER = WindowTokenizer.from_directory(
+    CHECKPOINT, max_seq_len=48, max_question_tokens=8, overlap=8, buckets=(32, 48)
+)
 """Windows so short that most texts need several."""
 
 
@@ -48,12 +50,12 @@ def check_case(case: Case) -> bool:
     documents = []
     for context in case.contexts:
         try:
-            windows = MAKER(case.question, context, overlap=case.overlap, max_seq_len=case.max_seq_len)
+            windows = WINDOW_TOKENIZER(case.question, context, overlap=case.overlap, max_seq_len=case.max_seq_len)
         except ValueError as error:
             if not str(error).startswith(REFUSALS):
                 raise
             return False
-        check_windows(windows, max_seq_len=case.max_seq_len, overlap=case.overlap, buckets=MAKER.buckets)
+        check_windows(windows, max_seq_len=case.max_seq_len, overlap=case.overlap, buckets=WINDOW_TOKENIZER.buckets)
         check_tokens_are_where_they_say(windows, TOKENIZER)
         documents.append(windows)
     random = np.random.default_rng(case.seed)

@@ -16,7 +16,7 @@ from service.observability.request_context import RequestContext, request_contex
 from service.triton.channels import Channels
 from service.triton.circuit_breaker import State
 from service.triton.client import TritonEngine
-from service.triton.errors import ModelError
+from service.triton.errors import EngineError
 from tests.support.toy_triton import soon, window
 
 
@@ -101,7 +101,7 @@ async def served(*fakes: FakeTriton, ports: tuple[int, ...] = ()) -> AsyncIterat
 async def fail(model: TritonEngine, times: int) -> list[str]:
     said = []
     for _ in range(times):
-        with pytest.raises(ModelError) as failure:
+        with pytest.raises(EngineError) as failure:
             await model.predict([window()], deadline=soon(5))
         said.append(f"{type(failure.value).__name__}: {failure.value}")
     return said

@@ -30,7 +30,7 @@ def publish_toy_bundle(
     """
     directory = repository.directory(model, bundle.version if version is None else version)
     directory.mkdir(parents=True)
-    for name, text in {TOKENIZER_FILE: bundle.maker.tokenizer_json(), **(files or {})}.items():
+    for name, text in {TOKENIZER_FILE: bundle.tokenizer.tokenizer_json(), **(files or {})}.items():
         (directory / name).write_text(text)
     hashes = {path.name: sha256_of(path) for path in directory.iterdir()}
     fields = {"tokenizer_sha256": hashes[TOKENIZER_FILE], "files": hashes, **fields}

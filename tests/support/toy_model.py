@@ -13,9 +13,9 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from bertqa.manifest import MODEL_NAME, Bundle, Manifest
 from bertqa.spans import Logits
-from bertqa.windows import Window, WindowMaker
+from bertqa.windows import Window, WindowTokenizer
 from service.triton.admin import Loaded
-from service.triton.errors import ModelError, ModelTimeout
+from service.triton.errors import EngineError, EngineTimeout
 
 _PIECES = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "«", "»"),
@@ -56,14 +56,14 @@ def toy_bundle(tokenizer: Tokenizer | None = None) -> Bundle:
         triton=("2.49.0", ""),
         buckets=(32, 64),
     )
-    maker = WindowMaker(
+    window_tokenizer = WindowTokenizer(
         tokenizer,
         max_seq_len=manifest.max_seq_len,
         max_question_tokens=manifest.max_question_tokens,
         overlap=manifest.overlap,
         buckets=manifest.buckets,
     )
-    return Bundle(MODEL_NAME, 7, manifest, maker)
+    return Bundle(MODEL_NAME, 7, manifest, window_tokenizer)
 
 
 class FakeEngine:
@@ -91,7 +91,7 @@ class FakeEngine:
         if self.failure is not None:
             raise self.failure
         if deadline <= time.monotonic():
-            raise ModelTimeout("The deadline passed before the engine answered.")
+            raise EngineTimeout("The deadline passed before the engine answered.")
         self.windows += len(windows)
         return [self.logits(window) for window in windows]
 
@@ -109,17 +109,17 @@ class FakeEngine:
         return start, end
 
     async def check_ready(self, *, deadline: float) -> None:
-        if isinstance(self.failure, ModelError):
+        if isinstance(self.failure, EngineError):
             raise self.failure
 
     async def loaded(self, *, deadline: float) -> Loaded:
-        if isinstance(self.failure, ModelError):
+        if isinstance(self.failure, EngineError):
             raise self.failure
         self.looked_at += 1
         return Loaded({"identity_7": self.identity}, self.concurrency)
 
     async def server_version(self, *, deadline: float) -> str:
-        if isinstance(self.failure, ModelError):
+        if isinstance(self.failure, EngineError):
             raise self.failure
         return "2.51.0"
 

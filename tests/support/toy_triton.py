@@ -13,7 +13,7 @@ from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from engine_builder.publish import NO_CACHE
 from service.triton.channels import Channels
 from service.triton.client import TritonEngine
-from service.triton.errors import ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import EngineOverloaded, EngineTimeout, EngineUnavailable
 
 T = TypeVar("T")
 
@@ -133,5 +133,5 @@ async def until_answered(model: TritonEngine) -> None:
     while True:
         try:
             return assert_right([window()], await model.predict([window()], deadline=soon(2)))
-        except (ModelUnavailable, ModelTimeout, ModelOverloaded):
+        except (EngineUnavailable, EngineTimeout, EngineOverloaded):
             await asyncio.sleep(0.1)

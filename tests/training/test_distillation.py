@@ -19,7 +19,7 @@ from transformers import BertForQuestionAnswering
 from bertqa.cli.command import parse
 from bertqa.spans import Logits
 from bertqa.squad import as_squad
-from bertqa.windows import Window, WindowMaker
+from bertqa.windows import Window, WindowTokenizer
 from tests.support.glue_files import write_task
 from tests.support.lives import FLAGS, TOKENIZER, finetune, lives, train_teacher, under_horovod, write_encoder
 from training import finetune_glue, finetune_squad, teach
@@ -206,9 +206,9 @@ def test_the_divergence_is_the_one_computed_by_hand() -> None:
 
 
 def test_the_loss_has_hard_and_soft_terms_and_ignores_unknown_labels(encoder: Path) -> None:
-    maker = WindowMaker(Tokenizer.from_file(str(TOKENIZER)), max_seq_len=64, max_question_tokens=16)
+    tokenizer = WindowTokenizer(Tokenizer.from_file(str(TOKENIZER)), max_seq_len=64, max_question_tokens=16)
     model = BertForQuestionAnswering.from_pretrained(encoder).eval()  # type: ignore[no-untyped-call]
-    labelled, other = list(make_features(lives(2), maker))
+    labelled, other = list(make_features(lives(2), tokenizer))
     features = [labelled, without_label(other)]
     generator = np.random.default_rng(0)
     soft = [generator.normal(size=(len(feature.input_ids), 2)).astype(np.float16) for feature in features]
@@ -243,9 +243,9 @@ def test_a_random_student_comes_close_to_its_teacher(data: Path, teacher: Path, 
     soft = losses(tmp_path / "student", "soft")
     assert soft[-1] < 0.1 * soft[0], soft
     models = [BertForQuestionAnswering.from_pretrained(path) for path in (teacher, tmp_path / "student")]
-    maker = WindowMaker.from_directory(teacher, max_seq_len=64, max_question_tokens=16, overlap=8)
+    tokenizer = WindowTokenizer.from_directory(teacher, max_seq_len=64, max_question_tokens=16, overlap=8)
     examples = hold_back_articles(lives(64), 1)[0]
-    windows = [window for each in examples for window in maker(each.question, each.context).windows]
+    windows = [window for each in examples for window in tokenizer(each.question, each.context).windows]
     logits = [predictor(model, torch.device("cpu"), "fp32")(windows) for model in models]
     answers = [[best(window, pair) for window, pair in zip(windows, pairs, strict=True)] for pairs in logits]
     assert sum(ours == theirs for ours, theirs in zip(*answers, strict=True)) >= 0.9 * len(windows)
@@ -317,9 +317,9 @@ def test_batches_take_every_sequence_once_and_stay_within_the_limit(lengths: lis
 
 def test_batched_evaluation_gives_the_logits_of_one_window_at_a_time(teacher: Path) -> None:
     model = BertForQuestionAnswering.from_pretrained(teacher)
-    maker = WindowMaker.from_directory(teacher, max_seq_len=200, max_question_tokens=16, overlap=8)
+    tokenizer = WindowTokenizer.from_directory(teacher, max_seq_len=200, max_question_tokens=16, overlap=8)
     contexts = ["Ada lived in London. " * times for times in (1, 2, 5, 12, 30, 60)]
-    windows = [window for context in contexts for window in maker("Where did Ada live?", context).windows]
+    windows = [window for context in contexts for window in tokenizer("Where did Ada live?", context).windows]
     assert len({window.length for window in windows}) > 2
     found = predictor(model, torch.device("cpu"), "fp32")(windows)
     for window, (start, end) in zip(windows, found, strict=True):

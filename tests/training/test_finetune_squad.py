@@ -15,7 +15,7 @@ from bertqa.cli.command import parse
 from bertqa.manifest import Settings
 from bertqa.spans import Answer, Decoded
 from bertqa.squad import Example, Reference, as_squad, read_squad
-from bertqa.windows import WindowMaker
+from bertqa.windows import WindowTokenizer
 from tests.support.lives import FLAGS, TOKENIZER, finetune, lives, write_encoder
 from training.encoders import bert_flops
 from training.finetune_squad import main, span_loss
@@ -56,7 +56,7 @@ def test_two_horovod_processes_train_a_checkpoint(trained: tuple[Path, list[floa
     weights = load_file(output / "model.safetensors")
     assert all(tensor.dtype == torch.float16 for tensor in weights.values())
     assert json.loads((output / "config.json").read_text())["architectures"] == ["BertForQuestionAnswering"]
-    WindowMaker.from_directory(output, max_seq_len=64, max_question_tokens=settings.max_question_tokens)
+    WindowTokenizer.from_directory(output, max_seq_len=64, max_question_tokens=settings.max_question_tokens)
     gate, calibration = (read_squad(output / name) for name in ("gate.json", "calibration.json"))
     assert {example.title for example in gate}.isdisjoint(example.title for example in calibration)
 
@@ -126,11 +126,11 @@ def test_what_cannot_be_trained_is_refused_with_its_flag(
 
 
 def test_labels_mark_the_answer_in_the_window_that_holds_it() -> None:
-    maker = WindowMaker(Tokenizer.from_file(str(TOKENIZER)), max_seq_len=40, max_question_tokens=16, overlap=10)
+    tokenizer = WindowTokenizer(Tokenizer.from_file(str(TOKENIZER)), max_seq_len=40, max_question_tokens=16, overlap=10)
     context = "filler words come first. " * 12 + "The winner was the Denver Broncos. " + "more words follow. " * 12
     start = context.index("Denver Broncos")
     example = Example("1", "t", "Who won?", context, (Reference("Denver Broncos", start),))
-    features = list(make_features([example], maker))
+    features = list(make_features([example], tokenizer))
     labelled = [feature for feature in features if feature.start]
     assert len(features) > 3
     assert 1 <= len(labelled) <= 2
@@ -141,8 +141,8 @@ def test_labels_mark_the_answer_in_the_window_that_holds_it() -> None:
 
 
 def test_a_batch_is_padded_and_lets_only_cls_and_context_be_answers() -> None:
-    maker = WindowMaker(Tokenizer.from_file(str(TOKENIZER)), max_seq_len=64, max_question_tokens=16)
-    features = list(make_features(lives(3), maker))
+    tokenizer = WindowTokenizer(Tokenizer.from_file(str(TOKENIZER)), max_seq_len=64, max_question_tokens=16)
+    features = list(make_features(lives(3), tokenizer))
     batch = collate(features)
     assert batch.input_ids.shape == batch.allowed.shape
     assert batch.input_ids.shape[1] % 16 == 0

@@ -11,7 +11,7 @@ from transformers import BertForQuestionAnswering
 
 from bertqa.cli.command import parse
 from bertqa.squad import Example, Reference, as_squad, read_squad
-from bertqa.windows import WindowMaker
+from bertqa.windows import WindowTokenizer
 from tests.support.lives import FLAGS, lives, train_teacher, write_encoder
 from training import finetune_squad
 from training.distributed import Alone
@@ -110,9 +110,9 @@ def test_only_what_the_teacher_finds_unanswerable_is_kept(
     main(parse(HardNegativesArguments, ["--train", str(file), "--output", str(everything), "--share", "0.5"]))
     made = read_squad(everything)
     assert len(made) == 32
-    maker = WindowMaker.from_directory(teacher, max_seq_len=64, max_question_tokens=16, overlap=8)
+    tokenizer = WindowTokenizer.from_directory(teacher, max_seq_len=64, max_question_tokens=16, overlap=8)
     model = BertForQuestionAnswering.from_pretrained(teacher)
-    answered = evaluate(made, maker, predictor(model, torch.device("cpu"), "fp32"), Alone())
+    answered = evaluate(made, tokenizer, predictor(model, torch.device("cpu"), "fp32"), Alone())
     margins = {example.id: decoded.null_margin for example, decoded in answered}
     threshold = sorted(margins.values())[len(margins) // 2] + 1e-3
     job = ["--train", str(file), "--output", str(tmp_path / "kept.json"), "--share", "0.5", "--teacher", str(teacher)]
@@ -147,10 +147,10 @@ def test_a_run_trains_on_some_and_reports_on_the_held_back(
 
 
 def test_shares_count_what_is_right_at_the_threshold(teacher: Path) -> None:
-    maker = WindowMaker.from_directory(teacher, max_seq_len=64, max_question_tokens=16, overlap=8)
+    tokenizer = WindowTokenizer.from_directory(teacher, max_seq_len=64, max_question_tokens=16, overlap=8)
     model = BertForQuestionAnswering.from_pretrained(teacher)
     examples = [*lives(4), Example("x", "t", "Where did Ada live?", "Nothing is known.", ())]
-    answered = evaluate(examples, maker, predictor(model, torch.device("cpu"), "fp32"), Alone())
+    answered = evaluate(examples, tokenizer, predictor(model, torch.device("cpu"), "fp32"), Alone())
     low = has_answer_shares(answered, -1e6, {"x"})
     assert low == {"answerable": {"right": 0.0, "total": 4}, "exchanged": {"right": 100.0, "total": 1}}
     high = has_answer_shares(answered, 1e6, set())

@@ -12,7 +12,7 @@ from service.inference.pipeline import side_by_side
 from service.triton.admin import EngineAdmin, Loaded
 from service.triton.channels import EngineFactory
 from service.triton.client import Engine
-from service.triton.errors import ModelOverloaded
+from service.triton.errors import EngineOverloaded
 
 CALL_S = 120.0
 """Seconds within which Triton must answer a window."""
@@ -66,7 +66,7 @@ class SteadyEngine:
         self._heard = time.monotonic()
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
-        """As in `Engine`, but each window has `CALL_S`, and never `ModelOverloaded`.
+        """As in `Engine`, but each window has `CALL_S`, and never `EngineOverloaded`.
 
         Raises:
             BatchStopped: the engine has refused windows and computed none for longer than the patience.
@@ -78,7 +78,7 @@ class SteadyEngine:
         for pause in pauses():
             try:
                 (logits,) = await self._engine.predict([window], deadline=_soon(deadline))
-            except ModelOverloaded as error:
+            except EngineOverloaded as error:
                 quiet_s = time.monotonic() - max(began, self._heard)
                 if quiet_s > self._patience_s:
                     raise BatchStopped(f"the engine has computed nothing for {quiet_s:.0f} s: {error}") from error

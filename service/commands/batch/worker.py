@@ -32,14 +32,14 @@ from service.inference.registry import ModelRegistry, ServedModel
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from service.triton.channels import Channels, EngineFactory
-from service.triton.errors import ModelError, ModelOverloaded
+from service.triton.errors import EngineError, EngineOverloaded
 
 IN_FLIGHT = 64
 """Windows that a process has at the engine at one time, by default."""
 _MAX_WAIT_S = 3600.0
 _MAX_MEMORY_MB = 4096
 _SUSPECT_ATTEMPTS = 3
-_FAILURES = (ModelError, InvalidLogits)
+_FAILURES = (EngineError, InvalidLogits)
 """Errors that a question may have caused, or an engine that is away or broken."""
 
 
@@ -147,7 +147,7 @@ class PartAnswerer:
 
         Raises:
             InvalidArgument: the question is outside the limits.
-            ModelError, InvalidLogits: the engine fails on it repeatedly, each time right after a harmless question.
+            EngineError, InvalidLogits: the engine fails on it repeatedly, each time right after a harmless question.
             BundleMismatch: Triton has loaded another engine.
             BatchStopped: the engine has been away for longer than the patience.
         """
@@ -172,13 +172,13 @@ class PartAnswerer:
 
         Raises:
             BatchStopped: it was not admitted within the patience.
-            Exception: as `Pipeline.answer`, but never `ModelOverloaded`.
+            Exception: as `Pipeline.answer`, but never `EngineOverloaded`.
         """
         began = time.monotonic()
         for pause_s in pauses():
             try:
                 return (await self._pipeline.answer([question], deadline=math.inf))[0]
-            except ModelOverloaded as error:
+            except EngineOverloaded as error:
                 waited_s = time.monotonic() - began
                 if waited_s > self._patience_s:
                     raise BatchStopped(f"the question was refused for {waited_s:.0f} s: {error}") from error

@@ -38,7 +38,7 @@ def diagnose(options: DoctorOptions) -> Iterator[Finding]:
             yield finding
             if bundle is None:
                 continue
-            vocabulary = f"{bundle.maker.vocabulary_size} tokens"
+            vocabulary = f"{bundle.tokenizer.vocabulary_size} tokens"
             embedded = f"of which the engine embeds {bundle.manifest.vocabulary_size}"
             yield Finding("ok", f"tokenizer {model} {version}", f"{vocabulary}, {embedded}")
             if version in how.loaded:

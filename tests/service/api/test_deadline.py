@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from service.api.deadline import GONE, unless_gone
 from service.runtime.http_protocol import BoundedProtocol
-from service.triton.errors import ModelTimeout
+from service.triton.errors import EngineTimeout
 from tests.support.asking import ASKED, problem
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
@@ -55,7 +55,7 @@ def test_the_deadline_is_the_shorter_of_ours_and_the_clients(make_app: MakeApp, 
 
     async def predict(windows: object, *, deadline: float) -> list[object]:
         deadlines.append(deadline - time.monotonic())
-        raise ModelTimeout("late")
+        raise EngineTimeout("late")
 
     engine.predict = predict  # type: ignore[assignment,method-assign]
     with serving(make_app(deadline_s=5)) as url, httpx.Client(base_url=url, trust_env=False) as client:

@@ -5,7 +5,7 @@ import pytest
 
 from bertqa.spans import InvalidLogits
 from service.inference import readiness
-from service.triton.errors import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import EngineBroken, EngineOverloaded, EngineTimeout, EngineUnavailable
 from tests.support.asking import ASKED, problem
 from tests.support.toy_model import FakeEngine
 
@@ -22,11 +22,11 @@ def test_routes_and_methods_that_are_not_there(shared_client: httpx.Client) -> N
 @pytest.mark.parametrize(
     ("failure", "status", "error_type"),
     [
-        (ModelUnavailable("no connection"), 503, "engine_unavailable"),
-        (ModelOverloaded("the queue is full"), 503, "engine_overloaded"),
-        (ModelBroken("output of another shape"), 503, "engine_broken"),
+        (EngineUnavailable("no connection"), 503, "engine_unavailable"),
+        (EngineOverloaded("the queue is full"), 503, "engine_overloaded"),
+        (EngineBroken("output of another shape"), 503, "engine_broken"),
         (InvalidLogits("start_logits: NaN"), 503, "engine_broken"),
-        (ModelTimeout("no answer in time"), 504, "engine_timeout"),
+        (EngineTimeout("no answer in time"), 504, "engine_timeout"),
     ],
 )
 def test_a_failing_engine(

@@ -5,7 +5,7 @@ import re
 import httpx
 
 from bertqa.manifest import Bundle
-from service.triton.errors import ModelUnavailable
+from service.triton.errors import EngineUnavailable
 from tests.support.asking import ask
 from tests.support.toy_model import FakeEngine
 
@@ -29,7 +29,7 @@ def test_info_metrics_and_documentation(client: httpx.Client, bundle: Bundle, en
         ("auth", False),
         ("cache", False),
     }
-    engine.failure = ModelUnavailable("gone")
+    engine.failure = EngineUnavailable("gone")
     assert client.get("/info").json()["versions"]["triton"] is None
     engine.failure = None
     text = client.get("/metrics").text

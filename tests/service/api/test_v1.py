@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from bertqa.manifest import Bundle
-from bertqa.windows import WindowMaker
+from bertqa.windows import WindowTokenizer
 from service.app import create_app
 from service.settings import Settings
 from tests.support.asking import ASKED, ask, problem
@@ -194,10 +194,10 @@ def test_any_text_gives_exact_spans_in_every_unit_or_a_plain_refusal(
 
 def test_an_overlap_too_large_for_the_models_own_windows_is_no_error_of_the_client(bundle: Bundle) -> None:
     manifest = replace(bundle.manifest, overlap=60, engine_sha256="3" * 64)
-    maker = WindowMaker(
-        Tokenizer.from_str(bundle.maker.tokenizer_json()), max_seq_len=64, max_question_tokens=16, overlap=60
+    window_tokenizer = WindowTokenizer(
+        Tokenizer.from_str(bundle.tokenizer.tokenizer_json()), max_seq_len=64, max_question_tokens=16, overlap=60
     )
-    wide = Bundle("bert_qa", 7, manifest, maker)
+    wide = Bundle("bert_qa", 7, manifest, window_tokenizer)
     app = create_app(Settings(), engine=FakeEngine(manifest.identity), bundle=wide)
     with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
         for context in ("It was made at «Uber».", "It was made at «Uber». " * 300):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from service.inference.admission import Admission, Call
-from service.triton.errors import ModelOverloaded, ModelTimeout
+from service.triton.errors import EngineOverloaded, EngineTimeout
 
 INSTANCES, SLOTS = 2, 4
 CALL_S = 0.3
@@ -90,12 +90,12 @@ class Product:
                         await asyncio.sleep(CALL_S * self.random.uniform(1 - self.spread, 1 + self.spread))
 
             await asyncio.gather(*(work() for _ in range(min(windows, self.admission.slots))))
-        except ModelOverloaded as error:
+        except EngineOverloaded as error:
             client.refused += 1
             client.in_vain.append(loop.time() - began)
             client.retry_after_s.append(error.retry_after_s)
             await asyncio.sleep(0.05)  # it does not wait as it was told to
-        except ModelTimeout:
+        except EngineTimeout:
             client.late += 1
         else:
             client.seconds.append(loop.time() - began)
@@ -166,7 +166,7 @@ def test_a_refusal_says_truly_when_to_come_again(play: Play) -> None:
         await product.closed_loop(8, 5)  # so that the time of a call is known
         tasks = [asyncio.ensure_future(product.ask(crowd)) for _ in range(40)]
         await asyncio.sleep(0.01)
-        with pytest.raises(ModelOverloaded, match=r"may wait 2\.00 s") as refused:
+        with pytest.raises(EngineOverloaded, match=r"may wait 2\.00 s") as refused:
             product.admission.check()
         late = Client()
         await asyncio.sleep(max(math.ceil(refused.value.retry_after_s), 1))  # as the header says
@@ -178,7 +178,7 @@ def test_a_refusal_says_truly_when_to_come_again(play: Play) -> None:
         tasks = [asyncio.ensure_future(product.ask(Client())) for _ in range(10)]
         await asyncio.sleep(0.01)
         product.admission.check(asyncio.get_running_loop().time() + 2)
-        with pytest.raises(ModelOverloaded, match=r"may wait 0\.50 s"):
+        with pytest.raises(EngineOverloaded, match=r"may wait 0\.50 s"):
             product.admission.check(asyncio.get_running_loop().time() + 0.5)
         await asyncio.wait(tasks)
 
@@ -208,15 +208,15 @@ def test_an_engine_that_stops_costs_nobody_more_than_the_bound(play: Play) -> No
             await asyncio.sleep(CALL_S)
         async with admission.slot(Call(5000.0)):  # which never ends
             began = loop.time()
-            with pytest.raises(ModelOverloaded, match="slower than it was"):
+            with pytest.raises(EngineOverloaded, match="slower than it was"):
                 async with admission.slot(Call(5000.0)):
                     pass
             assert loop.time() - began == pytest.approx(MAX_WAIT_S)
-            with pytest.raises(ModelTimeout, match="deadline"):
+            with pytest.raises(EngineTimeout, match="deadline"):
                 async with admission.slot(Call(loop.time() + 1)):
                     pass
             begun = Call(loop.time() + 8, has_begun=True)
-            with pytest.raises(ModelTimeout, match="deadline"):
+            with pytest.raises(EngineTimeout, match="deadline"):
                 async with admission.slot(begun):
                     pass
             assert loop.time() == pytest.approx(begun.deadline)

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from service.inference.registry import ServedModel
 from service.inference.shared_values import SharedValues
 from service.settings import Settings
-from service.triton.errors import ModelUnavailable
+from service.triton.errors import EngineUnavailable
 from tests.support.paths import ROOT
 from tests.support.servers import serving
 from tests.support.toy_model import FakeEngine
@@ -112,12 +112,12 @@ def test_the_last_who_leaves_ends_it_and_the_next_begins_anew() -> None:
 
 def test_errors_are_shared_but_not_kept() -> None:
     async def scenario() -> None:
-        cache, work = SharedValues[str](10, len), Work(ModelUnavailable("gone"))
+        cache, work = SharedValues[str](10, len), Work(EngineUnavailable("gone"))
         waiting = [asyncio.ensure_future(cache.get("k", work, deadline=soon())) for _ in range(2)]
         await settle()
         work.let.set()
         for each in waiting:
-            with pytest.raises(ModelUnavailable):
+            with pytest.raises(EngineUnavailable):
                 await each
         work.value = "value"
         assert await cache.get("k", work, deadline=soon()) == ("value", "miss")
@@ -221,7 +221,7 @@ def test_a_client_that_leaves_does_not_end_what_another_waits_for(make_app: Make
 def test_errors_and_other_versions_are_not_answered_from_memory(make_app: MakeApp, engine: FakeEngine) -> None:
     app = make_app(cache_mb=1)
     with serving(app) as url, httpx.Client(base_url=url, trust_env=False) as client:
-        engine.failure = ModelUnavailable("gone")
+        engine.failure = EngineUnavailable("gone")
         assert client.post("/v1/answer", json=ASKED).status_code == 503
         engine.failure = None
         for _ in range(2):

@@ -28,17 +28,17 @@ SERVER = """
 import os, socket, sys
 from dataclasses import replace
 import uvicorn
-from bertqa.windows import WindowMaker
+from bertqa.windows import WindowTokenizer
 from service.app import create_app
 from service.runtime.http_protocol import BoundedProtocol
 from service.settings import Settings
 from tests.support.decoding_cases import TOKENIZER
 from tests.support.toy_model import FakeEngine, toy_bundle
 
-maker = WindowMaker(TOKENIZER)
+tokenizer = WindowTokenizer(TOKENIZER)
 bundle = toy_bundle(TOKENIZER)
-manifest = replace(bundle.manifest, max_seq_len=384, buckets=maker.buckets, overlap=128, max_question_tokens=64)
-bundle = replace(bundle, manifest=manifest, maker=maker)
+manifest = replace(bundle.manifest, max_seq_len=384, buckets=tokenizer.buckets, overlap=128, max_question_tokens=64)
+bundle = replace(bundle, manifest=manifest, tokenizer=tokenizer)
 engine = FakeEngine(manifest.identity)
 engine.delay_s = 0.01
 app = create_app(Settings(cache_mb=int(sys.argv[2])), engine=engine, bundle=bundle)

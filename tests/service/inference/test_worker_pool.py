@@ -5,7 +5,7 @@ import time
 import pytest
 
 from service.inference.worker_pool import INLINE_S, tokenizing_s
-from tests.support.decoding_cases import MAKER
+from tests.support.decoding_cases import WINDOW_TOKENIZER
 
 
 def test_one_odd_character_does_not_make_a_text_a_long_one() -> None:
@@ -27,10 +27,10 @@ def test_texts_of_slow_words_are_long_ones(text: str) -> None:
 def test_what_is_estimated_as_short_is_short(text: str) -> None:
     estimate = tokenizing_s(text)
     assert estimate < INLINE_S
-    MAKER("who", text)
+    WINDOW_TOKENIZER("who", text)
     took = []
     for _ in range(5):
         began = time.thread_time()
-        MAKER("who", text)
+        WINDOW_TOKENIZER("who", text)
         took.append(time.thread_time() - began)
     assert min(took) < 10 * INLINE_S, "with room for a slow machine"

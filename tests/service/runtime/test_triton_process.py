@@ -17,7 +17,7 @@ from service.runtime.ports import TritonPorts, free_port
 from service.runtime.triton_install import TritonError, find_triton
 from service.runtime.triton_process import EmbeddedTriton
 from service.triton.client import TritonEngine
-from service.triton.errors import ModelBroken, ModelUnavailable
+from service.triton.errors import EngineBroken, EngineUnavailable
 from tests.support.paths import ROOT
 from tests.support.ports import triton_ports
 from tests.support.processes import processes_with, shared_memory
@@ -39,7 +39,7 @@ def test_model_whose_process_dies_is_started_again(repository: Path, tmp_path: P
     said: list[str] = []
 
     async def scenario(model: TritonEngine) -> None:
-        with pytest.raises((ModelBroken, ModelUnavailable)):
+        with pytest.raises((EngineBroken, EngineUnavailable)):
             await model.predict([window(CRASH)], deadline=soon())
         while not any("died; see" in line for line in said):
             await asyncio.sleep(0.1)

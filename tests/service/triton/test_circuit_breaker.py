@@ -2,11 +2,11 @@
 
 import time
 
-from service.triton.circuit_breaker import FAILURES, Circuit
+from service.triton.circuit_breaker import FAILURES, CircuitBreaker
 
 
 def test_calls_that_fail_together_are_one_failure() -> None:
-    circuit = Circuit()
+    circuit = CircuitBreaker()
     sent = time.monotonic()
     for _ in range(100):
         circuit.failed(sent, "the connection broke")

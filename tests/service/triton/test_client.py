@@ -11,7 +11,7 @@ from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
 from service.runtime.triton_process import EmbeddedTriton
 from service.triton.channels import Channels
 from service.triton.client import TritonEngine
-from service.triton.errors import ModelBroken, ModelOverloaded, ModelTimeout, ModelUnavailable
+from service.triton.errors import EngineBroken, EngineOverloaded, EngineTimeout, EngineUnavailable
 from tests.support.fake_triton import FakeTriton, ask_fake, reply
 from tests.support.toy_triton import (
     NAN,
@@ -48,13 +48,13 @@ def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(serv
     async def scenario(model: TritonEngine) -> None:
         slow = asyncio.create_task(model.predict([window(SLEEP, 1500)], deadline=soon()))
         await asyncio.sleep(0.3)
-        with pytest.raises(ModelTimeout, match="before the engine answered"):
+        with pytest.raises(EngineTimeout, match="before the engine answered"):
             await model.predict([window()], deadline=soon(0.3))
-        with pytest.raises(ModelTimeout, match="deadline"):
+        with pytest.raises(EngineTimeout, match="deadline"):
             await model.predict([window()] * 10, deadline=soon(0.3))
         assert not slow.done()
         await slow
-        with pytest.raises(ModelTimeout):
+        with pytest.raises(EngineTimeout):
             await model.predict([window()], deadline=soon(-1))
         assert_right([window()], await model.predict([window()], deadline=soon()))
 
@@ -64,7 +64,7 @@ def test_deadline_passes_while_the_engine_computes_and_while_a_window_waits(serv
 @pytest.mark.triton
 def test_one_window_failing_cancels_the_others(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonEngine) -> None:
-        with pytest.raises(ModelBroken, match="no such bucket"):
+        with pytest.raises(EngineBroken, match="no such bucket"):
             await model.predict([window(RAISE), *[window(SLEEP, 100)] * 10], deadline=soon())
         assert_right([window()], await model.predict([window()], deadline=soon()))
 
@@ -89,7 +89,7 @@ def test_cancelling_the_caller_ends_its_calls(server: EmbeddedTriton) -> None:
 @pytest.mark.triton
 def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
     async def scenario(model: TritonEngine) -> None:
-        with pytest.raises(ModelOverloaded, match="queue"):
+        with pytest.raises(EngineOverloaded, match="queue"):
             await model.predict([window(SLEEP, 300)] * 40, deadline=soon())
         await until_answered(model)  # Triton drops the cancelled ones when the running one has ended
 
@@ -98,31 +98,31 @@ def test_full_queue_of_triton_is_overload(server: EmbeddedTriton) -> None:
 
 @pytest.mark.triton
 def test_nan_is_broken(server: EmbeddedTriton) -> None:
-    with pytest.raises(ModelBroken, match="'start_logits' holds NaN"):
+    with pytest.raises(EngineBroken, match="'start_logits' holds NaN"):
         run(server.url, lambda model: model.predict([window(NAN)], deadline=soon()))
 
 
 @pytest.mark.triton
 def test_wrong_shape_is_broken(server: EmbeddedTriton) -> None:
-    with pytest.raises(ModelBroken, match=r"'end_logits' is not FP32 \[1, 64\]: FP32 \[1, 63\] in 252 bytes"):
+    with pytest.raises(EngineBroken, match=r"'end_logits' is not FP32 \[1, 64\]: FP32 \[1, 63\] in 252 bytes"):
         run(server.url, lambda model: model.predict([window(SHAPE)], deadline=soon()))
 
 
 @pytest.mark.triton
 def test_what_is_not_there_is_unavailable(server: EmbeddedTriton) -> None:
     async def asked(channels: Channels) -> None:
-        with pytest.raises(ModelUnavailable, match="bert_de"):
+        with pytest.raises(EngineUnavailable, match="bert_de"):
             await channels.admin("bert_de").check_ready(deadline=soon())
-        with pytest.raises(ModelUnavailable, match="bert_de"):
+        with pytest.raises(EngineUnavailable, match="bert_de"):
             await channels.engine("bert_de").predict([window()], deadline=soon())
 
     async def unconnected(model: TritonEngine) -> None:
-        with pytest.raises(ModelUnavailable, match=r"No connection to Triton at 127\.0\.0\.1:1"):
+        with pytest.raises(EngineUnavailable, match=r"No connection to Triton at 127\.0\.0\.1:1"):
             await model.predict([window()] * 3, deadline=soon())
 
     async def closed(channels: Channels) -> None:
         await channels.close()
-        with pytest.raises(ModelUnavailable, match="closed"):
+        with pytest.raises(EngineUnavailable, match="closed"):
             await channels.engine().predict([window()], deadline=soon())
 
     with_channels(server.url, asked)
@@ -149,5 +149,5 @@ def test_request_carries_id_deadline_and_raw_tensors() -> None:
     [(reply("start_logits"), "no output 'end_logits'"), (service_pb2.ModelInferResponse(outputs=[{}]), "raw tensors")],
 )
 def test_incomplete_answer_is_broken(answer: Any, problem: str) -> None:
-    with pytest.raises(ModelBroken, match=problem):
+    with pytest.raises(EngineBroken, match=problem):
         ask_fake(FakeTriton(0, answer))

@@ -20,7 +20,7 @@ from service.runtime.triton_process import EmbeddedTriton
 from service.triton import replica
 from service.triton.channels import Channels
 from service.triton.client import TritonEngine
-from service.triton.errors import ModelError, ModelTimeout, ModelUnavailable
+from service.triton.errors import EngineError, EngineTimeout, EngineUnavailable
 from tests.support.fake_triton import FakeTriton, Moody, Watched, ask_fake, fail, reply, served
 from tests.support.toy_triton import assert_right, run, soon, until_answered, window
 
@@ -43,7 +43,7 @@ def test_lost_connection_is_retried_a_few_times_only(monkeypatch: pytest.MonkeyP
     failed = Mock(wraps=replica.translate)
     monkeypatch.setattr(replica, "translate", failed)
     fake = FakeTriton(99, None)
-    with pytest.raises(ModelUnavailable, match="Socket closed"):
+    with pytest.raises(EngineUnavailable, match="Socket closed"):
         ask_fake(fake)
     assert failed.call_count == 3
     assert 0 < len(fake.requests) <= 3
@@ -58,8 +58,8 @@ def test_broken_engine_is_left_alone_and_taken_up_again(mood: str) -> None:
             model = channels.engine()
             fake.mood = mood
             said = await fail(model, 20)
-            assert all(line.startswith("ModelBroken: ") for line in said[:5])
-            assert all(line.startswith("ModelUnavailable: Triton failed several times") for line in said[5:]), said
+            assert all(line.startswith("EngineBroken: ") for line in said[:5])
+            assert all(line.startswith("EngineUnavailable: Triton failed several times") for line in said[5:]), said
             assert said[4].split(": ")[1] in said[5]  # and why, in our own words
             assert len(fake.requests) == 5
             fake.mood = "well"
@@ -86,7 +86,7 @@ def test_lost_engine_costs_no_retries_and_is_found_again() -> None:
         said = await fail(model, 200)
         # Each used to wait 0.3 s for its retries, 60 s together.
         assert sum("left alone" in line for line in said) > 190, (said, time.monotonic() - begun)
-        with pytest.raises(ModelUnavailable):
+        with pytest.raises(EngineUnavailable):
             await channels.admin().check_ready(deadline=soon(1))
         async with served(fake, ports=(int(url.rpartition(":")[2]),)):
             await until_answered(model)
@@ -128,7 +128,7 @@ def test_no_request_sees_a_broken_replica_beside_one_that_is_well(mood: str) -> 
             broken.mood = mood
             if mood == "silent":  # only the deadline tells, until the circuit is open
                 for _ in range(5):
-                    with pytest.raises(ModelTimeout):
+                    with pytest.raises(EngineTimeout):
                         await model.predict([window()], deadline=soon(0.6))
                     await model.predict([window()], deadline=soon(5))
             for _ in range(40):
@@ -155,7 +155,7 @@ def test_short_deadlines_and_cancelled_calls_open_no_circuit() -> None:
             model = channels.engine()
             fake.mood = "slow"
             for _ in range(8):
-                with pytest.raises(ModelTimeout):
+                with pytest.raises(EngineTimeout):
                     await model.predict([window()], deadline=soon(0.05))
                 task = asyncio.create_task(model.predict([window()] * 3, deadline=soon(5)))
                 await asyncio.sleep(0.01)
@@ -220,7 +220,7 @@ def test_whatever_two_tritons_do_each_window_is_answered_once_and_no_call_is_lef
         elif not task.exception():
             assert_right([window(number)], task.result())
         else:
-            assert isinstance(task.exception(), ModelError)
+            assert isinstance(task.exception(), EngineError)
 
     async def scenario() -> None:
         moods = [{number: moods[side] for number, (*moods, _, _) in enumerate(fates)} for side in (0, 1)]

@@ -15,7 +15,7 @@ from bertqa.windows import OUTPUT_NAMES
 from service.settings import Settings
 from service.triton.channels import Channels
 from service.triton.client import TritonEngine
-from service.triton.errors import ModelTimeout, ModelUnavailable
+from service.triton.errors import EngineTimeout, EngineUnavailable
 from service.triton.replica import tls_credentials
 from tests.support.certificates import certificates, tls_flags
 from tests.support.fake_triton import FakeTriton, Moody, reply, served
@@ -38,7 +38,7 @@ def test_the_wall_clock_may_jump_while_a_call_is_made(monkeypatch: pytest.Monkey
             model = channels.engine()
             asked = asyncio.wait_for(model.predict([window()], deadline=soon(0.5 if mood == "silent" else 5)), 10)
             if mood == "silent":
-                with pytest.raises(ModelTimeout):
+                with pytest.raises(EngineTimeout):
                     await asked
             else:
                 assert_right([window()], await asked)
@@ -60,7 +60,7 @@ def test_tls_to_triton(tmp_path: Path, repository: Path, mutual: bool) -> None:
         assert_right([window()] * 3, await model.predict([window()] * 3, deadline=soon()))
 
     async def refused(model: TritonEngine) -> None:
-        with pytest.raises(ModelUnavailable):
+        with pytest.raises(EngineUnavailable):
             await model.predict([window()], deadline=soon(10))
 
     with triton_with(tmp_path, repository, *tls_flags(files, mutual=mutual)) as url:
@@ -181,7 +181,7 @@ def test_replicas_that_are_all_replaced_at_once_are_found_before_a_client_gives_
             end = soon(15)  # gRPC's own pause between two questions to a name server is 30 s
             while not new.requests:
                 assert time.monotonic() < end, "waited in vain"
-                with contextlib.suppress(ModelUnavailable):
+                with contextlib.suppress(EngineUnavailable):
                     await model.predict([window()], deadline=soon(5))
             await channels.close()
         await new.server.stop(None)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES
-from service.triton.errors import ModelBroken
+from service.triton.errors import EngineBroken
 from service.triton.wire import RequestEncoder, decode_logits
 from tests.support.toy_triton import window
 
@@ -69,7 +69,7 @@ def test_a_number_that_no_model_means_is_refused_wherever_it_is(number: float, o
     tensors = np.zeros((2, LENGTH), np.float32)
     tensors[output, place] = number
     message = reply(raw_output_contents=[tensor.tobytes() for tensor in tensors])
-    with pytest.raises(ModelBroken, match=f"{OUTPUT_NAMES[output]!r} holds NaN, infinite or absurdly large"):
+    with pytest.raises(EngineBroken, match=f"{OUTPUT_NAMES[output]!r} holds NaN, infinite or absurdly large"):
         decode_logits(message.SerializeToString(), LENGTH)
 
 
@@ -95,11 +95,11 @@ def test_a_number_that_no_model_means_is_refused_wherever_it_is(number: float, o
     ],
 )
 def test_a_reply_that_is_not_whole_is_named(message: Any, problem: str) -> None:
-    with pytest.raises(ModelBroken, match=problem):
+    with pytest.raises(EngineBroken, match=problem):
         decode_logits(message.SerializeToString(), LENGTH)
 
 
 @given(st.binary(max_size=100))
 def test_other_bytes_are_no_reply(content: bytes) -> None:
-    with pytest.raises(ModelBroken):
+    with pytest.raises(EngineBroken):
         decode_logits(content, LENGTH)
