@@ -8,7 +8,7 @@ s_[CLS] + e_[CLS], at its minimum over the windows: a text has no answer only if
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,75 +87,92 @@ def decode(
 ) -> Decoded:
     """Rank the spans of one question over its documents.
 
-    Time is linear in the characters and in tokens x ``max_answer_tokens``, whatever the texts hold. Memory does not
-    grow with the latter: 16,000,000 spans of 40,000 tokens peak at 5 MB, and at 13 MB where all of them widen to few.
+    Time is linear in the characters and in tokens x ``max_answer_tokens``, for any text. Memory does not grow with
+    ``max_answer_tokens``: 16,000,000 spans of 40,000 tokens peak at 5 MB, or 13 MB if they all widen to a few spans.
 
     Args:
         documents: windows of the question over each context.
         logits: for each document, start and end logits of each of its windows, float32 of shape (1, length).
-        top_k: number of distinct spans wanted; fewer come back only where the documents hold fewer. The first k
-            answers of a larger ``top_k`` are the answers of k.
-        max_answer_tokens: longest span considered, in tokens, before it is widened to words and graphemes.
-        null_threshold: ``has_answer`` holds while null logit - best logit is not above it.
-        align_to_words: widen spans to whole words, so that none starts or ends inside one.
-        max_answer_chars: most characters that the texts of all answers may hold together; no limit by default.
-        check: called between steps of a few milliseconds; what it raises ends the work and comes out of here.
+        top_k: number of distinct spans; there are fewer only if the documents have fewer. A larger ``top_k`` appends
+            answers and leaves the first ones as they are.
+        max_answer_tokens: longest span, in tokens, before it is widened to words and graphemes.
+        null_threshold: ``has_answer`` is true if null logit - best logit is at most this.
+        align_to_words: widen spans to whole words.
+        max_answer_chars: limit on the characters of all answers together; default: none.
+        check: called between steps of a few milliseconds; its exceptions end the work and propagate.
 
     Raises:
         InvalidLogits: a logit is NaN, infinite or above 1e30, or a shape differs from its window's.
-        InvalidArgument: ``top_k`` or ``max_answer_tokens`` is below 1, or the answers hold more than
-            ``max_answer_chars``, found before their texts are made; that names ``top_k``.
+        InvalidArgument: ``top_k`` or ``max_answer_tokens`` is below 1, or the answers have more than
+            ``max_answer_chars``; the latter names ``top_k`` and is raised before the texts are copied.
     """
-    if top_k < 1:
-        raise InvalidArgument(("top_k",), f"must be at least 1; got {top_k}")
-    if max_answer_tokens < 1:
-        raise InvalidArgument(("max_answer_tokens",), f"must be at least 1; got {max_answer_tokens}")
+    for name, value in (("top_k", top_k), ("max_answer_tokens", max_answer_tokens)):
+        if value < 1:
+            raise InvalidArgument((name,), f"must be at least 1; got {value}")
 
-    null = np.inf
+    null = _lowest_null(documents, logits, check)
+    if null == np.inf:
+        return Decoded((), has_answer=False, null_score=1.0, null_margin=np.inf)
+
+    best: dict[_Place, float] = {}  # logits of the best distinct spans so far, in order
+    softmax = _Softmax(null)
+    for number, (windows, rows) in enumerate(zip(documents, logits, strict=True)):
+        bounds = _token_bounds(windows, align_to_words, check)
+        for first, band in _bands(windows, rows, max_answer_tokens, check):
+            tops = band.max(axis=1)
+            floor = next(reversed(best.values())) if len(best) == top_k else -math.inf
+            found = _best_of_band(band, tops, first, bounds, floor, top_k)
+            best = _merged(best, (((number, start, end), logit) for start, end, logit in found), top_k)
+            softmax.add(band, float(tops.max()))
+    _check_chars(best, max_answer_chars)
+    best_logit = next(iter(best.values()))
+    return Decoded(
+        answers=tuple(
+            Answer(documents[number].context[start:end], softmax.probability(logit), start, end, number)
+            for (number, start, end), logit in best.items()
+        ),
+        has_answer=null - best_logit <= null_threshold,
+        null_score=softmax.probability(null),
+        null_margin=null - best_logit,
+    )
+
+
+class _Softmax:
+    """A softmax whose logits arrive in blocks; it keeps the highest logit and the sum of exp(logit - highest)."""
+
+    def __init__(self, logit: float) -> None:
+        self._highest, self._sum = logit, 1.0
+
+    def add(self, logits: FloatArray, highest: float) -> None:
+        """Add logits, of which ``highest`` is the highest; overwrites them."""
+        before, self._highest = self._highest, max(self._highest, highest)
+        np.subtract(logits, np.float32(self._highest), out=logits)
+        np.exp(logits, out=logits)
+        self._sum = self._sum * math.exp(before - self._highest) + float(logits.sum(dtype=np.float64))
+
+    def probability(self, logit: float) -> float:
+        return min(math.exp(logit - self._highest) / self._sum, 1.0)
+
+
+def _lowest_null(documents: Sequence[Windows], logits: Sequence[Sequence[Logits]], check: Callable[[], None]) -> float:
+    """Check all logits, and return the lowest null logit of the windows, or infinity if there is no window."""
+    null = math.inf
     for windows, rows in zip(documents, logits, strict=True):
         for window, pair in zip(windows.windows, rows, strict=True):
             check()
             _check_logits(window, pair)
             null = min(null, _null(*pair))
-    if null == np.inf:
-        return Decoded((), has_answer=False, null_score=1.0, null_margin=np.inf)
+    return null
 
-    best: dict[_Place, float] = {}  # logits of the best distinct spans so far, in order
-    highest, normaliser = null, 1.0  # the sum of exp(logit - highest) so far
-    for number, (windows, rows) in enumerate(zip(documents, logits, strict=True)):
-        bounds = _token_bounds(windows, align_to_words, check)
-        for first, band in _bands(windows, rows, max_answer_tokens, check):
-            tops = band.max(axis=1)
-            before, highest = highest, max(highest, float(tops.max()))
-            floor = next(reversed(best.values())) if len(best) == top_k else -math.inf
-            found = _best_of_band(band, tops, first, bounds, floor, top_k)
-            best = _merged(best, (((number, start, end), logit) for start, end, logit in found), top_k)
-            np.subtract(band, np.float32(highest), out=band)
-            np.exp(band, out=band)
-            normaliser = normaliser * math.exp(before - highest) + float(band.sum(dtype=np.float64))
-    chars = sum(end - start for _, start, end in best)
+
+def _check_chars(places: Collection["_Place"], max_answer_chars: int | None) -> None:
+    chars = sum(end - start for _, start, end in places)
     if max_answer_chars is not None and chars > max_answer_chars:
         raise InvalidArgument(
             ("top_k",),
-            f"the best {len(best)} answers hold {chars:,} characters together; "
+            f"the best {len(places)} answers have {chars:,} characters together; "
             f"at most {max_answer_chars:,} are allowed",
         )
-    best_logit = next(iter(best.values()))
-    return Decoded(
-        answers=tuple(
-            Answer(
-                text=documents[number].context[start:end],
-                score=min(math.exp(logit - highest) / normaliser, 1.0),
-                start=start,
-                end=end,
-                context_index=number,
-            )
-            for (number, start, end), logit in best.items()
-        ),
-        has_answer=null - best_logit <= null_threshold,
-        null_score=min(math.exp(null - highest) / normaliser, 1.0),
-        null_margin=null - best_logit,
-    )
 
 
 def best_of_each_window(

@@ -71,7 +71,7 @@ class Windows:
     """All windows of one question over one context, with the map from context tokens back to characters."""
 
     context: str
-    windows: tuple[Window, ...]  # empty when the context holds no token
+    windows: tuple[Window, ...]  # empty if the context has no token
     starts: IntArray  # (context tokens,), first code point of each token
     ends: IntArray  # (context tokens,), one past its last code point
     words: IntArray  # (context tokens,), number of the word that each token is a piece of
@@ -179,20 +179,20 @@ class WindowTokenizer:
         """Tokenize a question and a context into windows.
 
         Args:
-            question: kept up to ``max_question_tokens`` tokens; a cut is reported, not hidden.
+            question: cut after ``max_question_tokens`` tokens; the result says if it was cut.
             context: any text; one window for each ``max_seq_len - question - 3 - overlap`` of its tokens.
-            overlap: context tokens that neighbouring windows share; by default this tokenizer's own, or half of a
-                window's context where the window is too short for that.
-            max_seq_len: length of a full window, this tokenizer's own by default.
-            max_question_tokens: by default this tokenizer's own, or what a shorter ``max_seq_len`` leaves room for.
-            max_windows: most windows allowed; held against the text's tokens before any window is made.
-            check: called between steps; what it raises ends the work and comes out of here. A step takes a few
-                milliseconds with the tokenizers of BERT. Others tokenize a text in one step, without holding the GIL.
+            overlap: context tokens that neighbouring windows share. Default: the constructor's value, or half of the
+                context tokens in a window if the window is too short for that.
+            max_seq_len: length of a full window; default: the constructor's value.
+            max_question_tokens: default: the constructor's value, or what fits into a shorter ``max_seq_len``.
+            max_windows: limit on windows, checked before any window is made.
+            check: called between steps; its exceptions end the work and propagate. With the tokenizers of BERT a step
+                takes a few milliseconds. Others tokenize a text in one step, without holding the GIL.
 
         Raises:
-            InvalidArgument: a text is not valid Unicode (lone surrogates), the question holds no token, a limit is out
-                of range, or the context needs more than ``max_windows``; that names ``overlap`` if one was given, else
-                ``context``.
+            InvalidArgument: a text is not valid Unicode (lone surrogates), the question has no token, a limit is out of
+                range, or the context needs more than ``max_windows``. The last one names ``overlap`` if you passed it,
+                else ``context``.
         """
         max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
         if max_question_tokens is None:
@@ -200,28 +200,19 @@ class WindowTokenizer:
         self._check_limits(max_seq_len, max_question_tokens)
         check_unicode("question", question)
         check_unicode("context", context)
-
-        question_ids = self._tokens(question, check)[0]
-        if not len(question_ids):
-            raise InvalidArgument(("question",), "holds no token that the model knows")
+        question_ids = self._question_ids(question, check)
         kept = question_ids[:max_question_tokens]
         head = np.array([self._cls, *kept, self._sep], dtype=np.int32)
         room = max_seq_len - len(head) - 1
-        given, overlap = overlap, min(self.overlap, room // 2) if overlap is None else overlap
-        if not 0 <= overlap < room:
-            raise InvalidArgument(
-                ("overlap",),
-                f"must be from 0 to {room - 1}, the context tokens that a window of {max_seq_len} holds "
-                f"beside this question, less one; got {overlap!r:.40}",
-            )
+        shared = self._checked_overlap(overlap, room, max_seq_len)
 
         ids, starts, ends, words = self._tokens(context, check)
-        firsts = range(0, max(len(ids) - overlap, 1), room - overlap) if len(ids) else range(0)
+        firsts = range(0, max(len(ids) - shared, 1), room - shared) if len(ids) else range(0)
         if max_windows is not None and len(firsts) > max_windows:
             raise InvalidArgument(
-                ("context" if given is None else "overlap",),
-                f"a text of {len(ids):,} tokens comes to {len(firsts):,} windows that hold {room} of them and "
-                f"share {overlap}; at most {max_windows:,} are allowed",
+                ("context" if overlap is None else "overlap",),
+                f"{len(ids):,} tokens need {len(firsts):,} windows of {room} tokens with an overlap of {shared}; "
+                f"at most {max_windows:,} windows are allowed",
             )
         return Windows(
             context=context,
@@ -232,6 +223,12 @@ class WindowTokenizer:
             question_tokens=len(question_ids),
             question_truncated=len(kept) < len(question_ids),
         )
+
+    def _question_ids(self, question: str, check: Callable[[], None]) -> IntArray:
+        ids: IntArray = self._tokens(question, check)[0]
+        if not len(ids):
+            raise InvalidArgument(("question",), "contains no token that the model knows")
+        return ids
 
     def _tokens(self, text: str, check: Callable[[], None]) -> IntArray:
         """Ids, first and last + 1 code points, and word numbers of a text's tokens: int32 of shape (4, tokens)."""
@@ -302,6 +299,18 @@ class WindowTokenizer:
                 f"must be from 1 to max_seq_len - {SPECIAL_TOKENS + 1} = "
                 f"{max_seq_len - SPECIAL_TOKENS - 1}; got {max_question_tokens!r:.40}",
             )
+
+    def _checked_overlap(self, overlap: int | None, room: int, max_seq_len: int) -> int:
+        """Return the overlap for windows with ``room`` context tokens, the default if none is given."""
+        if overlap is None:
+            return min(self.overlap, room // 2)
+        if not 0 <= overlap < room:
+            raise InvalidArgument(
+                ("overlap",),
+                f"must be from 0 to {room - 1}, one less than the context tokens that fit next to this question "
+                f"in a window of {max_seq_len}; got {overlap!r:.40}",
+            )
+        return overlap
 
     def _special(self, token: str) -> int:
         number = self._tokenizer.token_to_id(token)

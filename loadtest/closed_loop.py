@@ -86,12 +86,7 @@ async def closed_loop(
             began, shed = time.perf_counter(), 0
             while True:
                 attempt = time.perf_counter()
-                try:
-                    status, wait_s, body = await asyncio.wait_for(connection.exchange(request), timeout_s)
-                except (OSError, asyncio.TimeoutError, httptools.HttpParserError) as error:
-                    connection.close()
-                    status, wait_s, body = 0, None, repr(error).encode()
-                    await asyncio.sleep(0.05)  # a dead server must not make this a busy loop
+                status, wait_s, body = await connection.attempt(request, timeout_s)
                 if not retries or status not in RETRIED_STATUSES or wait_s is None:
                     break
                 wait_s = spread(wait_s)
@@ -126,6 +121,15 @@ class _Connection(asyncio.Protocol):
     def __init__(self, host: str, port: int) -> None:
         self._address = host, port
         self._transport: asyncio.Transport | None = None
+
+    async def attempt(self, request: bytes, timeout_s: float) -> tuple[int, float | None, bytes]:
+        """Send a request as `exchange` does; if there is no reply, returns status 0 and the error as the body."""
+        try:
+            return await asyncio.wait_for(self.exchange(request), timeout_s)
+        except (OSError, asyncio.TimeoutError, httptools.HttpParserError) as error:
+            self.close()
+            await asyncio.sleep(0.05)  # so that a dead server does not cause a busy loop
+            return 0, None, repr(error).encode()
 
     async def exchange(self, request: bytes) -> tuple[int, float | None, bytes]:
         """Send a request; returns the status, the seconds of Retry-After if there is one, and the body."""

@@ -117,18 +117,6 @@ def summarize(
     outcomes = Counter(each.outcome for each in samples)
     groups = Counter(each.outcome.split()[0] for each in samples)
     latencies: dict[str, Any] = percentiles(due)
-    stages = {
-        stage: mean([getattr(each, f"{stage}_ms") for each in right])
-        for stage in ("tokenize", "infer", "decode", "total")
-    }
-    calls = engine.get("calls") or float("nan")
-    queue, compute = (1e3 * engine.get(f"{part}_s", float("nan")) / calls for part in ("queue", "compute"))
-    windows = mean([each.windows for each in right])
-    costs: dict[str, Any] = {
-        f"cpu_{role}_ms": 1e3 * cpu_s.get(role, 0.0) / len(right) if right else float("nan")
-        for role in ("service", "triton", "haproxy", "clients")
-    }
-    costs |= {f"memory_{role}_mib": memory_mib.get(role, float("nan")) for role in ("service", "triton")}
     return Point(
         **asdict(load),
         date=date,
@@ -144,15 +132,8 @@ def summarize(
         shed=groups[SHED],
         wrong=groups[WRONG],
         error=groups[ERROR],
-        windows=windows,
-        http_ms=mean([1e3 * (each.ended - each.due) for each in right]) - stages["total"],
-        tokenize_ms=stages["tokenize"],
-        # Several windows are with Triton side by side, so that its times of one do not add up to the request's.
-        line_ms=stages["infer"] - queue - compute if windows < 1.1 else float("nan"),
-        queue_ms=queue,
-        compute_ms=compute,
-        decode_ms=stages["decode"],
-        **costs,
+        **_stages(right, engine),
+        **_costs(len(right), cpu_s, memory_mib),
         outcomes=dict(sorted(outcomes.items())),
         kinds={
             kind: {"requests": len(of_kind), **percentiles(of_kind)}
@@ -160,6 +141,33 @@ def summarize(
             for of_kind in [[each for each in due if each.kind == kind]]
         },
     )
+
+
+def _stages(right: Sequence[Sample], engine: Mapping[str, float]) -> dict[str, Any]:
+    """Means of the windows of a request and of the milliseconds in each stage; arguments as in `summarize`."""
+    windows = mean([each.windows for each in right])
+    tokenize, infer, decode, total = (
+        mean([getattr(each, f"{stage}_ms") for each in right]) for stage in ("tokenize", "infer", "decode", "total")
+    )
+    calls = engine.get("calls") or float("nan")
+    queue, compute = (1e3 * engine.get(f"{part}_s", float("nan")) / calls for part in ("queue", "compute"))
+    return {
+        "windows": windows,
+        "http_ms": mean([1e3 * (each.ended - each.due) for each in right]) - total,
+        "tokenize_ms": tokenize,
+        # Triton computes several windows of a request at once, so the times of one do not add up to the request's.
+        "line_ms": infer - queue - compute if windows < 1.1 else float("nan"),
+        "queue_ms": queue,
+        "compute_ms": compute,
+        "decode_ms": decode,
+    }
+
+
+def _costs(right: int, cpu_s: Mapping[str, float], memory_mib: Mapping[str, float]) -> dict[str, Any]:
+    """CPU milliseconds of each right answer and MiB of memory, by role; arguments as in `summarize`."""
+    roles = ("service", "triton", "haproxy", "clients")
+    cpu = {f"cpu_{role}_ms": 1e3 * cpu_s.get(role, 0.0) / right if right else float("nan") for role in roles}
+    return cpu | {f"memory_{role}_mib": memory_mib.get(role, float("nan")) for role in ("service", "triton")}
 
 
 def percentiles(samples: Sequence[Sample]) -> dict[str, float]:

@@ -166,7 +166,7 @@ def _lifespan(services: Services, engine: EngineFactory | None, bundle: Bundle |
                 task.cancel()
             await asyncio.gather(*following, return_exceptions=True)
             pipeline.close()
-            services.scraper.close()
+            services.metrics_thread.shutdown(wait=False, cancel_futures=True)
             if engine is None:
                 await triton.close()
             await clean_up(tracing.stop)

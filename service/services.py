@@ -1,12 +1,12 @@
 """The parts of one application, which all of its requests share."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
 from service.api_keys import Keyring
 from service.inference.pipeline import Answering, Pipeline
-from service.inference.worker_pool import Watchman
 from service.observability.metrics import Metrics
 from service.observability.readiness import ReadinessLog
 from service.settings import Settings
@@ -22,7 +22,8 @@ class Services:
     shutdown: Shutdown
     keyring: Keyring | None = None  # None: no keys are needed
     readiness_log: ReadinessLog = field(default_factory=ReadinessLog)
-    scraper: Watchman = field(default_factory=lambda: Watchman("metrics"))
+    metrics_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "metrics"))
+    """Writes the metrics; its own thread, so that long texts cannot delay a scrape."""
     pipeline: Pipeline = field(init=False)
     """There once the application has started."""
     answering: Answering = field(init=False)

@@ -35,6 +35,7 @@ def servers(python: Path, checkpoint: Path, directory: Path) -> dict[str, Server
         directory: where `prepare` has put the exports.
     """
     uvicorn = [str(python), "-m", "uvicorn", "--host", HOST, "--port", "{port}", "--no-access-log"]
+    onnx = [*uvicorn, "loadtest.peers.onnxruntime_server:app"]
     bentoml = [str(python.parent / "bentoml"), "serve", "--host", HOST, "--port", "{port}"]
     triton = [str(python), "-m", "service.runtime.triton", "--repository", str(directory / "repository")]
     bertqa = [str(Path(sys.executable).parent / "bertqa"), "serve", "--repository", str(directory / "bertqa")]
@@ -59,14 +60,11 @@ def servers(python: Path, checkpoint: Path, directory: Path) -> dict[str, Server
             environment=shared | {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(directory / "bentoml")},
         ),
         "onnxruntime": Server(
-            "FastAPI, ONNX Runtime",
-            [*uvicorn, "loadtest.peers.onnxruntime_server:app"],
-            "/answer",
-            environment=shared | {"MODEL": str(directory / "model.onnx")},
+            "FastAPI, ONNX Runtime", onnx, "/answer", environment=shared | {"MODEL": str(directory / "model.onnx")}
         ),
         "onnxruntime-int8": Server(
             "FastAPI, ONNX Runtime int8",
-            [*uvicorn, "loadtest.peers.onnxruntime_server:app"],
+            onnx,
             "/answer",
             environment=shared | {"MODEL": str(directory / "model.int8.onnx")},
         ),

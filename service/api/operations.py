@@ -139,5 +139,5 @@ async def metrics(request: Request) -> Response:
     """Metrics of this process, in Prometheus' text format."""
     services = services_of(request)
     services.metrics.tasks.set(len(asyncio.all_tasks()))
-    text = await services.scraper.run(services.metrics.text)
+    text = await asyncio.get_running_loop().run_in_executor(services.metrics_thread, services.metrics.text)
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})

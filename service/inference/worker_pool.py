@@ -1,7 +1,7 @@
-"""Threads for the work on texts that would hold up the event loop: tokenizing, decoding, writing replies.
+"""Threads for work on texts that would block the event loop: tokenizing, decoding, writing replies.
 
-They are the questions' own. Whatever becomes of them, files of keys and of models are followed, metrics are told and
-health is answered by threads of their own (`Watchman`).
+Only questions use them. Reading key and model files and writing metrics have threads of their own, so they go on even
+when all threads of this pool are busy.
 """
 
 import asyncio
@@ -123,21 +123,6 @@ class WorkerPool:
 
         with suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(forget)
-
-
-class Watchman:
-    """One thread of its own, for what must go on whatever questions do."""
-
-    def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, name)
-
-    async def run(self, work: Callable[..., T], *arguments: object) -> T:
-        """Run work in the thread; raises whatever the work raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
-
-    def close(self) -> None:
-        """Begin no more work."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 _PASSED = "The deadline passed while the texts were being worked on."

@@ -32,6 +32,13 @@ class Metrics:
         self._shared = Path(shared) if shared else None
         if not self._shared:
             ProcessCollector(registry=self.registry)
+        self._define_process()
+        self._define_requests()
+        self._define_models()
+        self._define_questions()
+        self._define_cache()
+
+    def _define_process(self) -> None:
         self.in_flight = Gauge(
             "bertqa_requests_in_flight",
             "HTTP requests in progress",
@@ -59,6 +66,19 @@ class Metrics:
             registry=self.registry,
             multiprocess_mode="livemax",
         )
+        lost_records = Counter(
+            "bertqa_log_records_lost", "Log records that could not be written", registry=self.registry
+        )
+        self.lost_records = lost_records.inc
+        self._build = Gauge(
+            "bertqa_build_info",
+            "What runs here",
+            ["version", "python"],
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
+
+    def _define_requests(self) -> None:
         self._requests = Counter(
             "bertqa_requests", "HTTP requests by route and status", ["route", "status"], registry=self.registry
         )
@@ -72,12 +92,8 @@ class Metrics:
             ["key", "outcome"],
             registry=self.registry,
         )
-        self._truncations = Counter(
-            "bertqa_question_truncations", "Questions cut to the model's limit of tokens", registry=self.registry
-        )
-        self._questions = Counter(
-            "bertqa_questions", "Questions answered, probes included", ["model", "version"], registry=self.registry
-        )
+
+    def _define_models(self) -> None:
         self._models = Gauge(
             "bertqa_model_info",
             "What answers now",
@@ -96,6 +112,14 @@ class Metrics:
         self._transitions = Counter(
             "bertqa_circuit_transitions", "Changes of a circuit's state", [*circuit, "to"], registry=self.registry
         )
+
+    def _define_questions(self) -> None:
+        self._truncations = Counter(
+            "bertqa_question_truncations", "Questions cut to the model's limit of tokens", registry=self.registry
+        )
+        self._questions = Counter(
+            "bertqa_questions", "Questions answered, probes included", ["model", "version"], registry=self.registry
+        )
         self._windows = Histogram(
             "bertqa_windows", "Windows of a question, each one engine call", buckets=WINDOWS, registry=self.registry
         )
@@ -110,10 +134,8 @@ class Metrics:
         self._tokenize, self._infer, self._decode, self._total = (
             seconds.labels(stage) for stage in ("tokenize", "infer", "decode", "total")
         )
-        lost_records = Counter(
-            "bertqa_log_records_lost", "Log records that could not be written", registry=self.registry
-        )
-        self.lost_records = lost_records.inc
+
+    def _define_cache(self) -> None:
         self._lookups = Counter(
             "bertqa_cache_lookups",
             "Questions by where their answers came from: hit, coalesced with one in progress, or miss",
@@ -127,13 +149,6 @@ class Metrics:
         )
         self._cache_bytes = Gauge(
             "bertqa_cache_bytes", "Bytes of the answers kept", registry=self.registry, multiprocess_mode="livesum"
-        )
-        self._build = Gauge(
-            "bertqa_build_info",
-            "What runs here",
-            ["version", "python"],
-            registry=self.registry,
-            multiprocess_mode="livemax",
         )
 
     def built(self, version: str) -> None:

@@ -22,7 +22,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.api.deadline import GONE
 from service.api.errors import (
     STATUS,
-    BodiesOverloaded,
     HeadTooLarge,
     MalformedHttp,
     RequestError,
@@ -32,6 +31,7 @@ from service.api.errors import (
 )
 from service.inference.memory import MemoryBudget
 from service.observability.metrics import Metrics
+from service.runtime.request_bodies import RequestBodies
 from service.runtime.transport import JoiningTransport, Unread
 from service.services import Services
 from service.settings import Settings
@@ -46,50 +46,6 @@ MAX_PIPELINED = 16
 """Requests of a connection that may wait for the one before them."""
 MAX_BODIES_BYTES = 32 * 1024 * 1024
 """Bytes of request bodies that a process holds, from their arrival to the reply; at least one full body fits."""
-SMALL_BODY_BYTES = 16 * 1024
-"""A connection with no more bytes of bodies than this is not refused for `MAX_BODIES_BYTES`."""
-
-
-class Bodies:
-    """Counts the bytes of the request bodies that a process holds, and bounds them.
-
-    Beyond the limit, of the bodies that are still arriving, the one that began first is refused: so a client that sends
-    slowly cannot keep others out.
-    """
-
-    def __init__(self, limit: int, memory: MemoryBudget) -> None:
-        """Begin empty.
-
-        Args:
-            limit: bytes that all bodies may have together.
-            memory: the process's account of memory, of which the bodies are a part.
-        """
-        self.bytes = 0
-        self._limit = limit
-        self._memory = memory
-        self._arriving: dict[BoundedProtocol, None] = {}  # which began first comes first
-
-    def add(self, connection: "BoundedProtocol", size: int) -> None:
-        """Count bytes of a body that is arriving."""
-        self._arriving.setdefault(connection)
-        self.bytes += size
-        self._memory.hold_body(size)
-        if self.bytes <= self._limit:
-            return
-        for each in list(self._arriving):
-            if self.bytes <= self._limit:
-                return
-            if each.body_bytes > SMALL_BODY_BYTES:
-                each.refuse_body(BodiesOverloaded(self._limit))
-
-    def ended(self, connection: "BoundedProtocol") -> None:
-        """The connection's last body is here, or will not come."""
-        self._arriving.pop(connection, None)
-
-    def free(self, size: int) -> None:
-        """Count bytes no more."""
-        self.bytes -= size
-        self._memory.hold_body(-size)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -120,7 +76,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread: Unread = self.app_state.setdefault("unread", Unread())
         memory = services.pipeline.memory if services else MemoryBudget(self._settings.max_memory_mb << 20)
         most = max(MAX_BODIES_BYTES, self._settings.max_body_bytes)
-        self._bodies: Bodies = self.app_state.get("bodies") or self.app_state.setdefault("bodies", Bodies(most, memory))
+        self._bodies: RequestBodies = self.app_state.get("bodies") or self.app_state.setdefault(
+            "bodies", RequestBodies(most, memory)
+        )
 
     @property
     def body_bytes(self) -> int:

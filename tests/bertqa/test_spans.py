@@ -339,7 +339,7 @@ def test_the_text_of_all_answers_can_be_bounded() -> None:
     windows = UNCASED("who?", "a" + " " * 1_000 + "b")
     logits = random_logits(windows, 0)
     assert len(decode([windows], [logits], top_k=3, max_answer_chars=1_004).answers) == 3
-    with pytest.raises(ValueError, match=r"^top_k: the best 3 answers hold 1,004 characters together; at most 1,003"):
+    with pytest.raises(ValueError, match=r"^top_k: the best 3 answers have 1,004 characters together; at most 1,003"):
         decode([windows], [logits], top_k=3, max_answer_chars=1_003)
 
 

@@ -91,7 +91,7 @@ def test_a_context_without_tokens_has_no_window() -> None:
     [
         ("why?", "a\ud800b", {}, "context: not valid Unicode, lone surrogate at character 1"),
         ("\udfff", "text", {}, "question: not valid Unicode"),
-        (" \x00 ", "text", {}, "question: holds no token"),
+        (" \x00 ", "text", {}, "question: contains no token"),
         ("why?", "text", {"overlap": 400}, "overlap: must be from 0 to 378"),
         ("why?", "text", {"overlap": -1}, "overlap: must be from 0"),
         ("why?", "text", {"max_seq_len": 513}, "max_seq_len: must be from 5 to 512"),
@@ -285,11 +285,14 @@ HANGUL = "각" * 4_079
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overlap": 379}, "^overlap: a text of 11,[0-9]{3} tokens comes to 11,[0-9]{3} windows that hold 380 of them"),
+        (
+            {"overlap": 379},
+            "^overlap: 11,[0-9]{3} tokens need 11,[0-9]{3} windows of 380 tokens with an overlap of 379; ",
+        ),
         ({"overlap": 379, "max_seq_len": 512}, ""),
         (
             {"max_seq_len": 6},
-            "^context: a text of .* windows that hold 2 of them and share 1; at most 4,096 ",
+            "^context: [0-9,]+ tokens need [0-9,]+ windows of 2 tokens with an overlap of 1; at most 4,096 ",
         ),
         ({}, ""),
     ],

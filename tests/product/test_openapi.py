@@ -18,7 +18,8 @@ from service.app import create_app
 from service.inference import probe, readiness
 from service.inference.registry import ModelRegistry, ServedModel
 from service.observability.metrics import Metrics
-from service.runtime.http_protocol import MAX_HEAD_BYTES, SMALL_BODY_BYTES, BoundedProtocol
+from service.runtime.http_protocol import MAX_HEAD_BYTES, BoundedProtocol
+from service.runtime.request_bodies import SMALL_BODY_BYTES
 from service.settings import Settings
 from service.triton.errors import EngineBroken, EngineOverloaded, EngineTimeout, EngineUnavailable
 from tests.support.asking import ASKED

@@ -275,7 +275,7 @@ def test_batches_join_what_is_being_computed_and_a_bad_question_is_named_by_its_
 
             reply = await ask(ASKED, {**ASKED, "question": "Where?"}, bad)
             assert (reply.status_code, engine.windows) == (422, 0)
-            assert reply.json()["error"] == "questions[2].question: holds no token that the model knows"
+            assert reply.json()["error"] == "questions[2].question: contains no token that the model knows"
             alone = asyncio.ensure_future(client.post("/v1/answer", json=ASKED))
             while not engine.started.is_set():
                 await asyncio.sleep(0.01)
