@@ -1,6 +1,6 @@
-"""How our clients wait before they try again: longer each time, and not in step with one another.
+"""Retry pauses for our clients: exponential backoff with jitter.
 
-The HTTP client, the load tests and batch jobs share it.
+The HTTP client, the load tests and batch jobs use it.
 """
 
 import random
@@ -13,7 +13,7 @@ RETRIED_STATUSES = (429, 503)
 
 
 def pauses(first_s: float = 0.1, most_s: float = 2.0) -> Iterator[float]:
-    """Give pauses in seconds without end: each about twice the one before, up to a limit, with jitter of ±50 %."""
+    """Yield pauses in seconds, endlessly: each about twice the one before, up to a limit, with jitter of ±50 %."""
     pause_s = first_s
     while True:
         yield random.uniform(0.5, 1.5) * pause_s
@@ -21,12 +21,12 @@ def pauses(first_s: float = 0.1, most_s: float = 2.0) -> Iterator[float]:
 
 
 def spread(seconds: float) -> float:
-    """Lengthen a wait that a service asked for by up to half, so that refused clients do not come back together."""
+    """Lengthen the wait that a service asked for by up to half, so that rejected clients do not return all at once."""
     return random.uniform(1.0, 1.5) * seconds
 
 
 def pause_of(pause_s: float, asked_s: float | None) -> float:
-    """Choose the seconds to wait: our own pause, or longer if the service asked for more."""
+    """Return the seconds to wait: our own pause, or longer if the service asked for more."""
     return pause_s if asked_s is None else max(spread(asked_s), pause_s)
 
 

@@ -1,4 +1,4 @@
-"""A small HTTP client of a running service, for our own commands; it waits and tries again while the service is busy.
+"""A small HTTP client for our own commands; it waits and retries while the service is busy.
 
 It needs httpx, which the extra ``cli`` installs.
 """
@@ -16,24 +16,24 @@ from bertqa.backoff import RETRIED_STATUSES, pause_of, pauses, retry_after_s
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 60.0
-"""Seconds for one call, with all its attempts and the waits between them."""
+"""Seconds for one call, including retries and the waits between them."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class ClientError(Exception):
-    """A call failed; the message is a sentence for whoever made it."""
+    """A call failed; the message is a sentence for the user."""
 
 
 class Unreachable(ClientError):
-    """No reply came from the service."""
+    """The service sent no reply."""
 
 
 class Refused(ClientError):
-    """The service refused the request as it is: a status from 400 to 499."""
+    """The service rejected the request with a status from 400 to 499."""
 
 
 class ServerFailed(ClientError):
-    """The service could not answer: a status from 500 on, no JSON, or still busy when the time was over."""
+    """The service failed: a status of 500 or above, a reply that is not JSON, or still busy at the timeout."""
 
 
 class AnswerSpan(TypedDict):
@@ -47,7 +47,7 @@ class AnswerSpan(TypedDict):
 
 
 class AnswerReply(TypedDict):
-    """The reply of ``/v1/answer``, as far as our commands read it; docs/api.md has every field."""
+    """The fields of a reply of ``/v1/answer`` that our commands use; docs/api.md lists all of them."""
 
     answers: list[AnswerSpan]
     has_answer: bool
@@ -61,7 +61,7 @@ class _Question(TypedDict):
 
 
 class AnswerRequest(_Question, total=False):
-    """The body of a request to ``/v1/answer``, as far as our commands write it."""
+    """The fields of a request to ``/v1/answer`` that our commands use."""
 
     top_k: int
     no_answer: bool
@@ -69,7 +69,7 @@ class AnswerRequest(_Question, total=False):
 
 
 class Client:
-    """Calls a service over one pool of connections; may be shared by threads."""
+    """Calls a service over one connection pool; threads can share it."""
 
     def __init__(
         self,
@@ -79,22 +79,22 @@ class Client:
         timeout_s: float = TIMEOUT_S,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Connect when first needed.
+        """Set the address; the client connects on first use.
 
         Args:
             url: of the service.
-            key: API key; by default that in ``BERTQA_API_KEY``.
-            timeout_s: seconds for one call, its attempts and waits together.
-            report: is told once, in a sentence, that a call waits and why.
+            key: API key; default: the value of ``BERTQA_API_KEY``.
+            timeout_s: seconds for one call, including retries and waits.
+            report: called once with a sentence when a call has to wait.
 
         Raises:
-            ValueError: the URL is not one of HTTP, or the key cannot be sent.
+            ValueError: the URL is not an HTTP URL, or the key has characters that cannot be sent.
         """
         self.url = url
         self.retries = 0
-        """Attempts that failed for now and were made again."""
+        """Number of retries."""
         self.waited_s = 0.0
-        """Seconds of waiting between attempts, summed over all threads."""
+        """Seconds spent waiting before retries, summed over all threads."""
         self._timeout_s = timeout_s
         self._report = report
         self._lock = threading.Lock()
@@ -109,7 +109,7 @@ class Client:
             raise ValueError("BERTQA_API_KEY: must be printable ASCII characters")
         self._client = httpx.Client(
             base_url=parsed,
-            trust_env=parsed.host not in _LOOPBACK,  # a proxy for the web cannot reach this machine's own interface
+            trust_env=parsed.host not in _LOOPBACK,  # a proxy cannot reach the loopback interface of this machine
             headers={"authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=None),
         )
@@ -123,22 +123,22 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the connections."""
+        """Close the connections."""
         self._client.close()
 
     def answer(self, request: AnswerRequest) -> AnswerReply:
         """Ask one question.
 
         Raises:
-            Unreachable, Refused, ServerFailed: there is no answer.
+            Unreachable, Refused, ServerFailed: the call failed.
         """
         return cast(AnswerReply, self._call("POST", "/v1/answer", cast(Mapping[str, Any], request)))
 
     def info(self) -> dict[str, Any]:
-        """What the service runs.
+        """Return ``/info``: the model, its limits and the versions of the service.
 
         Raises:
-            Unreachable, Refused, ServerFailed: it does not say.
+            Unreachable, Refused, ServerFailed: the call failed.
         """
         return self._call("GET", "/info", None)
 
@@ -188,9 +188,9 @@ class Client:
         return reply
 
     def _problem(self, response: httpx.Response, path: str) -> str:
-        """The service's own sentence, or where it has none the status."""
+        """Return the error message of the service, or the status if the reply has none."""
         try:
-            told = response.json()["error"]
+            message = response.json()["error"]
         except (ValueError, TypeError, KeyError):
             return f"{self.url}{path}: status {response.status_code}, not a reply of this service."
-        return f"{str(told).rstrip('.')} (status {response.status_code})."
+        return f"{str(message).rstrip('.')} (status {response.status_code})."

@@ -1,24 +1,24 @@
-"""The error for a value that is not acceptable, with the place where the value was given.
+"""The error for an unacceptable value, with the location of the value.
 
-Functions of the core name their own argument. Whoever passed it on from a larger object adds the place of that argument
-there (`InvalidArgument.within`), and the place becomes text only when somebody reads it (`render`).
+Functions of the core name their own argument. A caller that took the argument from a larger object adds its location in
+that object (`InvalidArgument.within`). `render` turns the location into text when the error is shown.
 """
 
 from typing import TypeAlias
 
 Location: TypeAlias = tuple[str | int, ...]
-"""Names and indices that lead to a value from outside in, like pydantic's ``loc``: ``("questions", 2, "top_k")``."""
+"""Names and indices that lead to a value, outermost first, like pydantic's ``loc``: ``("questions", 2, "top_k")``."""
 
 
 class InvalidArgument(ValueError):
     """An argument of a function, or a field of a request, is missing, unknown, of the wrong type or out of range."""
 
     def __init__(self, location: Location, reason: str) -> None:
-        """Say where the value was given and what is wrong with it.
+        """Set the location of the value and what is wrong with it.
 
         Args:
-            location: of the value; ``()`` for all that was given.
-            reason: goes on from "location: ", for example ``must be at least 1; got 0``.
+            location: of the value; ``()`` for the whole input.
+            reason: continues "location: ", for example ``must be at least 1; got 0``.
         """
         super().__init__(location, reason)
         self.location = location
@@ -28,18 +28,18 @@ class InvalidArgument(ValueError):
         return f"{render(self.location)}: {self.reason}"
 
     def within(self, *outer: str | int) -> "InvalidArgument":
-        """Return the same problem for a value that is part of a larger one."""
+        """Return the same error for a value that is part of a larger one."""
         return InvalidArgument((*outer, *self.location), self.reason)
 
     def at(self, *location: str | int) -> "InvalidArgument":
-        """Return the same problem under another name, where a caller knows the value by one."""
+        """Return the same error for the name by which the caller knows the value."""
         return InvalidArgument(location, self.reason)
 
 
 def render(location: Location) -> str:
-    """Write a location as a client would: ``questions[2].top_k``; ``body`` for the empty one.
+    """Write a location as a client would: ``questions[2].top_k``, or ``body`` if it is empty.
 
-    Names are cut after 60 characters: unknown ones may be of any length.
+    Names are cut after 60 characters, because unknown names may have any length.
     """
     text = ""
     for part in location:

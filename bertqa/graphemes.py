@@ -1,4 +1,4 @@
-r"""User-perceived characters: widen spans to grapheme clusters, and count offsets in other units than code points.
+r"""Widen spans to grapheme clusters (user-perceived characters), and convert offsets from code points to other units.
 
 Cluster boundaries are those of Unicode Annex 29, from the Oniguruma ``\X`` inside the tokenizers package.
 """
@@ -17,13 +17,13 @@ IntArray = NDArray[np.int32]
 
 _CLUSTERS = pre_tokenizers.Split(Regex(r"\X"), "isolated")
 
-_PIECE = 64  # code points segmented at once; more only where a cluster is longer
-# Oniguruma counts the flags before each flag: the square of the length of a run, unless the run is cut.
+_PIECE = 64  # code points segmented in one step; more if a cluster is longer
+# Oniguruma counts all flags before each flag, which is quadratic in the length of a run unless the run is cut.
 _MANY_FLAGS = re.compile(r"[\U0001f1e6-\U0001f1ff]{64}")
 
 _UNKNOWN, _JOINS, _ALONE = 0, 1, 2
-_KINDS = np.full(0x110000, _UNKNOWN, dtype=np.uint8)  # of each code point; filled as texts hold them
-_KINDS[ord("\r")] = _JOINS  # with the line feed only, which `_kind_of` does not try
+_KINDS = np.full(0x110000, _UNKNOWN, dtype=np.uint8)  # of each code point; filled on first use
+_KINDS[ord("\r")] = _JOINS  # joins only a line feed, which `_kind_of` does not try
 
 
 def widen_to_graphemes(
@@ -31,13 +31,13 @@ def widen_to_graphemes(
 ) -> tuple[IntArray, IntArray]:
     """Move starts down and ends up to the nearest boundaries of grapheme clusters.
 
-    The text is segmented once, in time linear in its length, however many places are asked for.
+    The text is segmented once, in time linear in its length, for any number of positions.
 
     Args:
         text: any text without lone surrogates.
         starts: int32, code points in [0, len(text)].
         ends: the same, of any shape.
-        check: called between steps of at most a few milliseconds; what it raises ends the work.
+        check: called between steps of at most a few milliseconds; its exceptions end the work.
     """
     if text.isascii() and "\r\n" not in text:
         return starts, ends
@@ -46,12 +46,12 @@ def widen_to_graphemes(
 
 
 def _breaks(text: str, check: Callable[[], None]) -> NDArray[np.bool_]:
-    """Whether a cluster begins or ends before each code point, and after the last: shape (len(text) + 1,)."""
+    """Return whether there is a boundary before each code point and after the last: shape (len(text) + 1,)."""
     alone = _stand_alone(text, check)
-    joins = np.zeros(len(text) + 1, dtype=np.int8)  # where the characters on both sides may belong together
+    joins = np.zeros(len(text) + 1, dtype=np.int8)  # 1 if the characters on both sides may belong together
     joins[1:-1] = ~(alone[:-1] & alone[1:])
     breaks: NDArray[np.bool_] = joins == 0
-    runs = np.flatnonzero(np.diff(joins)).reshape(-1, 2)  # before each first joined place, and the last one
+    runs = np.flatnonzero(np.diff(joins)).reshape(-1, 2)  # index before each run of ones, and its last index
     done = 0
     for before, last in runs.tolist():
         for end in _cluster_ends(text, before, last + 1):
@@ -63,9 +63,9 @@ def _breaks(text: str, check: Callable[[], None]) -> NDArray[np.bool_]:
 
 
 def _cluster_ends(text: str, low: int, high: int) -> Iterator[int]:
-    """Ends of the clusters of ``text[low:high]``, which begins and ends with a boundary of the whole text."""
-    # The rules look one code point ahead, so a cluster that ends before its piece is whole; and they look back no
-    # further than the nearest boundary, so the next piece may begin at any.
+    """Yield the ends of the clusters of ``text[low:high]``; ``low`` and ``high`` must be boundaries."""
+    # The rules look one code point ahead, so a cluster that ends before its piece does is complete. They look back only
+    # to the nearest boundary, so the next piece may begin at any boundary.
     size = _PIECE
     while low < high:
         stop = min(low + size, high)
@@ -82,7 +82,7 @@ def _cluster_ends(text: str, low: int, high: int) -> Iterator[int]:
 
 
 def _stand_alone(text: str, check: Callable[[], None]) -> NDArray[np.bool_]:
-    """Whether each code point is one that joins no other one of these: letters, ideographs, syllables, most emoji."""
+    """Return whether each code point joins no other such code point: letters, ideographs, syllables, most emoji."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     kinds = _KINDS[codes]
     if not kinds.all():
@@ -96,13 +96,13 @@ def _stand_alone(text: str, check: Callable[[], None]) -> NDArray[np.bool_]:
 
 
 def _kind_of(character: str) -> int:
-    # Marks and joiners join the letter before them, prepended marks the one after, flags and jamo their own kind. Of
-    # what is left, no two join: a pictograph joins one only after a joiner, a syllable only a jamo.
+    # Marks and joiners join the letter before them, prepended marks the letter after, flags and jamo their own kind. No
+    # two of the rest join: a pictograph joins another only after a joiner, and a syllable joins only a jamo.
     return _ALONE if len(_CLUSTERS.pre_tokenize_str(f"a{character}{character}a")) == 4 else _JOINS
 
 
 def offset_in(text: str, position: int, unit: OffsetUnit) -> int:
-    """Count the units of ``text`` before a code point position: UTF-16 code units, UTF-8 bytes, or code points."""
+    """Convert a position from code points to ``unit``: UTF-16 code units, UTF-8 bytes, or code points."""
     if unit == "codepoint" or text.isascii():
         return position
     if unit == "utf16":

@@ -1,8 +1,8 @@
-"""Tokens of words that were tokenized before: most of an English text costs a look into a table.
+"""Cache the tokens of words, so that most of an English text costs only table lookups.
 
-Nothing here knows how to tokenize. In lower-case plain ASCII, BERT's pre-tokenizer ends a word at each white space and
-sets each punctuation mark apart, and WordPiece looks at one word at a time. So a word has the same tokens in every
-text, and the tokenizer is asked about each word once.
+The tokenizer still does all tokenizing. In lower-case plain ASCII, BERT's pre-tokenizer ends a word at white space and
+separates punctuation marks, and WordPiece looks at one word at a time. So a word has the same tokens in every text, and
+the tokenizer sees each word only once.
 """
 
 import re
@@ -13,17 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-_WORDS = re.compile("[a-z0-9]+|[^a-z0-9]")  # words, punctuation marks and white space: together all of a text
-_SPACE = -1  # in place of a token's id
-_LONGEST = 32  # letters of a word that is remembered
-_MOST = 20_000  # words remembered; about 4 MB
+_WORDS = re.compile("[a-z0-9]+|[^a-z0-9]")  # words, punctuation marks, white space: every character matches
+_SPACE = -1  # instead of a token's id
+_LONGEST = 32  # letters of a cached word, at most
+_MOST = 20_000  # cached words, at most; about 4 MB
 
 
 class PlainWords:
-    """The tokens of lower-case words in plain ASCII; for any number of threads."""
+    """A cache of the tokens of lower-case words in plain ASCII; threads can share it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Begin with no word.
+        """Begin empty.
 
         Args:
             tokenizer: for lower-case plain ASCII, with BERT's pre-tokenizer and WordPiece.
@@ -32,13 +32,13 @@ class PlainWords:
         self._table: dict[str, bytes] = {}
 
     def tokens(self, text: str) -> NDArray[np.int32] | None:
-        """Ids, first and last + 1 characters, and word numbers of a text's tokens: int32 of shape (4, tokens).
+        """Return id, start, end (in characters) and word number of a text's tokens: int32 of shape (4, tokens).
 
         Args:
-            text: of tabs, line ends and printable ASCII without capital letters.
+            text: tabs, line ends and printable ASCII without capital letters.
 
         Returns:
-            None where the tokenizer must see the text itself, because it holds a very long word.
+            None if the text has a very long word; then use the tokenizer itself.
         """
         words = _WORDS.findall(text)
         table = self._table
@@ -49,7 +49,7 @@ class PlainWords:
             if max(map(len, new)) > _LONGEST:
                 return None
             if len(table) + len(new) > _MOST:
-                table = self._table = {}  # a new one: other threads may be reading
+                table = self._table = {}  # a new dict, because other threads may read the old one
                 new = set(words)
                 if max(map(len, new)) > _LONGEST:
                     return None
@@ -67,7 +67,7 @@ class PlainWords:
         return found
 
     def _learn(self, table: dict[str, bytes], words: Collection[str]) -> None:
-        """Add words to a table: for each of its tokens id, length, and 1 for the first of a word."""
+        """Add words to a table: for each token its id, its length, and 1 if it is the first of its word."""
         table.update((word, _pack([(_SPACE, 1, 0)])) for word in words if word.isspace())
         asked = [word for word in words if not word.isspace()]
         encoding = self._tokenizer.encode(asked, is_pretokenized=True, add_special_tokens=False)

@@ -1,10 +1,10 @@
-"""Windows + start and end logits -> ranked answers with exact character offsets.
+"""Turn the start and end logits of windows into ranked answers with exact character offsets.
 
-Every pair (first token, last token) of every window of every document is one outcome, "no answer" is one more, and one
-softmax runs over all of them: with s and e the logits, P(i, j) = exp(s_i + e_j) / Z as in Devlin et al. 2018, section
-4.2, but with Z joined over windows and documents, so that scores lie in [0, 1] and compare across both. A span seen in
-two overlapping windows counts once, with its better score. The null score is that of section 4.3 of the same paper,
-s_[CLS] + e_[CLS], at its minimum over the windows: a text has no answer only if no window of it has one.
+Every pair (first token, last token) of every window of every document is one outcome, and "no answer" is one more. One
+softmax covers all of them: with logits s and e, P(i, j) = exp(s_i + e_j) / Z as in Devlin et al. 2018, section 4.2, but
+with one Z for all windows and documents. So scores are in [0, 1] and can be compared across windows and documents. A
+span in two overlapping windows counts once, with its better score. The null score is s_[CLS] + e_[CLS], as in section
+4.3 of the paper, at its minimum over the windows: a text has no answer only if none of its windows has one.
 """
 
 import math
@@ -19,20 +19,20 @@ from bertqa.graphemes import widen_to_graphemes
 from bertqa.windows import IntArray, Window, Windows
 
 MAX_ANSWER_TOKENS = 30
-"""Default length limit of an answer, in tokens (that of the original SQuAD scripts)."""
+"""Default limit on the length of an answer, in tokens, as in the original SQuAD scripts."""
 
 FloatArray = NDArray[np.float32]
 Logits = tuple[FloatArray, FloatArray]
 """Start and end logits of one window, each float32 of shape (1, length)."""
 
-_BLOCK = 1 << 18  # spans weighed at once: a few milliseconds of work, and up to 64 bytes of memory each
-_FEW = 64  # spans that Python compares faster than NumPy
+_BLOCK = 1 << 18  # spans in one step: a few milliseconds of work and up to 64 bytes of memory each
+_FEW = 64  # up to so many spans, Python is faster than NumPy
 _MASKED = np.float32(-np.inf)
-_UNREAL = float(np.float32(1e30))  # no model's logit; the sum of two smaller ones cannot overflow
+_UNREAL = float(np.float32(1e30))  # far above any model's logits; the sum of two smaller ones cannot overflow
 
 
 class InvalidLogits(ValueError):
-    """The engine's output is not usable: NaN, infinite, absurdly large, or of another shape than its window."""
+    """The engine's output is unusable: NaN, infinite, absurdly large, or of the wrong shape for its window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,12 @@ class Answer:
     score: float  # probability in [0, 1], joint over all windows and documents
     start: int  # first code point
     end: int  # one past the last code point
-    context_index: int  # which of the documents
+    context_index: int  # index of the document
 
 
 @dataclass(frozen=True, slots=True)
 class WindowSpan:
-    """The best span of one window alone, for explanations; its bounds are code points of its context."""
+    """The best span of one window, for explanations; ``start`` and ``end`` are code points of its context."""
 
     context_index: int
     first_token: int
@@ -61,16 +61,16 @@ class WindowSpan:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Ranked answers of one question, and what speaks against there being one."""
+    """Ranked answers to one question, and how likely it has none."""
 
     answers: tuple[Answer, ...]
     has_answer: bool
-    null_score: float  # probability of "no answer" in [0, 1]; 1.0 when the documents hold no token
+    null_score: float  # probability of "no answer" in [0, 1]; 1.0 if the documents have no token
     null_margin: float  # null logit minus the best span's logit; compared with the threshold
 
     @property
     def best(self) -> Answer | None:
-        """The first answer, or None where the documents hold no token."""
+        """The first answer, or None if the documents have no token."""
         return self.answers[0] if self.answers else None
 
 
@@ -106,10 +106,7 @@ def decode(
         InvalidArgument: ``top_k`` or ``max_answer_tokens`` is below 1, or the answers have more than
             ``max_answer_chars``; the latter names ``top_k`` and is raised before the texts are copied.
     """
-    for name, value in (("top_k", top_k), ("max_answer_tokens", max_answer_tokens)):
-        if value < 1:
-            raise InvalidArgument((name,), f"must be at least 1; got {value}")
-
+    _check_positive(top_k=top_k, max_answer_tokens=max_answer_tokens)
     null = _lowest_null(documents, logits, check)
     if null == np.inf:
         return Decoded((), has_answer=False, null_score=1.0, null_margin=np.inf)
@@ -137,6 +134,12 @@ def decode(
     )
 
 
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise InvalidArgument((name,), f"must be at least 1; got {value}")
+
+
 class _Softmax:
     """A softmax whose logits arrive in blocks; it keeps the highest logit and the sum of exp(logit - highest)."""
 
@@ -144,7 +147,7 @@ class _Softmax:
         self._highest, self._sum = logit, 1.0
 
     def add(self, logits: FloatArray, highest: float) -> None:
-        """Add logits, of which ``highest`` is the highest; overwrites them."""
+        """Add a block of logits and overwrite it; ``highest`` is its maximum."""
         before, self._highest = self._highest, max(self._highest, highest)
         np.subtract(logits, np.float32(self._highest), out=logits)
         np.exp(logits, out=logits)
@@ -155,7 +158,7 @@ class _Softmax:
 
 
 def _lowest_null(documents: Sequence[Windows], logits: Sequence[Sequence[Logits]], check: Callable[[], None]) -> float:
-    """Check all logits, and return the lowest null logit of the windows, or infinity if there is no window."""
+    """Check all logits and return the lowest null logit; infinity if there is no window."""
     null = math.inf
     for windows, rows in zip(documents, logits, strict=True):
         for window, pair in zip(windows.windows, rows, strict=True):
@@ -182,7 +185,7 @@ def best_of_each_window(
     max_answer_tokens: int = MAX_ANSWER_TOKENS,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[WindowSpan]:
-    """Each window's own best span and null logit, in order; arguments and errors as in `decode`."""
+    """Yield the best span and the null logit of each window, in order; arguments and errors as in `decode`."""
     for number, (windows, rows) in enumerate(zip(documents, logits, strict=True)):
         starts, ends = _token_bounds(windows, False, check)
         for window, pair in zip(windows.windows, rows, strict=True):
@@ -202,19 +205,20 @@ def best_of_each_window(
 
 
 def are_real(values: FloatArray) -> bool:
-    """Whether a model can have meant these logits, one or more: none is NaN, infinite, or of an absurd size."""
-    # argmin and argmax find the first NaN, which no comparison holds for, and cost a quarter of min and max.
+    """Return whether no logit is NaN, infinite or absurdly large; ``values`` must not be empty."""
+    # argmin and argmax return the first NaN, for which every comparison is false. They take a quarter of the time of
+    # min and max.
     return values.item(values.argmin()) > -_UNREAL and values.item(values.argmax()) < _UNREAL
 
 
 _Place = tuple[int, int, int]
-"""Document, first code point, one past the last."""
+"""Index of the document, first code point, one past the last."""
 
 
 def _check_logits(window: Window, pair: Logits) -> None:
     for name, values in zip(("start_logits", "end_logits"), pair, strict=True):
         if values.shape != window.input_ids.shape:
-            raise InvalidLogits(f"{name}: shape {values.shape}, but the window has {window.input_ids.shape}")
+            raise InvalidLogits(f"{name}: has shape {values.shape}, but the window has {window.input_ids.shape}")
         if not are_real(values):
             raise InvalidLogits(f"{name}: NaN, infinite or absurdly large for a window of {window.length} tokens")
 
@@ -224,18 +228,18 @@ def _null(start_logits: FloatArray, end_logits: FloatArray) -> float:
 
 
 def _token_bounds(windows: Windows, align_to_words: bool, check: Callable[[], None]) -> tuple[IntArray, IntArray]:
-    """Where a span starts that begins with each token, and where one ends that ends with it: int32 of shape (tokens,).
+    """Return where a span that begins with each token starts, and where one that ends with it ends, in code points.
 
-    In code points, widened to whole graphemes and, if asked for, to whole words; neither ever goes down.
+    Both are int32 of shape (tokens,), widened to whole graphemes and optionally to whole words, and never decrease.
     """
     starts, ends = windows.starts, windows.ends
     if not len(starts):
         return starts, ends
     if align_to_words:
-        words = windows.words  # they never go down
+        words = windows.words  # never decreases
         starts = starts[words.searchsorted(words)]
         ends = ends[words.searchsorted(words, "right") - 1]
-    # Tokenizers give offsets in order. Should one not, its spans become wider, never wrong.
+    # Tokenizers give offsets in order. If one does not, its spans become wider, never wrong.
     starts = np.minimum.accumulate(starts[::-1])[::-1]
     ends = np.maximum.accumulate(ends)
     return widen_to_graphemes(windows.context, starts, ends, check=check)
@@ -244,14 +248,14 @@ def _token_bounds(windows: Windows, align_to_words: bool, check: Callable[[], No
 def _bands(
     windows: Windows, rows: Sequence[Logits], max_answer_tokens: int, check: Callable[[], None]
 ) -> Iterator[tuple[int, FloatArray]]:
-    """Logits of the spans of a document, in blocks: row i, column d is the span of tokens first + i to first + i + d.
+    """Yield the logits of a document's spans in blocks, each with its first token.
 
-    Yields the first token of each block and float32 of shape (tokens, columns), -inf where no window has the span; a
-    block holds up to `_BLOCK` spans, but at least one token's.
+    A block is float32 of shape (tokens, columns). Row i, column d is the span of tokens first + i to first + i + d; it
+    is -inf if no window has the span. A block has up to `_BLOCK` spans, but at least those of one token.
     """
     columns = min(max_answer_tokens, max((window.tokens for window in windows.windows), default=1))
     height = max(_BLOCK // columns, 1)
-    if len(windows.windows) == 1 and len(windows.starts) <= height:  # no other window or block has any of its spans
+    if len(windows.windows) == 1 and len(windows.starts) <= height:  # one block, and no overlapping windows
         yield 0, _window_sums(windows.windows[0], rows[0], columns, slice(None))
         return
     for first in range(0, len(windows.starts), height):
@@ -268,12 +272,12 @@ def _bands(
 
 
 def _window_sums(window: Window, pair: Logits, columns: int, rows: slice) -> FloatArray:
-    """Logits of the spans of one window that begin with some of its tokens: float32 of shape (rows, columns)."""
+    """Return the logits of the spans that begin with the given tokens of a window: float32 of shape (rows, columns)."""
     context = slice(window.offset, window.offset + window.tokens)
     ends = np.full(window.tokens + columns - 1, _MASKED, dtype=np.float32)
     ends[: window.tokens] = pair[1][0, context]
     size = ends.itemsize
-    # Row i begins at element i: what `sliding_window_view` gives, for a tenth of its time.
+    # Row i begins at element i, as with `sliding_window_view`, in a tenth of its time.
     shifted = np.ndarray((window.tokens, columns), np.float32, ends, strides=(size, size))
     sums: FloatArray = pair[0][0, context][rows, None] + shifted[rows]
     return sums
@@ -282,17 +286,17 @@ def _window_sums(window: Window, pair: Logits, columns: int, rows: slice) -> Flo
 def _best_of_band(
     band: FloatArray, tops: FloatArray, first: int, bounds: tuple[IntArray, IntArray], floor: float, wanted: int
 ) -> Iterator[tuple[int, int, float]]:
-    """Start, end and logit of spans of a block above ``floor``: the best distinct ones are among them.
+    """Yield start, end and logit of spans in a block above ``floor``; the best distinct spans are among them.
 
-    A span's logit is the highest of the token spans that widen to it, and its place among equals that of the first of
-    these with that logit. Spans come in the order of their tokens; only few of them, if any, come more than once.
+    The logit of a span is the highest of the token spans that widen to it. Among equal logits, it ranks where the first
+    token span with that logit does. Spans come in the order of their tokens; a few may come more than once.
 
     Args:
-        band: float32 of shape (rows, columns), as `_bands` gives it.
-        tops: the highest of each row, float32 of shape (rows,).
+        band: float32 of shape (rows, columns), from `_bands`.
+        tops: maximum of each row, float32 of shape (rows,).
         first: token of the first row.
-        bounds: as `_token_bounds` gives them.
-        floor: logit that a span must exceed.
+        bounds: from `_token_bounds`.
+        floor: only spans with a higher logit are yielded.
         wanted: number of distinct spans.
     """
     rows, columns = band.shape
@@ -312,14 +316,16 @@ def _best_of_band(
 def _distinct(
     places: NDArray[np.intp], logits: FloatArray, columns: int, starts: IntArray, ends: IntArray, wanted: int
 ) -> NDArray[np.intp]:
-    """Of places in a block, those of the ``wanted`` best distinct spans: the first of each span's best logit."""
-    # Bounds never go down, so equal ones are neighbours, and the distinct spans of a block can be numbered without
-    # sorting: each distinct start has a number for every distinct end that it can have.
+    """Select the places of the ``wanted`` best distinct spans of a block: for each, the first with its best logit."""
+    # Bounds never decrease, so equal bounds are neighbours. This numbers the distinct spans of a block without sorting:
+    # each distinct start gets a number for every distinct end that it can have.
     row, extra = np.divmod(places, columns)
     new_start = _changes(starts)
     heads, start_rank = np.flatnonzero(new_start), np.cumsum(new_start) - 1
     end_rank = np.cumsum(_changes(ends)) - 1
-    tails = np.minimum(np.append(heads[1:], len(starts)) + columns - 2, len(ends) - 1)  # the last end it can have
+    tails = np.minimum(
+        np.append(heads[1:], len(starts)) + columns - 2, len(ends) - 1
+    )  # the last end that each can have
     numbers = np.cumsum(np.append(0, end_rank[tails] - end_rank[heads] + 1))
     spans = (numbers[:-1] - end_rank[heads])[start_rank[row]] + end_rank[row + extra]
     best = np.full(numbers[-1], _MASKED, dtype=np.float32)
@@ -331,26 +337,26 @@ def _distinct(
 
 
 def _changes(values: IntArray) -> NDArray[np.bool_]:
-    """Whether each value differs from the one before it; the first does."""
+    """Return whether each value differs from the one before; True for the first."""
     changes = np.ones(len(values), dtype=np.bool_)
     np.not_equal(values[1:], values[:-1], out=changes[1:])
     return changes
 
 
 def _highest(values: FloatArray, wanted: int) -> np.float32:
-    """The lowest of the ``wanted`` highest values, or -inf where there are no more."""
+    """Return the lowest of the ``wanted`` highest values; -inf if there are no more values than that."""
     if len(values) <= wanted:
         return _MASKED
-    # Of the negatives: NumPy takes twenty times as long to find a value near the end of many equal ones.
+    # On negated values: NumPy is twenty times slower at finding a value near the end of many equal ones.
     cut: np.float32 = -np.partition(-values, wanted - 1)[wanted - 1]
     return cut
 
 
 def _merged(best: dict[_Place, float], found: Iterable[tuple[_Place, float]], wanted: int) -> dict[_Place, float]:
-    """The best of both, ties in order: those found later rank lower."""
+    """Merge both and keep the best; of equal logits, the one found first ranks higher."""
     merged = dict(best)
     for place, logit in found:
         if logit > merged.get(place, -np.inf):
-            merged.pop(place, None)  # so that it stands where its better logit was found
+            merged.pop(place, None)  # so that it ranks where its better logit was found
             merged[place] = logit
     return dict(sorted(merged.items(), key=lambda item: -item[1])[:wanted])

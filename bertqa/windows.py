@@ -1,8 +1,8 @@
-"""Question + context -> overlapping token windows, the tensors that a BERT question-answering engine takes.
+"""Turn a question and a context into overlapping token windows, the input of a BERT question-answering engine.
 
 A window is ``[CLS] question [SEP] piece of the context [SEP]`` (Devlin et al. 2018, section 4.2), padded to one of a
-few length buckets so that an engine needs one optimization profile per bucket instead of one per length. The context
-is tokenized once; windows are slices of its tokens, so a character offset never depends on the window it was found in.
+few length buckets. So an engine needs one optimization profile per bucket, not one per length. The context is tokenized
+once and windows are slices of its tokens, so a character offset never depends on the window that it comes from.
 """
 
 import json
@@ -36,24 +36,24 @@ MAX_QUESTION_TOKENS = 64
 
 SPECIAL_TOKENS = 3  # [CLS] question [SEP] context [SEP]
 
-_PIECE = 2_000  # characters tokenized at once, where a text can be cut: up to 10 ms of work
-_READ = 16_384  # tokens copied out of the tokenizer's object at once
+_PIECE = 2_000  # characters tokenized in one step, if the text can be cut; up to 10 ms of work
+_READ = 16_384  # tokens copied out of the encoding in one step
 
 IntArray = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One engine call and the place of its context tokens, both in the window and in the context.
+    """The input of one engine call, and the position of its context tokens in the window and in the context.
 
-    Windows of one text share memory: to change an array, copy it.
+    Windows of one text share memory. Copy an array before you change it.
     """
 
     input_ids: IntArray  # (1, length)
     attention_mask: IntArray  # (1, length), 1 for a token and 0 for padding
     token_type_ids: IntArray  # (1, length), 1 for the context and its [SEP]
-    offset: int  # position in the window of its first context token
-    first_token: int  # index among the context's tokens of that first one
+    offset: int  # position of the first context token in the window
+    first_token: int  # index of that token among the tokens of the context
     tokens: int  # number of context tokens in the window
 
     @property
@@ -62,34 +62,34 @@ class Window:
         return int(self.input_ids.shape[1])
 
     def tensors(self) -> dict[str, IntArray]:
-        """The engine's inputs by name, each int32 of shape (1, length)."""
+        """Return the engine's inputs by name, each int32 of shape (1, length)."""
         return {name: getattr(self, name) for name in INPUT_NAMES}
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """All windows of one question over one context, with the map from context tokens back to characters."""
+    """All windows of one question over one context, and the character offsets of the context tokens."""
 
     context: str
     windows: tuple[Window, ...]  # empty if the context has no token
     starts: IntArray  # (context tokens,), first code point of each token
     ends: IntArray  # (context tokens,), one past its last code point
-    words: IntArray  # (context tokens,), number of the word that each token is a piece of
+    words: IntArray  # (context tokens,), number of the word that each token belongs to
     question_tokens: int  # tokens of the question before truncation
     question_truncated: bool
 
     def token_span(self, start: int, end: int) -> tuple[int, int] | None:
-        """First and last context token touching the code points [start, end), or None where no token does."""
+        """Return the first and last context token that overlap code points [start, end), or None if no token does."""
         first = int(np.searchsorted(self.ends, start, side="right"))
         last = int(np.searchsorted(self.starts, end, side="left")) - 1
         return (first, last) if first <= last else None
 
 
 class WindowTokenizer:
-    """Makes windows with one tokenizer; immutable, so one instance serves any number of threads.
+    """Makes windows with one tokenizer; immutable, so threads can share an instance.
 
-    The tokenizer is copied with truncation and padding off: those are mutable state inside the Rust object, and
-    changing them per call is what makes a shared fast tokenizer fail with "Already borrowed" under concurrency.
+    It works on a copy of the tokenizer without truncation and padding. These are mutable state inside the Rust object;
+    changing them per call makes a shared fast tokenizer fail with "Already borrowed" under concurrency.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class WindowTokenizer:
         overlap: int = OVERLAP,
         buckets: Sequence[int] = BUCKETS,
     ) -> None:
-        """Bind a tokenizer and the limits, in tokens.
+        """Set the tokenizer and the limits, in tokens.
 
         Raises:
             InvalidArgument: a limit is out of range.
@@ -133,7 +133,7 @@ class WindowTokenizer:
         overlap: int = OVERLAP,
         buckets: Sequence[int] = BUCKETS,
     ) -> "WindowTokenizer":
-        """Load ``tokenizer.json`` of a checkpoint directory; limits as in the constructor.
+        """Load ``tokenizer.json`` from a checkpoint directory; the limits are those of the constructor.
 
         Raises:
             ValueError: the file is missing or is not a tokenizer; the message names it.
@@ -157,11 +157,11 @@ class WindowTokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def tokenizer_json(self) -> str:
-        """The tokenizer as the text of a ``tokenizer.json``, without truncation and padding."""
+        """Return the tokenizer as the text of a ``tokenizer.json``, without truncation and padding."""
         return str(self._tokenizer.to_str(pretty=False))
 
     def unknown_share(self, text: str) -> float:
-        """Share of the tokens of a text that are [UNK]; 0.0 for an empty text."""
+        """Return the share of a text's tokens that are [UNK]; 0.0 for an empty text."""
         tokens = self._tokenizer.encode(text, add_special_tokens=False).tokens
         return tokens.count("[UNK]") / len(tokens) if tokens else 0.0
 
@@ -231,7 +231,7 @@ class WindowTokenizer:
         return ids
 
     def _tokens(self, text: str, check: Callable[[], None]) -> IntArray:
-        """Ids, first and last + 1 code points, and word numbers of a text's tokens: int32 of shape (4, tokens)."""
+        """Return id, start, end (in code points) and word number of a text's tokens: int32 of shape (4, tokens)."""
         tokenizer = self._tokenizer
         if self._plain_ascii is not None and not _NOT_PLAIN_ASCII.search(text):
             tokenizer, text = self._plain_ascii, text.lower()
@@ -243,7 +243,7 @@ class WindowTokenizer:
             check()
             if len(text) <= _PIECE:
                 encoding = tokenizer.encode(text, add_special_tokens=False)
-            else:  # it releases the GIL, as `encode` does not, but hands the work to another thread
+            else:  # releases the GIL, unlike `encode`, but at the cost of another thread
                 encoding = tokenizer.encode_batch([text[low:high]], add_special_tokens=False)[0]
             part = _read(encoding, check)
             part[1:3] += low
@@ -253,7 +253,7 @@ class WindowTokenizer:
         return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def _pieces(self, text: str) -> Iterator[tuple[int, int]]:
-        """First and last + 1 code points of the pieces of a text that are tokenized one by one."""
+        """Yield start and end, in code points, of the pieces in which a text is tokenized."""
         low = 0
         while self._cuts and (cut := self._cuts.search(text, low + _PIECE)):
             yield low, cut.start()
@@ -261,7 +261,7 @@ class WindowTokenizer:
         yield low, len(text)
 
     def _windows(self, head: IntArray, ids: IntArray, firsts: Sequence[int], room: int) -> Iterator[Window]:
-        """Windows that begin with some of a context's tokens; all but the last are full."""
+        """Yield the windows that begin at the given context tokens; all but the last are full."""
         full = len(firsts) - 1
         if full > 0:
             pieces = sliding_window_view(ids, room)[: firsts[-1] : firsts[1]]
@@ -273,7 +273,7 @@ class WindowTokenizer:
             yield Window(*self._tensors(head, ids[None, first:]), len(head), first, len(ids) - first)
 
     def _tensors(self, head: IntArray, pieces: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Input ids of windows of the same size, shape (windows, length); their mask and token types, (1, length)."""
+        """Return input ids of shape (windows, length), and the mask and token types of shape (1, length) they share."""
         used = len(head) + pieces.shape[1] + 1
         length = next(bucket for bucket in self.buckets if bucket >= used)
         input_ids = np.full((len(pieces), length), self._pad, dtype=np.int32)
@@ -323,9 +323,9 @@ _NOT_PLAIN_ASCII = re.compile(r"[^\t\n\r -~]")
 
 
 def _without_normalizer(tokenizer: Tokenizer) -> Tokenizer | None:
-    """The same tokenizer for lower-cased plain ASCII, a third faster; None where lower case is not all that it lacks.
+    """Return the tokenizer without its normalizer, a third faster on lower-cased ASCII; None if results could differ.
 
-    Of what BERT's uncased normalizer does, only lower case changes printable ASCII, and it moves no offset.
+    BERT's uncased normalizer does nothing to printable ASCII except to lower its case, which moves no offset.
     """
     described = json.loads(tokenizer.to_str())
     normalizer = described["normalizer"] or {}
@@ -337,11 +337,11 @@ def _without_normalizer(tokenizer: Tokenizer) -> Tokenizer | None:
 
 
 def _safe_cuts(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Places at which a text can be cut without a change of any token, offset or word; None where none is certain.
+    """Return a pattern of places where cutting a text changes no token, offset or word; None if there may be none.
 
-    BERT's pre-tokenizer ends a word before white space and punctuation, and its normalizer sets ideographs apart. All
-    else that they and WordPiece do looks at one character or one word, but for the order of combining marks, and none
-    of these characters is a mark.
+    BERT's pre-tokenizer ends a word before white space and punctuation, and its normalizer separates ideographs. Their
+    other steps, and WordPiece, look at one character or one word. The only exception is the order of combining marks,
+    and none of these characters is a mark.
     """
     described = json.loads(tokenizer.to_str())
     parts = [(described[name] or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")]
@@ -353,11 +353,11 @@ def _safe_cuts(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 
 def _read(encoding: Encoding, check: Callable[[], None]) -> IntArray:
-    """Ids, first and last + 1 code points, and word numbers of an encoding: int32 of shape (4, tokens)."""
+    """Return id, start, end (in code points) and word number of each token: int32 of shape (4, tokens)."""
     numbers = np.empty((4, len(encoding)), dtype=np.int32)
     ids, words = encoding.ids, encoding.word_ids
-    # In slices, and the offsets one by one: a list of all offsets of a long text holds the GIL for 0.15 s. Only special
-    # tokens have no place and no word, and there are none.
+    # Reads slices, and offsets one by one: building the list of all offsets of a long text holds the GIL for 0.15 s.
+    # Only special tokens have no offset and no word, and there are none here.
     for low in range(0, len(encoding), _READ):
         check()
         high = min(low + _READ, len(encoding))
@@ -369,10 +369,10 @@ def _read(encoding: Encoding, check: Callable[[], None]) -> IntArray:
 
 
 def check_unicode(name: str, text: str) -> None:
-    """Refuse a text with lone surrogates, which no UTF-8 text can hold.
+    """Reject a text with lone surrogates, which UTF-8 cannot encode.
 
     Raises:
-        InvalidArgument: of that name; the reason gives the character.
+        InvalidArgument: the text has one; the reason gives its position.
     """
     try:
         text.encode()

@@ -39,7 +39,7 @@ COMMANDS = {  # name: (module, its Typer application, the extra to install)
 
 
 class _Lazy(MutableMapping[str, Any]):
-    """The commands by name; each is imported when it is looked up."""
+    """The commands by name; a lookup imports the command."""
 
     def __getitem__(self, name: str) -> Any:
         module, attribute, extra = COMMANDS[name]
@@ -67,7 +67,7 @@ class _Lazy(MutableMapping[str, Any]):
 
 
 def _elsewhere(name: str, extra: str) -> typer.Typer:
-    """A placeholder for a command whose package is not installed."""
+    """Make a placeholder for a command whose package is not installed."""
     app = group("")
 
     @app.command(
@@ -100,7 +100,7 @@ def _print_version(wanted: bool) -> None:
 
 
 def own_version() -> str:
-    """Version of the installed package, or "checkout" if it is not installed."""
+    """Return the version of the installed package, or "checkout" if it is not installed."""
     try:
         return version("bertqa")
     except PackageNotFoundError:

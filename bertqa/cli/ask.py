@@ -21,9 +21,9 @@ app = group("Ask one question about a text.")
 class AskOptions(ServiceOptions):
     """Options of ``bertqa ask``."""
 
-    question: Annotated[str, typer.Argument(help="The question.")]
+    question: Annotated[str, typer.Argument(help="Question to ask.")]
     context: Annotated[str, typer.Option(metavar="FILE", help="File with the text, in UTF-8; - reads standard input.")]
-    top_k: Annotated[int, typer.Option(callback=at_least_one, metavar="N", help="Number of answers.")] = 1
+    top_k: Annotated[int, typer.Option(callback=at_least_one, metavar="N", help="Number of answers to print.")] = 1
     guess: Annotated[
         bool, typer.Option("--guess", help="Print the best guess even if the text does not seem to have an answer.")
     ] = False
@@ -33,8 +33,8 @@ class AskOptions(ServiceOptions):
 def ask(options: AskOptions) -> int:
     """Ask one question about a text.
 
-    Prints a line for each answer: score, place in the text in characters, and the answer. If the text does not seem to
-    have an answer, it prints nothing on standard output and ends with exit code 1. The API key is read from
+    Prints one line per answer: the score, the character offsets in the text, and the answer. If the text does not seem
+    to have an answer, prints nothing on standard output and ends with exit code 1. The API key is read from
     BERTQA_API_KEY.
     """
     context = _read_text(options.context)

@@ -1,8 +1,8 @@
 """Commands whose options are the fields of a dataclass: type, default and help of an option are written once.
 
 A field is ``Annotated[type, typer.Option(help=…)]``, and jobs share options by inheritance. Modules that define
-commands import little, so that ``--help`` needs no package but Typer, which the extra ``cli`` installs; a command
-imports what it runs when it runs.
+commands import little, so ``--help`` needs only Typer, which the extra ``cli`` installs. A command imports the rest
+when it runs.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from typer.models import ArgumentInfo
 
 OutputFormat = Literal["text", "json"]
 OURS = ("bertqa", "service", "engine_builder", "training", "loadtest")
-"""Our packages: if a module of these is missing, that is no missing installation."""
+"""Our own packages: a missing module of these is a bug, not a missing extra."""
 CHECKOUT = "pip install --constraint constraints.txt --editable '.[{}]' in a checkout of the project"
 
 
@@ -28,19 +28,19 @@ class Exit(IntEnum):
 
     OK = 0
     NO = 1
-    """There is no answer, or what was asked for could not be done."""
+    """There is no answer, or the command could not do its work."""
     USAGE = 2
-    """The command line, a setting, a file that it names or the request cannot be used."""
+    """The command line, a setting, a named file or the request is invalid."""
     UNREACHABLE = 3
     """The service cannot be reached."""
     SERVER = 4
-    """The service failed, or was busy until the end of the time allowed."""
+    """The service failed, or was still busy at the timeout."""
     BELOW = 5
-    """The measured quality is below what was demanded."""
+    """The measured quality is below the required minimum."""
 
 
 class CommandError(Exception):
-    """Ends a command with a sentence on standard error."""
+    """Ends a command; the message is printed on standard error."""
 
     def __init__(self, message: str, code: Exit = Exit.USAGE) -> None:
         super().__init__(message)
@@ -55,13 +55,13 @@ T = TypeVar("T", bound=_Options)
 
 
 def group(help: str, **options: Any) -> typer.Typer:
-    """Make a group of commands, or with one command that command, in plain text without boxes."""
+    """Make a group of commands, or a single command if only one is added, with help in plain text."""
     options = {"add_completion": False, "no_args_is_help": True, **options}
     return typer.Typer(help=help, rich_markup_mode=None, pretty_exceptions_enable=False, **options)
 
 
 def say(line: str) -> None:
-    """Tell the person at the console, on standard error."""
+    """Print a line for the user on standard error."""
     print(f"bertqa: {line}", file=sys.stderr, flush=True)
 
 
@@ -71,11 +71,11 @@ def command(
     """Register the decorated function as a command that is called with its options and returns its exit code.
 
     Args:
-        app: that gets the command.
-        options: a dataclass; a `ValueError` when it is made is a mistake of usage.
-        extra: of pyproject.toml, that has the packages which the command imports.
-        name: of the command; by default the function's.
-        help: by default the function's docstring.
+        app: application to add the command to.
+        options: a dataclass; a `ValueError` from its constructor is reported as a usage error.
+        extra: extra in pyproject.toml with the packages that the command imports.
+        name: of the command; default: the name of the function.
+        help: default: the docstring of the function.
     """
 
     def register(run: Callable[[T], int | None]) -> Callable[[T], int | None]:
@@ -113,10 +113,10 @@ def command(
 
 
 def parse(options: type[T], argv: Sequence[str], prog: str = "bertqa") -> T:
-    """Read a command line into options; a mistake ends the process with exit code 2, as it does a command.
+    """Parse a command line into options; a usage error ends the process with exit code 2, as in a command.
 
     Raises:
-        SystemExit: the command line is not one, or asks for help.
+        SystemExit: the command line is invalid, or asks for help.
     """
     found: list[T] = []
     app = group("")
@@ -139,12 +139,12 @@ def status(app: typer.Typer, argv: Sequence[str], prog: str = "bertqa") -> int:
 
 
 def run(app: typer.Typer, prog: str) -> None:
-    """Run a command as a program of its own, with the arguments of this process; ends the process."""
+    """Run a command with the arguments of this process, then end the process."""
     get_command(app).main(prog_name=prog)
 
 
 def _signature(options: type[_Options]) -> inspect.Signature:
-    """A parameter for each field: first the arguments, then the options, those of a class before the inherited ones."""
+    """Make a parameter for each field: arguments first, then options, own fields before inherited ones."""
     hints, known = get_type_hints(options, include_extras=True), {field.name: field for field in fields(options)}
     arguments = [name for name in known if any(isinstance(each, ArgumentInfo) for each in _metadata(hints[name]))]
     own = [name for each in options.__mro__ for name in vars(each).get("__annotations__", {}) if name in known]
@@ -166,35 +166,35 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
 
 
 def positive(value: float | None) -> float | None:
-    """Check an option that is a number above 0."""
+    """Check that an option is a number above 0."""
     if value is not None and not 0 < value < math.inf:
         raise typer.BadParameter(f"must be above 0, not {value}")
     return value
 
 
 def not_negative(value: float | None) -> float | None:
-    """Check an option that is 0 or a number above it."""
+    """Check that an option is 0 or above."""
     if value is not None and not 0 <= value < math.inf:
         raise typer.BadParameter(f"must be 0 or above, not {value}")
     return value
 
 
 def fraction(value: float | None) -> float | None:
-    """Check an option that is a share of a whole which is never all of it."""
+    """Check that an option is a share from 0 to below 1."""
     if value is not None and not 0 <= value < 1:
         raise typer.BadParameter(f"must be a share, from 0 to below 1, not {value}")
     return value
 
 
 def at_least_one(value: int | None) -> int | None:
-    """Check an option that is a count."""
+    """Check that an option is at least 1."""
     if value is not None and value < 1:
         raise typer.BadParameter(f"must be at least 1, not {value}")
     return value
 
 
 def addresses(value: str | None) -> str | None:
-    """Check an option that is one address host:port or several separated by commas."""
+    """Check that an option is one address host:port, or several separated by commas."""
     if value is not None and not all(part.strip() for part in value.split(",")):
         raise typer.BadParameter(f"must be host:port, or several separated by commas, not {value!r}")
     return value

@@ -22,11 +22,13 @@ app = group("Measure the answers of a service on a SQuAD file.")
 class EvaluateOptions(ServiceOptions):
     """Options of ``bertqa evaluate``."""
 
-    data: Annotated[Path, typer.Option(metavar="FILE", help="SQuAD file, v1.1 or v2.0.")]
+    data: Annotated[Path, typer.Option(metavar="FILE", help="SQuAD file to read, v1.1 or v2.0.")]
     limit: Annotated[
         int | None, typer.Option(callback=at_least_one, metavar="N", help="Ask only the first N questions.")
     ] = None
-    concurrency: Annotated[int, typer.Option(callback=at_least_one, metavar="N", help="Requests in flight.")] = 4
+    concurrency: Annotated[
+        int, typer.Option(callback=at_least_one, metavar="N", help="Number of requests in flight.")
+    ] = 4
     min_f1: Annotated[
         float | None, typer.Option(metavar="PERCENT", help="End with exit code 5 if F1 is below this.")
     ] = None
@@ -36,8 +38,8 @@ class EvaluateOptions(ServiceOptions):
 def evaluate(options: EvaluateOptions) -> int:
     """Measure exact match and F1 of a running service.
 
-    Asks every question of a SQuAD file over HTTP and prints both measures, in percent. Waits and asks again while the
-    service is busy, and counts how often. The API key is read from BERTQA_API_KEY.
+    Asks every question of a SQuAD file over HTTP and prints both measures in percent. While the service is busy, it
+    waits and retries, and prints how often. The API key is read from BERTQA_API_KEY.
     """
     from bertqa.squad import MalformedSquad, read_squad, score  # noqa: PLC0415
 
@@ -46,7 +48,7 @@ def evaluate(options: EvaluateOptions) -> int:
     except (OSError, MalformedSquad) as error:
         raise CommandError(f"--data: {error}") from error
     if not examples:
-        raise CommandError(f"--data {options.data}: holds no question")
+        raise CommandError(f"--data {options.data}: has no questions")
     with options.client() as client:
         model = client.info()["model"]
         began = time.monotonic()
@@ -74,12 +76,12 @@ def evaluate(options: EvaluateOptions) -> int:
 
 
 def _predictions(client: "Client", examples: "list[Example]", concurrency: int) -> dict[str, str]:
-    """The best answer to each question by its id, "" where there is none; a progress bar only at a terminal."""
+    """Return the best answer by question id, "" for no answer; shows a progress bar only at a terminal."""
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
     from tqdm import tqdm  # noqa: PLC0415
 
-    # Only where the file has unanswerable questions (v2.0) may the service say that there is no answer.
+    # The service may say "no answer" only if the file has unanswerable questions (v2.0).
     no_answer = any(not example.references for example in examples)
 
     def predict(example: "Example") -> tuple[str, str]:

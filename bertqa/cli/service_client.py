@@ -1,4 +1,4 @@
-"""What ``bertqa ask`` and ``bertqa evaluate`` share: options of an HTTP client, and its errors as exit codes."""
+"""What ``bertqa ask`` and ``bertqa evaluate`` share: the options of the HTTP client, and errors as exit codes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceOptions:
-    """Options of every client of the service."""
+    """Options of commands that call the service."""
 
     url: Annotated[str, typer.Option(envvar="BERTQA_URL", metavar="URL", help="Address of the service.")] = (
         "http://127.0.0.1:8000"
@@ -25,7 +25,7 @@ class ServiceOptions:
         typer.Option(
             callback=positive,
             metavar="SECONDS",
-            help="Give up a question after this time, which includes waits while the service is busy.",
+            help="Give up on a question after this time, including waits while the service is busy.",
         ),
     ] = 60.0
     format: Annotated[OutputFormat, typer.Option(help="Print text for people or JSON for machines.")] = "text"
@@ -35,7 +35,7 @@ class ServiceOptions:
         """Connect to the service, with the API key in ``BERTQA_API_KEY`` if one is set.
 
         Raises:
-            CommandError: the address is not a URL, or a call inside the context failed.
+            CommandError: the address is not a URL, or a call in the context failed.
         """
         from bertqa.client import Client, ClientError, Refused, Unreachable  # noqa: PLC0415 - --help needs no httpx
 

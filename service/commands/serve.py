@@ -88,4 +88,4 @@ def _check_model(options: ServeOptions) -> None:
     if wanted and names and wanted not in names:
         raise CommandError(f"BERTQA_MODEL: must be one of {', '.join(names)}; got {wanted!r}")
     if not wanted and len(names) > 1 and MODEL_NAME not in names:
-        raise CommandError(f"BERTQA_MODEL: must say which is the default of {', '.join(names)}")
+        raise CommandError(f"BERTQA_MODEL: set it to the default model, one of {', '.join(names)}")

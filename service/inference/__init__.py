@@ -1,1 +1,1 @@
-"""From a question to its ranked spans: admission, queue, cache, models."""
+"""Answers questions: admission, queue, cache, pipeline and the registry of models."""

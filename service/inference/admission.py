@@ -1,12 +1,12 @@
-"""Who may ask an engine, and when: one queue for each version of a model, fair between clients' calls.
+"""Admit calls to an engine: one queue for each version of a model, fair between the calls of clients.
 
-A *call* is what one HTTP request asks, be it one question or many. A call waits for its first turn at the engine as
-long as `max_wait_s` and its own deadline allow, and nothing is refused while it can be expected to get it in that time.
-From then on turns go round all calls that wait.
+A *call* is the work of one HTTP request, with one question or many. A call waits for its first turn at the engine for
+at most `max_wait_s`, and no longer than its deadline. It is rejected at once if its first turn is not expected in that
+time. All waiting calls take turns, round robin.
 
-With ``slots`` engine calls at one time, of ``call_s`` seconds each, one slot becomes free every ``call_s / slots``.
-Half of the slots are being computed, the other half lies ready in Triton's queue. A newcomer is computed after the
-engine calls that were sent, and one turn of each call that waits or is being tokenized::
+With ``slots`` concurrent engine calls of ``call_s`` seconds each, a slot becomes free every ``call_s / slots`` seconds.
+Triton computes half of the slots while the other half is in its queue. A new call is computed after the engine calls in
+progress and one turn of each call that is waiting or being tokenized::
 
     expected wait = (engine calls sent + calls waiting + calls being tokenized + 1 - slots / 2) * call_s / slots
 """
@@ -21,46 +21,46 @@ from service.inference.fair_queue import FairQueue
 from service.triton.errors import EngineError, EngineOverloaded, EngineTimeout
 
 SLOTS_AT_FIRST = 4
-"""Engine calls at one time before the server has said how many it computes."""
-_WEIGHT = 1 / 16  # at least, of the latest engine call in the mean: that of the last thirty or so
+"""Concurrent engine calls until the server has reported how many it computes."""
+_WEIGHT = 1 / 16  # lowest weight of the latest engine call in the mean: covers about thirty calls
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """What one HTTP request asks: the owner of its turns."""
+    """The work of one HTTP request; it owns its turns in the queue."""
 
     deadline: float  # `time.monotonic` seconds
     came: float = field(init=False)
-    has_begun: bool = False  # it has had a turn
+    has_begun: bool = False  # it had its first turn
 
     def __post_init__(self) -> None:
         self.came = time.monotonic()
 
 
 class Admission:
-    """The engine calls of one version of a model; for one event loop, without locks."""
+    """Limits the engine calls of one version of a model; for one event loop, without locks."""
 
     def __init__(self, max_wait_s: float, slots: int = 0) -> None:
-        """Begin with nothing known of the engine.
+        """Begin without knowledge of the engine.
 
         Args:
             max_wait_s: how long a call may wait for its first turn.
-            slots: engine calls at one time; 0: as many as `resize` says.
+            slots: concurrent engine calls; 0: set by `resize`.
         """
         self.max_wait_s = max_wait_s
         self.call_s = 0.0
-        """Mean seconds of an engine call that began with all slots taken, the latest counting most; 0.0 before the
-        first. By Little's law it is ``slots`` times the pause between two turns; of other calls it is less."""
+        """Moving average of the seconds of engine calls that began while all slots were taken; 0.0 before the first.
+        By Little's law this is ``slots`` times the time between two turns. Other calls take less."""
         self.answered_at = -math.inf
         """When an engine call last succeeded, in `time.monotonic` seconds."""
         self._fixed = bool(slots)
         self._queue = FairQueue(slots or SLOTS_AT_FIRST)
-        self._seen = 0  # calls in that mean
-        self._arriving = 0  # calls that will ask for their first slot when they are tokenized
+        self._seen = 0  # calls in that average
+        self._arriving = 0  # calls being tokenized, which will then ask for their first slot
 
     @property
     def slots(self) -> int:
-        """Engine calls that may be in progress at one time."""
+        """Limit on concurrent engine calls."""
         return self._queue.slots
 
     @property
@@ -69,33 +69,34 @@ class Admission:
         return self._queue.busy
 
     def resize(self, slots: int) -> None:
-        """Take over how many calls the engine is to have at one time, unless that was set."""
+        """Set the limit on concurrent engine calls, unless the constructor did."""
         if not self._fixed:
             self._queue.resize(slots)
 
     def expected_wait(self, besides: int = 0) -> float:
-        """Seconds until a call that comes now is computed, behind ``besides`` more than the queue knows."""
+        """Return the seconds until a new call would be computed, with ``besides`` calls ahead that the queue lacks."""
         ahead = self._queue.busy + self._queue.owners_waiting + self._arriving + besides
         computed = (self.slots + 1) // 2
         return max(ahead + 1 - computed, 0) * self.call_s / self.slots
 
     def check(self, deadline: float = math.inf, *, besides: int = 0) -> None:
-        """Return if a call that comes now can be expected to get its first turn in time.
+        """Check that a new call can expect its first turn in time.
 
         Raises:
-            EngineOverloaded: it cannot; it says when it could.
+            EngineOverloaded: it cannot; ``retry_after_s`` says when it could.
         """
         wait_s = self.expected_wait(besides)
         bound_s = max(min(self.max_wait_s, deadline - time.monotonic()), 0)
         if wait_s > bound_s:
             raise EngineOverloaded(
-                f"The engine is busy: this would wait {wait_s:.2f} s for its turn, and may wait {bound_s:.2f} s.",
+                f"The engine is busy: this request would wait {wait_s:.2f} s for its turn; the limit is "
+                f"{bound_s:.2f} s.",
                 retry_after_s=wait_s - bound_s,
             )
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """Count a call that has been admitted, until it asks for its first slot."""
+        """Count an admitted call until it asks for its first slot."""
         self._arriving += 1
         try:
             yield
@@ -104,11 +105,11 @@ class Admission:
 
     @asynccontextmanager
     async def slot(self, call: Call) -> AsyncIterator[None]:
-        """Wait for the call's turn, and hold a slot for one engine call.
+        """Wait for the call's turn and hold a slot for one engine call.
 
         Raises:
-            EngineTimeout: the call's deadline passed first.
-            EngineOverloaded: its first turn did not come within the bound.
+            EngineTimeout: the call's deadline passed.
+            EngineOverloaded: its first turn did not come within `max_wait_s`.
         """
         await self._take(call)
         began, is_full = time.monotonic(), self._queue.busy >= self.slots
@@ -131,10 +132,10 @@ class Admission:
             except TimeoutError:
                 if call.deadline <= time.monotonic() or call.deadline <= first_turn_by:
                     raise EngineTimeout("The deadline passed while waiting for a free slot at the engine.") from None
-                if call.has_begun:  # with another of its windows
+                if call.has_begun:  # another of its windows
                     continue
                 raise EngineOverloaded(
-                    f"The engine is slower than it was: no turn came within {self.max_wait_s:g} s.",
+                    f"The engine became slower: this request got no turn within {self.max_wait_s:g} s.",
                     retry_after_s=max(self.expected_wait() - self.max_wait_s, 0),
                 ) from None
             call.has_begun = True

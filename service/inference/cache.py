@@ -1,6 +1,6 @@
-"""A cache around the pipeline: the same question to the same version of a model is computed once.
+"""A cache around the pipeline: the same question to the same version of a model is computed only once.
 
-A cache belongs to one version of a model (`ServedModel.cache`) and goes with it, so that no version ever answers for
+Each version of a model has its own cache (`ServedModel.cache`), which is dropped with it. So no version answers for
 another.
 """
 
@@ -20,14 +20,14 @@ from service.triton.errors import EngineTimeout
 
 
 class CachedPipeline:
-    """A `Pipeline` that keeps its results; an `Answering`, like that."""
+    """An `Answering` that wraps a `Pipeline` and keeps its results."""
 
     def __init__(self, pipeline: Pipeline, max_bytes: int, metrics: Metrics) -> None:
         """Wrap a pipeline.
 
         Args:
-            pipeline: computes what is not known.
-            max_bytes: of the results kept for each version of a model.
+            pipeline: computes results that are not cached.
+            max_bytes: limit on the results kept for each version of a model.
             metrics: counts hits and misses.
         """
         self._pipeline = pipeline
@@ -35,12 +35,12 @@ class CachedPipeline:
         self._metrics = metrics
 
     def check_room(self) -> None:
-        """As in `Answering`; a busy engine refuses nobody here, for the question may be known."""
+        """As in `Answering`; a busy engine is no reason to reject, because the answer may be cached."""
         self._pipeline.memory.check()
 
     async def answer(self, questions: Sequence[Question], *, deadline: float) -> list[Result]:
-        """As in `Answering`; computes only questions that are neither known nor being computed."""
-        request_context.get().charge("question", len(questions) - 1)  # one was taken when the request came
+        """As in `Answering`; computes only questions that are neither cached nor being computed."""
+        request_context.get().charge("question", len(questions) - 1)  # one was charged when the request arrived
         call = Call(deadline)
         distinct = list(dict.fromkeys(questions))
         new = [question for question in distinct if not self._values(question.model).has(question)]
@@ -51,7 +51,7 @@ class CachedPipeline:
         return share_reply([self._counted(found, question) for question in questions])
 
     async def _prepare(self, new: Sequence[Question], call: Call, account: Account) -> dict[Question, Tokenized]:
-        """Admit, validate and tokenize all or none; then each is a computation of its own, for others to join."""
+        """Admit, validate and tokenize all questions or none; then other callers can join each computation."""
         self._pipeline.admit(new, call)
         validate(new, self._pipeline.settings)
         return dict(zip(new, await self._pipeline.tokenize(new, call, account), strict=True))
@@ -60,14 +60,16 @@ class CachedPipeline:
         async def compute() -> Result:
             if tokenized is not None:
                 return await self._pipeline.infer_and_decode(tokenized, call)
-            shared = [replace(question, location=())]  # each caller who waits has it in another place
+            shared = [replace(question, location=())]  # it differs between the waiting callers
             self._pipeline.admit(shared, call)
             return (await self._pipeline.run(shared, call))[0]
 
         try:
             found, source = await self._values(question.model).get(question, compute, deadline=call.deadline)
         except TimeoutError:
-            raise EngineTimeout("The deadline passed before another caller's same question was answered.") from None
+            raise EngineTimeout(
+                "The deadline passed before the same question of another request was answered."
+            ) from None
         except InvalidArgument as error:
             raise error.within(*question.location) from None
         if source == "hit":
@@ -75,7 +77,7 @@ class CachedPipeline:
         return replace(found, source=source)
 
     def _counted(self, found: dict[Question, Result], question: Question) -> Result:
-        """Return a question's result; the second time in one call, it is shared with the first."""
+        """Return a question's result; a repeated question in one call shares it."""
         result = found[question]
         if result.source == "miss":
             found[question] = replace(result, source="coalesced")

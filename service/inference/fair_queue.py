@@ -1,8 +1,8 @@
-"""A bound on the engine calls in progress, and turns that go round whoever waits.
+"""Limit the engine calls in progress, and share the slots fairly between owners.
 
-What an engine's server has been sent can no longer be overtaken, so it is sent only what keeps it busy. The rest waits
-here. A slot that becomes free goes to the owner who has waited longest since its last turn: one with hundreds of calls
-and one with a single call advance alike.
+Requests already in Triton cannot be reordered, so we keep Triton's queue short and queue fairly here. A free slot goes
+to the owner that has waited longest since its last turn. So an owner with hundreds of calls and one with a single call
+advance at the same rate.
 """
 
 import asyncio
@@ -11,38 +11,40 @@ from collections import OrderedDict, deque
 
 
 class FairQueue:
-    """Slots handed out round robin over their owners, with a deadline for each that waits.
+    """Gives slots to owners round robin, with a deadline for each waiting call.
 
-    `asyncio.Semaphore` knows no owners and no deadline, and around it `asyncio.wait_for` can lose a turn when time runs
-    out just as it comes (before Python 3.12).
+    `asyncio.Semaphore` has neither owners nor deadlines. Before Python 3.12, `asyncio.wait_for` around it can lose a
+    slot that is granted just as the time runs out.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        """Calls that may be in progress at one time."""
+        """Limit on the calls in progress."""
         self.busy = 0
         """Calls in progress."""
-        self._waiting: OrderedDict[object, deque[asyncio.Future[None]]] = OrderedDict()  # the next to have a turn first
+        self._waiting: OrderedDict[object, deque[asyncio.Future[None]]] = (
+            OrderedDict()
+        )  # the next turn is that of the first
 
     @property
     def owners_waiting(self) -> int:
-        """How many wait for a turn, each counted once; a newcomer's first turn comes after one of each."""
+        """Number of owners that wait; a new owner gets its first turn after one turn of each."""
         return len(self._waiting)
 
     def resize(self, slots: int) -> None:
-        """Allow more or fewer calls from now on; those in progress stay."""
+        """Change the limit; calls in progress continue."""
         self.slots = slots
         self._hand_out()
 
     async def take(self, owner: object, until: float) -> None:
-        """Wait for a slot, which is to be given back.
+        """Wait for a slot; release it with `give_back`.
 
         Args:
-            owner: whose turn it is; any object that its calls have in common.
-            until: `time.monotonic` seconds.
+            owner: object that all calls of the owner share.
+            until: deadline in `time.monotonic` seconds.
 
         Raises:
-            TimeoutError: the time ran out first.
+            TimeoutError: the deadline passed.
         """
         if self.busy < self.slots and not self._waiting:
             self.busy += 1
@@ -55,7 +57,7 @@ class FairQueue:
             await turn
         except BaseException:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self.give_back()  # cancelled just as the turn came
+                self.give_back()  # cancelled just when it got the slot
             else:
                 self._leave(owner, turn)
             raise
@@ -64,7 +66,7 @@ class FairQueue:
                 timer.cancel()
 
     def give_back(self) -> None:
-        """End a turn."""
+        """Release a slot."""
         self.busy -= 1
         self._hand_out()
 

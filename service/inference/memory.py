@@ -1,4 +1,4 @@
-"""One account of the memory that requests hold, so that all together cannot exceed what a process may use."""
+"""Track the memory that requests hold, and limit it for the whole process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,40 +9,40 @@ from service.triton.errors import EngineOverloaded
 class MemoryBudget:
     """The bytes of all requests in progress, each counted once.
 
-    Bodies, from their first byte on, are counted by the HTTP protocol (`hold_body`); texts, windows, logits, and
-    replies that their clients have not taken, by whoever makes them, on the `Account` of a request.
+    The HTTP protocol counts bodies as they arrive (`hold_body`). The code that makes texts, windows, logits and replies
+    counts them on the `Account` of the request; replies count until the client has read them.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.body_bytes = 0
-        """Bytes of bodies that have arrived, whole or in part."""
+        """Bytes of request bodies, complete or partial."""
         self.held = 0
         """All other bytes."""
 
     def hold_body(self, more: int) -> None:
-        """Count bytes of a body that arrived, or, below zero, of one that is let go; never refused here."""
+        """Count bytes of a body that arrived, or a negative number for one that is freed; never raises."""
         self.body_bytes += more
 
     def check(self, more: int = 1) -> None:
-        """Return if a request may hold so many bytes more.
+        """Check that a request may hold ``more`` bytes.
 
         Raises:
-            EngineOverloaded: others hold too many.
+            EngineOverloaded: other requests hold too many.
         """
         total = self.body_bytes + self.held
         if self.held and total + more > self.max_bytes:
             raise EngineOverloaded(
-                f"Requests in progress hold {total >> 20} MiB of memory; they may hold {self.max_bytes >> 20} MiB."
+                f"Requests in progress hold {total >> 20} MiB of memory; the limit is {self.max_bytes >> 20} MiB."
             )
 
     def open(self) -> "Account":
-        """Return an account for what one request holds; close it at the end."""
+        """Return an account for one request; close it at the end."""
         return Account(self)
 
     @contextmanager
     def account(self) -> Iterator["Account"]:
-        """Open an account, and close it at the end."""
+        """Open an account and close it at the end."""
         account = self.open()
         try:
             yield account
@@ -58,10 +58,10 @@ class Account:
         self._bytes = 0
 
     def add(self, number: int) -> None:
-        """Hold more.
+        """Count more bytes.
 
         Raises:
-            EngineOverloaded: there is no room for it beside what others hold; a request alone always has room.
+            EngineOverloaded: other requests hold too many. A request on its own always has room.
         """
         if self._budget.held > self._bytes:
             self._budget.check(number)
@@ -69,6 +69,6 @@ class Account:
         self._budget.held += number
 
     def close(self) -> None:
-        """Give all back."""
+        """Free all bytes of the account."""
         self._budget.held -= self._bytes
         self._bytes = 0

@@ -1,7 +1,7 @@
-"""The path of a question, whichever API it came through: validate -> tokenize -> infer -> decode.
+"""The path of a question in every API: validate -> tokenize -> infer -> decode.
 
-Knows no HTTP: a `Question` goes in, a `Result` comes out. Errors are `bertqa.errors.InvalidArgument` and those of
-`service.triton`.
+It knows nothing of HTTP: a `Question` goes in and a `Result` comes out. Errors are `bertqa.errors.InvalidArgument` and
+those of `service.triton`.
 """
 
 import asyncio
@@ -28,94 +28,94 @@ from service.triton.errors import EngineOverloaded, EngineUnavailable
 T = TypeVar("T")
 
 MAX_WINDOWS = 4_096
-"""Most windows of the questions of one call together."""
+"""Limit on the windows of all questions of a call."""
 MAX_SPANS = 16_000_000
-"""Most spans ranked for one question: tokens of its contexts times tokens of an answer."""
+"""Limit on the spans ranked for a question: tokens of its contexts times tokens of an answer."""
 MAX_ANSWER_BYTES = 1 << 20
-"""Most UTF-8 bytes in the answers of one call. Its questions have equal shares; lower ranks are left out first."""
+"""Limit on the UTF-8 bytes of the answers of a call. Questions get equal shares; low ranks are dropped first."""
 
-_INLINE_SPANS = 24_000  # ranking this many takes about a millisecond, whatever they are
+_INLINE_SPANS = 24_000  # ranking this many always takes about a millisecond
 
 
 class Answering(Protocol):
-    """What answers the APIs' questions: a `Pipeline`, or one with a cache around it."""
+    """Answers questions: a `Pipeline`, or one with a cache around it."""
 
     def check_room(self) -> None:
-        """Return if a request of which nothing has been read yet has a chance.
+        """Check, before a request is read, that it may be accepted.
 
-        The model that it asks is in its body, so room at any model lets it in; `answer` checks that model again.
+        The body names the model, so room at any model is enough here; `answer` checks the named model again.
 
         Raises:
-            EngineOverloaded: it would be refused, whichever model it asks.
+            EngineOverloaded: it would be rejected for every model.
         """
         ...
 
     async def answer(self, questions: Sequence[Question], *, deadline: float) -> list[Result]:
-        """Answer the questions of one call side by side, all or none.
+        """Answer the questions of one call concurrently; if one fails, the call fails.
 
         Args:
-            questions: all are validated and tokenized before the engine gets any.
-            deadline: `time.monotonic` seconds.
+            questions: all are validated and tokenized before the first engine call.
+            deadline: in `time.monotonic` seconds.
 
         Raises:
-            InvalidArgument: a question is outside the limits; its location is within that of the question.
+            InvalidArgument: a question is outside the limits; the location begins with that of the question.
             BundleMismatch: as in `ServedModel.verify`.
-            EngineOverloaded: it would have to wait too long for the engine, or there is no memory for it.
+            EngineOverloaded: it would wait too long for the engine, or there is not enough memory.
             EngineError: the engine did not answer.
-            InvalidLogits: the engine answered nonsense.
+            InvalidLogits: the output of the engine is unusable.
         """
         ...
 
 
 class Pipeline:
-    """Answers questions, each with the model that it is put to."""
+    """Answers questions, each with the model that it names."""
 
     def __init__(self, registry: ModelRegistry, settings: Settings, metrics: Metrics) -> None:
         self.registry = registry
         self.settings = settings
         self.memory = MemoryBudget(settings.max_memory_mb << 20)
         self.workers = WorkerPool()
-        """For long texts: tokenizing, decoding, writing replies."""
+        """Threads for long texts: tokenizing, decoding, writing replies."""
         self.body_workers = WorkerPool(1)
-        """For large bodies: to parse one takes milliseconds, and must not wait for long texts."""
+        """Thread for parsing large bodies: this takes milliseconds and must not wait for long texts."""
         self._metrics = metrics
 
     def close(self) -> None:
-        """Begin no more work."""
+        """Start no more work."""
         self.workers.close()
         self.body_workers.close()
 
     async def answer(self, questions: Sequence[Question], *, deadline: float) -> list[Result]:
         """As in `Answering`."""
-        request_context.get().charge("question", len(questions) - 1)  # one was taken when the request came
+        request_context.get().charge("question", len(questions) - 1)  # one was charged when the request arrived
         call = Call(deadline)
         self.admit(questions, call)
         return await self.run(questions, call)
 
     def admit(self, questions: Sequence[Question], call: Call) -> None:
-        """Return if the questions of a call may begin.
+        """Check that a call may begin.
 
         Raises:
-            EngineOverloaded: they would have to wait too long for the engine, or there is no memory for them.
+            EngineOverloaded: it would wait too long for the engine, or there is not enough memory.
         """
         self.memory.check(sum(question.bytes for question in questions))
         for model in _models_of(questions):
             model.admission.check(call.deadline, besides=self.workers.abandoned)
 
     async def run(self, questions: Sequence[Question], call: Call) -> list[Result]:
-        """Answer questions that were admitted, or that need not be."""
+        """Answer questions that are admitted, or that need no admission."""
         with self.memory.account() as account:
             validate(questions, self.settings)
             tokenized = await self.tokenize(questions, call, account)
             return share_reply(await side_by_side([self.infer_and_decode(each, call) for each in tokenized]))
 
     async def infer_and_decode(self, tokenized: Tokenized, call: Call) -> Result:
-        """Answer one question that is tokenized."""
+        """Answer one tokenized question."""
         inferred = await self.infer(tokenized, call)
         return await self.decode(inferred, call)
 
     async def tokenize(self, questions: Sequence[Question], call: Call, account: Account) -> list[Tokenized]:
-        """Turn valid questions into windows, and count the memory of texts and windows on an account."""
+        """Turn questions into windows, and count the memory of texts and windows on an account."""
         tokenized: list[Tokenized] = []
         windows_left, quick_s = MAX_WINDOWS, INLINE_S
         account.add(sum(question.bytes for question in questions))
@@ -152,7 +152,7 @@ class Pipeline:
         if tokenized.tokens * question.max_answer_tokens > MAX_SPANS:
             limit = MAX_SPANS // tokenized.tokens
             raise InvalidArgument(
-                ("max_answer_tokens",), f"must be at most {limit} for texts of {tokenized.tokens:,} tokens together"
+                ("max_answer_tokens",), f"must be at most {limit} for texts with {tokenized.tokens:,} tokens in total"
             )
         self._metrics.tokenized(tokenized.seconds, tokenized.windows, documents[0].question_truncated)
         identity = question.model.bundle.manifest.identity
@@ -160,7 +160,7 @@ class Pipeline:
         return tokenized
 
     async def infer(self, tokenized: Tokenized, call: Call) -> Inferred:
-        """Get the logits of every window, as the call's turns at the engine come."""
+        """Get the logits of every window, as the call gets its turns at the engine."""
         model, documents = tokenized.question.model, tokenized.documents
         started = time.perf_counter()
         windows = [window for document in documents for window in document.windows]
@@ -168,7 +168,7 @@ class Pipeline:
             with tracing.span("infer", calls=True, windows=len(windows), model=model.bundle.manifest.identity):
                 flat = iter(await _ask_engine(model, windows, call))
         except EngineUnavailable:
-            model.verified = False  # it may come back as another
+            model.verified = False  # Triton may come back with another engine
             raise
         logits = [[next(flat) for _ in document.windows] for document in documents]
         return Inferred(tokenized, logits, time.perf_counter() - started)
@@ -200,7 +200,7 @@ class Pipeline:
         raise overloaded
 
     def expected_wait(self) -> float:
-        """Seconds until a call that comes now would have its first turn, at the model that is busiest."""
+        """Seconds until a new call would get its first turn, at the busiest model."""
         return max(model.admission.expected_wait(self.workers.abandoned) for model in self.registry)
 
 
@@ -209,11 +209,11 @@ def make_windows(question: Question, max_windows: int, check: Check) -> tuple[Wi
 
     Args:
         question: valid.
-        max_windows: most that all contexts may need together.
+        max_windows: limit on the windows of all contexts together.
         check: called between steps of a few milliseconds.
 
     Raises:
-        InvalidArgument: as `bertqa.windows.WindowTokenizer`, named by the fields of `Question`.
+        InvalidArgument: as in `bertqa.windows.WindowTokenizer`, with the field names of `Question`.
     """
     documents: list[Windows] = []
     for number, context in enumerate(question.contexts):
@@ -236,7 +236,7 @@ def make_windows(question: Question, max_windows: int, check: Check) -> tuple[Wi
 
 
 def rank(inferred: Inferred, check: Check) -> Result:
-    """Rank the spans of one question, and keep no more than a reply may hold; ``check`` as in `make_windows`."""
+    """Rank the spans of one question, and keep as many as a reply may have; ``check`` as in `make_windows`."""
     tokenized, question = inferred.tokenized, inferred.tokenized.question
     decoded = decode(
         tokenized.documents,
@@ -252,12 +252,12 @@ def rank(inferred: Inferred, check: Check) -> Result:
 
 
 def share_reply(results: list[Result]) -> list[Result]:
-    """Give each question of a call its share of `MAX_ANSWER_BYTES`."""
+    """Limit the answers of each question of a call to its share of `MAX_ANSWER_BYTES`."""
     return results if len(results) == 1 else [each.within(MAX_ANSWER_BYTES // len(results)) for each in results]
 
 
 async def side_by_side(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Await all; the first failure, or our own cancellation, cancels the rest and waits until they are gone."""
+    """Await all; the first failure, or cancellation, cancels the rest and waits for them to end."""
     if len(work) == 1:  # the common case needs no task
         return [await work[0]]
     tasks = [asyncio.create_task(each) for each in work]

@@ -1,4 +1,4 @@
-"""A real question that proves that a model answers."""
+"""Check that a model answers, with a real question."""
 
 import time
 
@@ -9,11 +9,11 @@ from service.inference.registry import ServedModel
 from service.triton.errors import EngineUnavailable
 
 EVIDENCE_S = 1.0
-"""Seconds for which an engine call that succeeded proves that the engine answers."""
+"""Seconds for which a successful engine call proves that the engine works."""
 
 
 async def is_ready(pipeline: Pipeline, model: ServedModel, patience_s: float) -> None:
-    """Return if a model answers, as its latest probe found; at most one a second is made, however many ask.
+    """Check that a model answers; all callers within a second share one probe.
 
     Raises:
         Exception: as `check_ready`, with a deadline ``patience_s`` seconds from the start of the probe.
@@ -22,20 +22,20 @@ async def is_ready(pipeline: Pipeline, model: ServedModel, patience_s: float) ->
 
 
 async def check_ready(pipeline: Pipeline, model: ServedModel, deadline: float) -> None:
-    """Compare the engine with its bundle, and see it answer: a client a moment ago, or a question of our own.
+    """Check that the engine belongs to its bundle and that it works: a client's call just succeeded, or ours does now.
 
     Raises:
         BundleMismatch: as in `ServedModel.verify`.
         EngineError: the engine does not answer.
-        InvalidLogits: it answers nonsense.
+        InvalidLogits: the output of the engine is unusable.
     """
     try:
         await model.admin.check_ready(deadline=deadline)
-        await model.compare(deadline=deadline)  # a probe is the moment to notice that Triton has another loaded
+        await model.compare(deadline=deadline)  # detects that Triton has loaded another engine
     except EngineUnavailable:
-        model.verified = False  # it may come back as another
+        model.verified = False  # Triton may come back with another engine
         raise
     evidence_s = max(EVIDENCE_S, 2 * model.admission.call_s)
     if time.monotonic() > model.admission.answered_at + evidence_s:
         asked = Question(model=model, question="Is it ready?", contexts=("It is ready.",))
-        await pipeline.run([asked], Call(deadline))  # without admission: a busy engine is ready
+        await pipeline.run([asked], Call(deadline))  # skips admission: a busy engine is ready

@@ -1,4 +1,4 @@
-"""What is asked, and what becomes of it step by step: `Question`, `Tokenized`, `Inferred`, `Result`."""
+"""A question and its later states: `Question`, `Tokenized`, `Inferred`, `Result`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +11,12 @@ from service.inference.registry import ServedModel
 from service.inference.shared_values import Source
 from service.settings import Settings
 
-_ARRAY_BYTES, _WINDOW_BYTES, _ANSWER_BYTES = 160, 1_200, 320  # of the objects themselves
+_ARRAY_BYTES, _WINDOW_BYTES, _ANSWER_BYTES = 160, 1_200, 320  # Python overhead of each object
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked, and of whom; None stands for the model's own value. Field names are those that errors give."""
+    """A question to a model; None means the model's default. Errors use these field names."""
 
     model: ServedModel
     question: str
@@ -27,7 +27,7 @@ class Question:
     max_seq_len: int | None = None  # tokens
     max_question_tokens: int | None = None
     align_to_words: bool = True
-    location: Location = field(default=(), compare=False)  # of the question in the client's request, for errors
+    location: Location = field(default=(), compare=False)  # of the question in the client's request; used in errors
 
     @property
     def chars(self) -> int:
@@ -36,18 +36,18 @@ class Question:
 
     @property
     def bytes(self) -> int:
-        """Memory of its texts: one byte a character to four, by the widest that a text holds."""
+        """Memory of its texts: one to four bytes per character, by the widest character of each text."""
         return getsizeof(self.question) + sum(map(getsizeof, self.contexts))
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A question ready for the engine."""
+    """A tokenized question."""
 
     question: Question
     documents: tuple[Windows, ...]  # one for each context
     seconds: float
-    cost_s: float  # seconds that work on its texts may take at worst, as `tokenizing_s` estimates
+    cost_s: float  # worst case of the work on its texts in seconds, from `tokenizing_s`
 
     @property
     def windows(self) -> int:
@@ -61,7 +61,7 @@ class Tokenized:
 
     @property
     def bytes(self) -> int:
-        """Memory of its windows, and of the logits that will come of them."""
+        """Memory of its windows and of their logits."""
         windows = [window for document in self.documents for window in document.windows]
         arrays = [array for each in self.documents for array in (each.starts, each.ends, each.words)]
         size = sum(array.nbytes + _ARRAY_BYTES for array in arrays)
@@ -69,49 +69,49 @@ class Tokenized:
 
 
 def _bytes_with_logits(window: Window) -> int:
-    return window.length * (3 + 2) * 4 + _WINDOW_BYTES  # three int32 of each token go in, two float32 come out
+    return window.length * (3 + 2) * 4 + _WINDOW_BYTES  # per token, three int32 in and two float32 out
 
 
 @dataclass(frozen=True, slots=True)
 class Inferred:
-    """A question with the engine's answer."""
+    """A question with the logits of its windows."""
 
     tokenized: Tokenized
-    logits: Sequence[Sequence[Logits]]  # for each document, of each of its windows
+    logits: Sequence[Sequence[Logits]]  # for each window of each document
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A question answered."""
+    """A question with its answers."""
 
     tokenized: Tokenized
-    logits: Sequence[Sequence[Logits]]  # for each document, of each of its windows
+    logits: Sequence[Sequence[Logits]]  # for each window of each document
     decoded: Decoded
     tokenize_s: float
     infer_s: float
     decode_s: float
-    omitted: int = 0  # answers left out, for the bytes of all would be more than `MAX_ANSWER_BYTES`
+    omitted: int = 0  # answers dropped to keep the call within `MAX_ANSWER_BYTES`
     source: Source | None = None  # None without a cache
 
     @property
     def question(self) -> Question:
-        """What was asked."""
+        """The question."""
         return self.tokenized.question
 
     @property
     def documents(self) -> tuple[Windows, ...]:
-        """Its windows over each of its contexts."""
+        """Its windows over each context."""
         return self.tokenized.documents
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes up, its key in a cache included."""
+        """Memory of the result, including its key in a cache."""
         answers = sum(getsizeof(each.text) + _ANSWER_BYTES for each in self.decoded.answers)
         return self.question.bytes + self.tokenized.bytes + answers
 
     def within(self, max_bytes: int) -> "Result":
-        """The same with no more answers than have so many UTF-8 bytes together, but at least one."""
+        """Return the result with only the first answers whose UTF-8 bytes fit into ``max_bytes``, but at least one."""
         kept: list[Answer] = []
         for answer in self.decoded.answers:
             max_bytes -= len(answer.text.encode())
@@ -125,7 +125,7 @@ class Result:
 
 
 def validate(questions: Iterable[Question], settings: Settings) -> None:
-    """Hold questions against the limits, before anything is made of them.
+    """Check questions against the limits, before any other work.
 
     Raises:
         InvalidArgument: a text is empty or too long, or there are too many.
@@ -151,7 +151,7 @@ def _validate(question: Question, settings: Settings) -> None:
             raise InvalidArgument(("contexts", number), _EMPTY)
 
 
-_EMPTY = "must hold more than white space"
+_EMPTY = "must contain more than white space"
 
 
 def _too_many(name: str, limit: int, unit: str, got: int) -> InvalidArgument:

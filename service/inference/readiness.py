@@ -1,4 +1,4 @@
-"""Whether a model answers: one probe for all who ask at the same time, and its outcome for a second."""
+"""Share readiness probes: concurrent callers share one, and its outcome is kept for a second."""
 
 import asyncio
 import math
@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 REUSE_S = 1.0
-"""Seconds that the outcome of a probe holds, whether it was good or bad."""
+"""Seconds for which the outcome of a probe is kept, good or bad."""
 
 
 class Readiness:
@@ -18,20 +18,20 @@ class Readiness:
         self._ended = -math.inf
 
     async def ask(self, probe: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Return if the model is ready; begins a probe unless one is under way, or has ended a moment ago.
+        """Check that the model is ready; starts a probe unless one is running or has just ended.
 
         Raises:
-            Exception: what the probe raised.
+            Exception: the error of the probe.
         """
         if self._probe is None or (self._probe.done() and time.monotonic() >= self._ended + REUSE_S):
             self._probe = asyncio.create_task(probe())
             self._probe.add_done_callback(self._note)
         asked = self._probe
-        await asyncio.wait((asked,))  # which leaves it alone if we are cancelled
+        await asyncio.wait((asked,))  # does not cancel it if we are cancelled
         if error := asked.exception():
             raise error.with_traceback(None)
 
     def _note(self, probe: "asyncio.Task[None]") -> None:
         self._ended = time.monotonic()
         if not probe.cancelled():
-            probe.exception()  # asyncio would report one that nobody has looked at
+            probe.exception()  # or asyncio would report it as never retrieved

@@ -1,7 +1,7 @@
-"""The models that a process answers with, each at one version.
+"""The models that a process serves, each at one version.
 
-A question is put to a `ServedModel`, which holds tokenizer and engine of one version together; when another version
-takes over, questions in progress end with the one that they began with.
+A question is bound to a `ServedModel`, which holds the tokenizer and the engine of one version. When another version
+becomes active, questions in progress finish on the version that they started with.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from service.triton.channels import EngineFactory
 
 
 class ServedModel:
-    """One version of a model: its bundle, the engine that Triton has loaded from it, and whether those agree."""
+    """One version of a model: its bundle, its engine in Triton, and whether the two match."""
 
     def __init__(self, bundle: Bundle, engines: EngineFactory, metrics: Metrics, settings: Settings) -> None:
         self.bundle = bundle
@@ -32,32 +32,32 @@ class ServedModel:
         self.cache: SharedValues[Any] | None = None  # of results; made by `CachedPipeline`
 
     async def verify(self, *, deadline: float) -> None:
-        """Compare the loaded engine with the manifest; costs nothing from then on, until the engine has been away.
+        """Check the loaded engine against the manifest, once; again after the engine was unavailable.
 
         Raises:
             BundleMismatch: they differ.
-            EngineError: the engine cannot be asked yet.
+            EngineError: the engine does not answer yet.
         """
         if not self.verified:
             await self.compare(deadline=deadline)
 
     async def compare(self, *, deadline: float) -> None:
-        """Compare them now, whatever is known; errors as in `verify`."""
+        """Check the loaded engine against the manifest now; errors as in `verify`."""
         loaded = await self.admin.loaded(deadline=deadline)
         identity = loaded.parameters.get(f"identity_{self.bundle.version}", "an engine without identity")
         expected = self.bundle.manifest.identity
         if identity != expected:
             self.verified = False
             raise BundleMismatch(
-                f"Triton has loaded {identity}, but version {self.bundle.version} of the repository that the service "
-                f"reads is {expected}; give both the same model repository, or reload Triton"
+                f"Triton has loaded {identity}, but version {self.bundle.version} in the service's model repository is "
+                f"{expected}; use the same model repository for both, or reload Triton"
             )
         self.admission.resize(loaded.concurrency)
         self.verified = True
 
 
 class ModelRegistry:
-    """What is served now, by name."""
+    """The served models by name."""
 
     def __init__(self, default: str, models: dict[str, ServedModel]) -> None:
         self.default = default
@@ -74,14 +74,14 @@ class ModelRegistry:
 
     @property
     def names(self) -> list[str]:
-        """What a question may name."""
+        """Model names that a question may use."""
         return list(self._models)
 
     def __getitem__(self, name: str | None) -> ServedModel:
-        """The model of that name; without one, the default.
+        """Return the model with a name; None means the default.
 
         Raises:
-            InvalidArgument: there is none; the message names those that there are.
+            InvalidArgument: there is no such model; the message lists the names.
         """
         try:
             return self._models[self.default if name is None else name]
@@ -89,30 +89,30 @@ class ModelRegistry:
             raise InvalidArgument(("model",), f"must be one of {', '.join(self.names)}; got {name!r:.100}") from None
 
     def put(self, model: ServedModel) -> None:
-        """Let a version answer in place of the one that did."""
+        """Serve a version instead of the previous one."""
         self._models[model.bundle.model] = model
 
     def remove(self, name: str) -> None:
-        """Answer no longer for a model."""
+        """Stop serving a model."""
         del self._models[name]
 
 
 def default_model(repository: Repository, wanted: str | None) -> str:
-    """Name the model that answers requests which name none.
+    """Return the name of the model for requests that name none.
 
     Args:
         repository: with the models.
-        wanted: setting ``BERTQA_MODEL``; without it, ``bert_qa`` or the only model.
+        wanted: setting ``BERTQA_MODEL``; default: ``bert_qa`` or the only model.
 
     Raises:
-        BundleMismatch: the repository has no such model or none at all, or must be told which of several it is.
+        BundleMismatch: the repository has no such model, no model at all, or several and the choice is unclear.
     """
     names = list(repository.serving())
     if not names:
-        repository.open()  # raises, and says what to do
+        repository.open()  # raises an error that says what to do
     if wanted is None:
         if MODEL_NAME not in names and len(names) > 1:
-            raise BundleMismatch(f"BERTQA_MODEL: must say which is the default of {', '.join(names)}")
+            raise BundleMismatch(f"BERTQA_MODEL: set it to the default model, one of {', '.join(names)}")
         return MODEL_NAME if MODEL_NAME in names else names[0]
     if wanted not in names:
         raise BundleMismatch(f"BERTQA_MODEL: must be one of {', '.join(names)}; got {wanted!r}")

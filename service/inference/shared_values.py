@@ -1,4 +1,4 @@
-"""Values kept in memory for who asks again, and one computation for all who ask at the same time."""
+"""A cache with a byte limit, where concurrent callers for one key share its computation."""
 
 import asyncio
 import time
@@ -10,30 +10,30 @@ from typing import Any, Generic, Literal, TypeVar
 V = TypeVar("V")
 
 Source = Literal["hit", "coalesced", "miss"]
-"""Where a value came from: memory, a computation that another caller had begun, or the caller's own computation."""
+"""Where a value came from: the cache, a computation that another caller started, or the caller's own."""
 
 
 class SharedValues(Generic[V]):
-    """Values by key, bounded by bytes: the least recently used goes first. Errors are not kept."""
+    """Values by key, with a byte limit; drops the least recently used first. Errors are not kept."""
 
     def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
         """Begin empty.
 
         Args:
-            max_bytes: of all values together; a larger value is not kept.
+            max_bytes: limit on all values together; a larger value is not kept.
             size_of: returns the bytes of a value and its key.
         """
         self.bytes = 0
         self._max_bytes = max_bytes
         self._size_of = size_of
-        self._kept: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()  # the one to go next comes first
+        self._kept: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()  # least recently used first
         self._flights: dict[Hashable, _Flight[V]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def has(self, key: Hashable) -> bool:
-        """Whether the value of a key is kept, or being computed."""
+        """Return whether a value is kept or being computed."""
         return key in self._kept or key in self._flights
 
     async def get(
@@ -41,17 +41,17 @@ class SharedValues(Generic[V]):
     ) -> tuple[V, Source]:
         """Return the value of a key and where it came from.
 
-        A computation is cancelled when nobody waits for it any more. If it fails, it fails for all who wait; but if the
-        first caller's deadline ended it, a waiter with time left starts it again.
+        A computation is cancelled when no caller waits for it any more. If it fails, it fails for all its callers. But
+        if the first caller's deadline ends the computation, a waiter with time left restarts it.
 
         Args:
             key: equal only for equal values.
-            compute: makes the value by this caller's deadline.
-            deadline: `time.monotonic` seconds.
+            compute: computes the value within this caller's deadline.
+            deadline: in `time.monotonic` seconds.
 
         Raises:
-            TimeoutError: the deadline passed while another caller's computation went on.
-            Exception: whatever the computation raises.
+            TimeoutError: the deadline passed during another caller's computation.
+            Exception: any error of the computation.
         """
         while True:
             if key in self._kept:
@@ -87,14 +87,14 @@ class SharedValues(Generic[V]):
         flight.waiting += 1
         try:
             timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
-            await asyncio.wait((flight.task,), timeout=timeout)  # which leaves the task alone if we are cancelled
+            await asyncio.wait((flight.task,), timeout=timeout)  # does not cancel the task if we are cancelled
             if not flight.task.done():
                 raise TimeoutError
             return flight.task.result()
         finally:
             flight.waiting -= 1
             if not flight.waiting and not flight.task.done():
-                self._end(key, flight.task)  # nobody may join it now
+                self._end(key, flight.task)  # so that no other caller joins it
                 flight.task.cancel()
                 await asyncio.wait((flight.task,))
 
@@ -109,4 +109,4 @@ class _Flight(Generic[V]):
 
     task: "asyncio.Future[V]"
     deadline: float
-    waiting: int = 0  # for it
+    waiting: int = 0  # callers

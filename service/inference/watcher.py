@@ -1,4 +1,4 @@
-"""Follows ``serving.json`` while the process runs: a version that becomes active takes over from the one before."""
+"""Watch ``serving.json`` while the process runs, and serve a version once it becomes active."""
 
 import asyncio
 import logging
@@ -18,38 +18,38 @@ from service.triton.channels import EngineFactory
 T = TypeVar("T")
 
 LOOK_S = 1.0
-"""Seconds between two looks at the repository."""
+"""Seconds between two checks of the repository."""
 PROBE_S = 5.0
-"""Seconds that a question to a new version may take before it is tried again."""
+"""Timeout in seconds of the question to a new version, before the next try."""
 
 log = logging.getLogger("bertqa.service")
 
 
 class RepositoryWatcher:
-    """Keeps a `ModelRegistry` at what the repository says."""
+    """Keeps a `ModelRegistry` in step with the repository."""
 
     def __init__(self, repository: Repository, engines: EngineFactory, metrics: Metrics, settings: Settings) -> None:
-        """Name the parts.
+        """Set the repository to watch.
 
         Args:
-            repository: read only.
+            repository: only read.
             engines: makes the clients of each version.
-            metrics: of the application.
-            settings: likewise.
+            metrics: metrics of the application.
+            settings: settings of the application.
         """
         self._repository = repository
         self._engines = engines
         self._metrics = metrics
         self._settings = settings
         self._thread = ThreadPoolExecutor(1, "repository")
-        self._seen: tuple[int, ...] = ()  # the stamp, when the repository was last read
-        self._said: dict[str, str] = {}  # what is in the way of a model's version
+        self._seen: tuple[int, ...] = ()  # the stamp when the repository was last read
+        self._said: dict[str, str] = {}  # the logged problem of each model
 
     def start(self, default: str | None) -> ModelRegistry:
-        """Open the active version of every model, whether the engine is up or not.
+        """Open the active version of every model; the engine need not be up.
 
         Raises:
-            BundleMismatch: there is none, one is not whole, or the default is none of them.
+            BundleMismatch: there is no model, a version is incomplete, or there is no such default model.
         """
         self._seen = self._stamp()
         default = default_model(self._repository, default)
@@ -57,12 +57,12 @@ class RepositoryWatcher:
         return ModelRegistry(default, {name: self._served(self._repository.open(name)) for name in names})
 
     async def follow(self, registry: ModelRegistry, probe: Callable[[ServedModel, float], Awaitable[object]]) -> None:
-        """Go over to another version whenever the repository says so, for ever.
+        """Switch to the active version whenever it changes, until cancelled.
 
-        The new version answers a question first; until it can, the one before goes on.
+        The new version must answer a question first; until then, the previous version keeps answering.
 
         Args:
-            registry: to keep up to date.
+            registry: registry to update.
             probe: sends a real question to a model, by a deadline in `time.monotonic` seconds.
         """
         try:
@@ -70,8 +70,8 @@ class RepositoryWatcher:
                 await asyncio.sleep(LOOK_S)
                 try:
                     await self._look(registry, probe)
-                except Exception:  # whatever it is, the next look may go well
-                    log.exception("the repository could not be looked at; it will be again")
+                except Exception:  # the next check may succeed
+                    log.exception("cannot check the repository; trying again")
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -93,12 +93,12 @@ class RepositoryWatcher:
             try:
                 new = self._served(await self._in_thread(self._repository.open, name, wanted.active))
                 await probe(new, time.monotonic() + PROBE_S)
-            except Exception as error:  # whatever it is, the version before goes on
+            except Exception as error:  # the previous version keeps answering
                 self._say(name, f"version {wanted.active} of {name} cannot answer yet: {error}")
                 continue
             self._said.pop(name, None)
             registry.put(new)
-            log.warning("%s answers from version %d now, %s", name, wanted.active, new.bundle.manifest.identity)
+            log.warning("%s now answers from version %d, %s", name, wanted.active, new.bundle.manifest.identity)
             self._metrics.serves(each.bundle for each in registry)
         for name in [each.bundle.model for each in registry if each.bundle.model not in serving]:
             if name != registry.default:
@@ -109,7 +109,7 @@ class RepositoryWatcher:
         return ServedModel(bundle, self._engines, self._metrics, self._settings)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        # One of its own: questions may fill the threads that they share.
+        # A thread of its own, because questions may occupy all shared threads.
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     def _say(self, name: str, problem: str) -> None:
@@ -119,7 +119,7 @@ class RepositoryWatcher:
         self._said[name] = problem
 
     def _stamp(self) -> tuple[int, ...]:
-        """Changes with ``serving.json``, and when a model's directory comes or goes."""
+        """Return a value that changes with ``serving.json`` and with the list of model directories."""
         stamp = []
         for path in (self._repository.root, self._repository.root / SERVING_FILE):
             with suppress(OSError):

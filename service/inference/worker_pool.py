@@ -15,44 +15,44 @@ from service.triton.errors import EngineOverloaded, EngineTimeout
 
 T = TypeVar("T")
 Check = Callable[[], None]
-"""Called between the steps of some work; raises when nobody wants its result any more."""
+"""Called between the steps of work; raises if the result is no longer needed."""
 
 
 def go_on() -> None:
-    """Be a `Check` of work that runs to its end."""
+    """A `Check` that never raises."""
 
 
 THREADS = 2
-"""Texts worked on at one time. Python runs one thread at a time; the tokenizer runs beside it."""
+"""Number of threads. Python runs one thread at a time, but the tokenizer releases the GIL."""
 INLINE_S = 0.002
-"""Seconds of work that may be done on the event loop."""
+"""Seconds of work that may run on the event loop."""
 LARGE_BYTES = 64 * 1024
-"""From this size, bodies are parsed and replies written in a thread; less takes under a millisecond."""
-_WEIGHT = 1 / 16  # of the latest work in the mean
+"""Bodies and replies from this size on are parsed and written in a thread; smaller ones take under a millisecond."""
+_WEIGHT = 1 / 16  # weight of the latest work in the moving average
 
 
 class Abandoned(Exception):
-    """Raised by `Check`: the deadline has passed, or the client has gone."""
+    """Raised by a `Check`: the deadline passed, or the client disconnected."""
 
 
 class WorkerPool:
-    """A few threads; for one event loop."""
+    """A small thread pool with deadlines; for one event loop."""
 
     def __init__(self, threads: int = THREADS) -> None:
         self.abandoned = 0
-        """Work that goes on though nobody waits for it, for it cannot be stopped between its steps."""
+        """Number of tasks that no caller waits for but that still run, until their next check."""
         self._threads = threads
         self._executor = ThreadPoolExecutor(threads, "questions")
-        self._waiting = 0  # work begun or not whose request waits for it
+        self._waiting = 0  # tasks, queued or running, that a caller waits for
         self._mean_s = 0.0
 
     @property
     def expected_wait(self) -> float:
-        """Seconds until work that comes now would begin."""
+        """Seconds until new work would start."""
         return max(self._waiting + self.abandoned + 1 - self._threads, 0) * self._mean_s / self._threads
 
     def check(self, max_wait_s: float) -> None:
-        """Return if work that comes now would begin in time.
+        """Check that new work would start in time.
 
         Raises:
             EngineOverloaded: it would not.
@@ -60,19 +60,19 @@ class WorkerPool:
         wait_s = self.expected_wait
         if wait_s > max_wait_s:
             raise EngineOverloaded(
-                f"Long texts are waiting to be tokenized: this one would wait {wait_s:.2f} s, and may wait "
+                f"Long texts are waiting to be tokenized: this one would wait {wait_s:.2f} s; the limit is "
                 f"{max_wait_s:.2f} s.",
                 retry_after_s=wait_s - max_wait_s,
             )
 
     async def run(self, work: Callable[[Check], T], *, deadline: float) -> T:
-        """Run work in a thread, until the deadline in `time.monotonic` seconds at most.
+        """Run work in a thread, with a deadline in `time.monotonic` seconds.
 
-        The work is told to stop when the deadline passes or the caller is cancelled, and is not waited for then.
+        If the deadline passes or the caller is cancelled, returns at once; the work stops at its next check.
 
         Raises:
-            EngineTimeout: the deadline passed first.
-            Exception: whatever the work raises.
+            EngineTimeout: the deadline passed.
+            Exception: any error of the work.
         """
         is_wanted = True
 
@@ -107,44 +107,46 @@ class WorkerPool:
                 future.add_done_callback(lambda _: self._forget(loop))
 
     async def run_if_large(self, size: int, work: Callable[[Check], T], *, deadline: float) -> T:
-        """Run work on ``size`` bytes: at once if there are few, else in a thread, as `run` does.
+        """Run work on ``size`` bytes: directly if there are few, otherwise in a thread as `run` does.
 
-        One call into C keeps the event loop waiting all the same, so the work should consist of several.
+        A single long call into C would block the event loop even from a thread, so the work should make several calls.
         """
         return work(go_on) if size < LARGE_BYTES else await self.run(work, deadline=deadline)
 
     def close(self) -> None:
-        """Begin no more work."""
+        """Start no more work."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _forget(self, loop: asyncio.AbstractEventLoop) -> None:
         def forget() -> None:
             self.abandoned -= 1
 
-        with suppress(RuntimeError):  # the loop has ended meanwhile
+        with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(forget)
 
 
-_PASSED = "The deadline passed while the texts were being worked on."
+_PASSED = "The deadline passed while the texts were being processed."
 _FOREVER_S = 1e6
 
 
 def _look_at(future: "asyncio.Future[Any]") -> None:
     if not future.cancelled():
-        future.exception()  # so that asyncio does not complain of one that nobody waited for
+        future.exception()  # or asyncio would report it as never retrieved
 
 
 _ASCII_S, _NEAR_S, _ANY_S = 0.8e-6, 1.2e-6, 10e-6
-"""Worst seconds a character: of an ASCII text without long words, of such words in another text, of all others."""
+"""Worst-case seconds per character: in ASCII texts without long words; in other texts, of short ASCII words and of the
+rest."""
 _LONG_WORD = 25
 
 
 def tokenizing_s(*texts: str) -> float:
-    """Estimate the seconds that tokenizing takes at worst.
+    """Estimate the worst-case seconds of tokenizing.
 
-    WordPiece tries every ending of a word from every piece on: the square of the word's length, up to a hundred
-    letters. Measured with the shipped tokenizer on a 2-core Xeon: 0.3 µs a character for English, 0.8 for the worst
-    plain ASCII of words below 25 letters, a half more where the text must be normalized, 10 for the worst words of all.
+    WordPiece tries every end of a word from every piece on, which is quadratic in the length of words up to a hundred
+    letters. Measured with the shipped tokenizer on a 2-core Xeon, per character: 0.3 µs for English, 0.8 µs for the
+    worst plain ASCII with words below 25 letters, half as much again if the text must be normalized, and 10 µs for the
+    worst words.
     """
     return sum(map(_tokenizing_s, texts))
 

@@ -26,7 +26,7 @@ def test_a_location_is_written_as_a_client_would(location: Location, text: str) 
 
 
 def test_a_location_moves_with_the_object_that_holds_the_value() -> None:
-    error = InvalidArgument(("contexts", 3), "must hold more than white space")
+    error = InvalidArgument(("contexts", 3), "must contain more than white space")
     moved = error.within("questions", 2)
     assert (moved.location, moved.reason) == (("questions", 2, "contexts", 3), error.reason)
     assert error.location == ("contexts", 3)  # waiters that share an error each name their own place

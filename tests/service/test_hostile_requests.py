@@ -446,7 +446,7 @@ def test_what_would_wait_too_long_is_refused_before_it_is_read(
             reply = client.post(path, content=b"{" * 1_000_000)  # which would be malformed
             assert (reply.status_code, reply.json()["error_type"]) == (503, "engine_overloaded")
             assert reply.headers["retry-after"] == "3", "3.25 s less the one that it may wait"
-            assert "would wait 3.25 s for its turn, and may wait 1.00 s" in reply.json()["error"]
+            assert "would wait 3.25 s for its turn; the limit is 1.00 s" in reply.json()["error"]
         assert client.get("/health/ready").status_code == 200, "a busy engine is ready"
         assert 'bertqa_errors_total{error_type="engine_overloaded"} 5.0' in client.get("/metrics").text
         before.close()

@@ -169,7 +169,7 @@ def test_an_address_of_hugging_face_names_a_model_once_there_are_several(start: 
     ("models", "default", "message"),
     [
         (["korean"], "german", "BERTQA_MODEL: must be one of korean; got 'german'"),
-        (["english", "korean"], "", "BERTQA_MODEL: must say which is the default of english, korean"),
+        (["english", "korean"], "", "BERTQA_MODEL: set it to the default model, one of english, korean"),
     ],
 )
 def test_a_default_that_is_not_clear_is_refused(

@@ -193,7 +193,7 @@ def test_the_same_question_is_computed_once(make_app: MakeApp, engine: FakeEngin
         assert client.post("/v1/answer", json=new[0]).status_code == 503
         refused = client.post("/v1/answers", json={"questions": new})
         assert refused.status_code == 503
-        assert "may wait 2.00 s" in refused.json()["error"], "at once, not after it has waited"
+        assert "the limit is 2.00 s" in refused.json()["error"], "at once, not after it has waited"
         assert client.post("/v1/answers", json={"questions": [ASKED, new[0]]}).status_code == 503
         busy.close()
 
