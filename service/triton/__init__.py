@@ -1,1 +1,1 @@
-"""The engine in Triton: windows in, logits out. No other package of the service imports gRPC."""
+"""The client of Triton: windows in, logits out. No other package of the service imports gRPC."""

@@ -1,4 +1,4 @@
-"""What start-up, probes and operators ask of a model in Triton; nothing here is on the path of a question."""
+"""Queries about a model in Triton, for start-up, probes and operators; questions do not use this module."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -15,32 +15,32 @@ from service.triton.replica import Replica
 from service.triton.wire import NOT_A_MESSAGE
 
 CALLS_PER_WINDOW = 2
-"""Engine calls at one time for each window that the engine computes at one time: that one, and one that waits."""
+"""Concurrent engine calls for each window that the engine computes at one time: that one, and one in the queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model as the server has loaded it."""
+    """A model as Triton has loaded it."""
 
     parameters: Mapping[str, str]
-    """Those of its ``config.pbtxt``."""
+    """Parameters in its ``config.pbtxt``."""
     concurrency: int
-    """Windows that it should have at one time: twice those that its instances at all addresses compute at one time."""
+    """Windows to send at one time: twice the number that its instances at all addresses compute at one time."""
 
 
 class EngineAdmin(Protocol):
-    """Says how a model's version is loaded; `TritonAdmin` is the real one. Deadlines are `time.monotonic` seconds."""
+    """Describes a loaded model version; `TritonAdmin` implements it. Deadlines are in `time.monotonic` seconds."""
 
     async def check_ready(self, *, deadline: float) -> None:
-        """Return if the model can be called.
+        """Check that the model can be called.
 
         Raises:
-            EngineError: it cannot; the message says why.
+            EngineError: it cannot be called; the message says why.
         """
         ...
 
     async def loaded(self, *, deadline: float) -> Loaded:
-        """Look up what the server has loaded.
+        """Return what the server has loaded.
 
         Raises:
             EngineError: the server did not answer.
@@ -48,7 +48,7 @@ class EngineAdmin(Protocol):
         ...
 
     async def server_version(self, *, deadline: float) -> str:
-        """Look up the version of the server.
+        """Return the version of the server.
 
         Raises:
             EngineError: the server did not answer.
@@ -57,21 +57,21 @@ class EngineAdmin(Protocol):
 
 
 class TritonAdmin:
-    """A version of a model in Triton; `service.triton.channels.Channels` makes it."""
+    """The `EngineAdmin` of a model version in Triton; made by `service.triton.channels.Channels`."""
 
     def __init__(self, failover: Failover, replicas: Sequence[Replica]) -> None:
         self._failover = failover
         self._replicas = replicas
 
     async def check_ready(self, *, deadline: float) -> None:
-        """Return if the model can be called, as described in `EngineAdmin`."""
+        """Check that the model can be called, as described in `EngineAdmin`."""
         request = service_pb2.ModelReadyRequest(name=self._failover.model, version=self._failover.version)
         reply = await self._call("ModelReady", request, service_pb2.ModelReadyResponse, deadline)
         if not reply.ready:
             raise EngineNotLoaded(f"Triton runs, but {self._failover.description} is not ready.")
 
     async def loaded(self, *, deadline: float) -> Loaded:
-        """Look up what the server has loaded, as described in `EngineAdmin`."""
+        """Return what the server has loaded, as described in `EngineAdmin`."""
         request = service_pb2.ModelConfigRequest(name=self._failover.model, version=self._failover.version)
         reply = await self._call("ModelConfig", request, service_pb2.ModelConfigResponse, deadline)
         instances = sum(group.count * max(len(group.gpus), 1) for group in reply.config.instance_group)
@@ -81,7 +81,7 @@ class TritonAdmin:
         return Loaded(parameters, CALLS_PER_WINDOW * windows * sum(addresses))
 
     async def server_version(self, *, deadline: float) -> str:
-        """Look up the version of the replica whose turn it is."""
+        """Return the version of the next replica."""
         request = service_pb2.ServerMetadataRequest()
         reply = await self._call("ServerMetadata", request, service_pb2.ServerMetadataResponse, deadline)
         return str(reply.version)

@@ -1,4 +1,4 @@
-"""The connections of a process to Triton, and the clients that use them."""
+"""The gRPC connections of a process to Triton, and the clients that use them."""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from service.triton.replica import Replica, TlsCredentials, tls_credentials
 
 
 class EngineFactory(Protocol):
-    """Makes the clients for a version of a model; `Channels` is the real one."""
+    """Makes the clients for a version of a model; `Channels` implements it."""
 
     def engine(self, model: str, version: int) -> Engine:
-        """Make what computes logits."""
+        """Make the client that computes logits."""
         ...
 
     def admin(self, model: str, version: int) -> EngineAdmin:
-        """Make what says how the version is loaded."""
+        """Make the client that describes the loaded version."""
         ...
 
     async def close(self) -> None:
@@ -29,9 +29,9 @@ class EngineFactory(Protocol):
 
 
 class Channels:
-    """One channel to each address of Triton: a server, or several that are replicas of each other.
+    """One channel to each address of Triton; several addresses are replicas.
 
-    Make one instance per process, inside its running event loop. Clients for the same version share circuits.
+    Make one instance per process, inside its running event loop. Clients for the same version share circuit breakers.
     """
 
     def __init__(
@@ -42,19 +42,19 @@ class Channels:
         tls: TlsCredentials | None = None,
         tls_name: str = "",
     ) -> None:
-        """Open the channels; gRPC connects when they are first used.
+        """Open the channels; gRPC connects on first use.
 
         Args:
-            urls: gRPC addresses host:port. Calls go round them, and round all addresses of a name. gRPC finds replicas
-                added under a name when a connection to an older one ends; Triton's ``--grpc-max-connection-age`` has
-                servers end them now and then.
-            watch_circuit: called with address, model and version of each new circuit; returns what is called with the
-                circuit's later states.
-            tls: from `tls_credentials`; without it, connections are not encrypted.
-            tls_name: name that Triton's certificate must have; by default that of the address.
+            urls: gRPC addresses host:port. Calls alternate between them, and between all addresses of a name. When
+                a connection ends, gRPC finds new replicas behind a name; with ``--grpc-max-connection-age``, Triton
+                ends connections regularly.
+            watch_circuit: called with address, model and version of each new circuit breaker; returns a function to call
+                with its later states.
+            tls: from `tls_credentials`; None: no encryption.
+            tls_name: name required in Triton's certificate; default: the name in the address.
 
         Raises:
-            ValueError: there is no address.
+            ValueError: ``urls`` is empty.
         """
         if not urls:
             raise ValueError("urls: at least one address host:port is needed")

@@ -1,6 +1,6 @@
-"""A circuit breaker: after several failures in a row there are no more calls, except for a trial now and then.
+"""A circuit breaker: after several failures in a row it blocks calls, except for a trial now and then.
 
-Pattern and names are Nygard's (Release It!, 2nd edition 2018, section 5.2)::
+The pattern and its names come from Nygard (Release It!, 2nd edition 2018, section 5.2)::
 
     closed ── failures in a row ──▶ open ── a pause ──▶ half-open ── success ──▶ closed
                                       ▲                     │
@@ -15,15 +15,15 @@ from enum import IntEnum
 FAILURES = 5
 """Failures in a row that open a circuit."""
 PAUSE_S = 0.25
-"""Seconds between two trials, and so the longest wait for the first call of a server that is back."""
+"""Seconds between two trials, and so the longest time until a recovered server is called."""
 TRIAL_S = 1.0
-"""Longest time, in seconds, for which a trial blocks other calls."""
+"""Longest time in seconds for which a trial blocks other calls."""
 SILENCE_S = 0.5
-"""Seconds without a reply that count as a failure; a deadline may be shorter than any engine needs."""
+"""Seconds without a reply that count as a failure; after a shorter deadline, silence proves nothing."""
 
 
 class State(IntEnum):
-    """State of a circuit; metrics show its number."""
+    """State of a circuit breaker; metrics show its number."""
 
     CLOSED = 0
     HALF_OPEN = 1
@@ -31,22 +31,22 @@ class State(IntEnum):
 
 
 class CircuitBreaker:
-    """Whether calls to one server are allowed; for one event loop, without locks.
+    """Decides whether calls to one server are allowed; for one event loop, without locks.
 
-    After `allows` returns True, report the outcome of the call by exactly one of `succeeded`, `failed`, `silent` and
+    After `allows` returns True, report the outcome of the call with exactly one of `succeeded`, `failed`, `silent` and
     `unknown`.
     """
 
     def __init__(self, report: Callable[[State], None] = lambda state: None) -> None:
-        """Begin closed; ``report`` is called with each later state."""
+        """Start closed; ``report`` is called with each later state."""
         self._report = report
         self._state = State.CLOSED
         self._failures = 0
-        self._failed = self._succeeded = 0.0  # when, by time.monotonic
+        self._failed = self._succeeded = 0.0  # times of time.monotonic
         self._next_trial = 0.0
         self._trial_over = asyncio.Event()
         self.reason = ""
-        """Sentence about the latest failure."""
+        """A sentence about the latest failure."""
 
     @property
     def state(self) -> State:
@@ -54,7 +54,7 @@ class CircuitBreaker:
         return self._state
 
     def allows(self) -> bool:
-        """Say whether a call may be made now; if the circuit is not closed, that call is the trial."""
+        """Return whether to make a call now; unless the circuit is closed, that call is the trial."""
         if self._state is State.CLOSED:
             return True
         now = time.monotonic()
@@ -66,7 +66,7 @@ class CircuitBreaker:
         return True
 
     async def trial_ends(self, timeout_s: float) -> bool:
-        """Wait for the end of the trial in progress; returns False if the time runs out first."""
+        """Wait for the end of the trial in progress; returns False after the timeout."""
         try:
             await asyncio.wait_for(self._trial_over.wait(), max(timeout_s, 0))
         except asyncio.TimeoutError:
@@ -83,11 +83,11 @@ class CircuitBreaker:
     def failed(self, sent: float, reason: str) -> None:
         """Report a call that failed.
 
-        Calls in progress at the same time that fail together, as those of one connection do, count as one failure.
+        Concurrent calls that fail together, such as those of one broken connection, count as one failure.
 
         Args:
-            sent: when the call began, in `time.monotonic` seconds.
-            reason: sentence for `reason`.
+            sent: start of the call, in `time.monotonic` seconds.
+            reason: a sentence for `reason`.
         """
         if sent < max(self._failed, self._succeeded):
             return
@@ -100,14 +100,14 @@ class CircuitBreaker:
             self._become(State.OPEN)
 
     def silent(self, sent: float, reason: str) -> None:
-        """Report a call without a reply before its deadline: a failure if it waited for at least `SILENCE_S`."""
+        """Report a call that got no reply by its deadline; it is a failure if it waited for at least `SILENCE_S`."""
         if time.monotonic() - sent >= SILENCE_S:
             self.failed(sent, reason)
         else:
             self.unknown()
 
     def unknown(self) -> None:
-        """Report a call that proves nothing, e.g. because it was cancelled; the next call may be a trial at once."""
+        """Report a call that proves nothing, e.g. a cancelled one; the next call may be a trial immediately."""
         if self._state is State.HALF_OPEN:
             self._next_trial = 0.0
             self._trial_over.set()

@@ -14,26 +14,26 @@ from service.triton.wire import RequestEncoder, decode_logits
 
 
 class Engine(Protocol):
-    """Computes the logits of windows; `TritonEngine` is the real one."""
+    """Computes the logits of windows; `TritonEngine` implements it."""
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
-        """Run the engine on all windows at once: all succeed, or the call fails.
+        """Run the engine on all windows concurrently; if one fails, the call fails.
 
         Args:
-            windows: no more than the engine may have at one time.
+            windows: no more than may be in progress at one time.
             deadline: in `time.monotonic` seconds.
 
         Returns:
-            For each window its start and end logits, each float32 of shape (1, length), perhaps read-only.
+            Start and end logits of each window, each float32 of shape (1, length); may be read-only.
 
         Raises:
-            EngineError: there are no logits for at least one window; the calls for the others have been cancelled.
+            EngineError: a window failed; the calls for the others are cancelled.
         """
         ...
 
 
 class TritonEngine:
-    """A version of a model in Triton; `service.triton.channels.Channels` makes it."""
+    """The `Engine` of a model version in Triton; made by `service.triton.channels.Channels`."""
 
     def __init__(self, failover: Failover) -> None:
         self._failover = failover

@@ -1,4 +1,4 @@
-"""What can go wrong with an engine call.
+"""Define the errors of engine calls.
 
 The tree::
 
@@ -9,7 +9,7 @@ The tree::
     ├── EngineOverloaded     too many calls wait, here or in Triton
     └── EngineBroken         the engine failed, or its output is not usable
 
-`service.triton.replica` translates every error of gRPC into it, once.
+`service.triton.replica` translates every gRPC error into one of these.
 """
 
 
@@ -17,23 +17,23 @@ class EngineError(Exception):
     """The engine gave no usable answer; the message is a plain sentence."""
 
     def __init__(self, message: str, *, detail: str = "") -> None:
-        """Say what went wrong.
+        """Set the message.
 
         Args:
             message: in our own words.
-            detail: what the engine said, which may be any text.
+            detail: the engine's message, which may contain any text.
         """
         super().__init__(f"{message}: {detail}" if detail else message)
         self.plain = message
-        """The message without the engine's own words, safe to log."""
+        """The message without ``detail``; safe to log."""
 
 
 class EngineUnavailable(EngineError):
-    """There is no connection to Triton, or it failed a moment ago and is not called."""
+    """There is no connection to Triton, or it failed a moment ago and calls are blocked."""
 
 
 class EngineNotLoaded(EngineUnavailable):
-    """Triton answers, but does not serve this model now."""
+    """Triton answers, but does not serve this model."""
 
 
 class EngineTimeout(EngineError):
@@ -41,13 +41,13 @@ class EngineTimeout(EngineError):
 
 
 class EngineOverloaded(EngineError):
-    """Too many calls wait for the engine; try again a little later."""
+    """Too many calls are waiting for the engine; try again later."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        """Say what is full, and after how many seconds to try again."""
+        """Set the message, and the seconds after which to try again."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
 class EngineBroken(EngineError):
-    """The engine answered with an error, or with something that cannot be the logits of the window."""
+    """The engine answered with an error, or with output that cannot be the logits of the window."""

@@ -1,8 +1,8 @@
-"""Which replica is called next, and what happens when a call fails.
+"""Choose the replica for each call, and retry failed calls.
 
-Calls go round the replicas. A call that fails goes at once to a replica that has not been tried, and after a pause to
-one that has. Each version of a model has a circuit breaker at each replica. Calling twice is harmless, because
-inference changes nothing.
+Calls alternate between the replicas. A failed call is retried at once on a replica that has not been tried, or after a
+pause on one that has. Each version of a model has a circuit breaker at each replica. Retries are safe, because
+inference has no side effects.
 """
 
 import asyncio
@@ -23,24 +23,24 @@ from service.triton.errors import (
 from service.triton.replica import PASSED, Replica
 
 RETRIES = 2
-"""Most calls after the first one."""
+"""Limit on retries of a call."""
 _RETRY_S = 0.1  # mean pause before the first retry; doubled for the next
 
 WatchCircuit = Callable[[str, str, str], Callable[[State], None]]
-"""Takes address, model and version of a new circuit; returns what is called with each of its later states."""
+"""Takes address, model and version of a new circuit breaker; returns a function to call with its later states."""
 
 T = TypeVar("T")
 
 
 class Link:
-    """A version of a model at one replica, with its circuit."""
+    """A version of a model at one replica, with its circuit breaker."""
 
     def __init__(self, replica: Replica, circuit: CircuitBreaker) -> None:
         self.replica = replica
         self.circuit = circuit
 
     def note(self, failure: EngineError, sent: float) -> None:
-        """Tell the circuit of a call, sent at that `time.monotonic` time, that failed."""
+        """Report a failed call to the circuit breaker; ``sent`` is its start in `time.monotonic` seconds."""
         match failure:
             case EngineNotLoaded() | EngineOverloaded():
                 self.circuit.unknown()  # the server works
@@ -51,18 +51,18 @@ class Link:
 
 
 class Failover:
-    """Calls one version of a model at whichever replica works; for one event loop, without locks."""
+    """Calls one version of a model at a replica that works; for one event loop, without locks."""
 
     def __init__(
         self, replicas: Sequence[Replica], model: str, version: str, watch_circuit: WatchCircuit | None = None
     ) -> None:
-        """Begin with all circuits closed.
+        """Start with all circuits closed.
 
         Args:
             replicas: at least one.
             model: name of the model.
-            version: empty for the highest that a server has loaded.
-            watch_circuit: follows the states of the circuits.
+            version: empty for the highest version that a server has loaded.
+            watch_circuit: observes the states of the circuit breakers.
         """
         self.model = model
         self.version = version
@@ -75,17 +75,17 @@ class Failover:
     async def call(
         self, method: str, request: bytes, deadline: float, read: Callable[[bytes], T], *, proves_engine: bool = False
     ) -> T:
-        """Call a method of Triton's gRPC service, at most `RETRIES` times again.
+        """Call a method of Triton's gRPC service, with at most `RETRIES` retries.
 
         Args:
             method: name of the method.
             request: serialized message.
             deadline: in `time.monotonic` seconds.
-            read: makes the result from the serialized reply; raises `EngineBroken` where it is unusable.
-            proves_engine: whether a result proves that the engine works, and closes its circuit.
+            read: parses the serialized reply; raises `EngineBroken` if it is unusable.
+            proves_engine: whether a result proves that the engine works, and so closes its circuit.
 
         Raises:
-            EngineError: the last failure, when there is no replica or no time left to try.
+            EngineError: the last failure, when no replica or no time is left.
         """
         turn = next(self._turns)
         tried: list[Link] = []
@@ -121,11 +121,11 @@ class Failover:
         read: Callable[[bytes], T],
         proves_engine: bool,
     ) -> T:
-        """Call one replica, once, and tell its circuit; ``attempt`` counts from 1."""
+        """Call one replica once and report to its circuit breaker; ``attempt`` counts from 1."""
         sent = time.monotonic()
         timeout_s = deadline - sent
         if link.circuit.state is not State.CLOSED and attempt < len(self._links):
-            timeout_s /= 2  # a trial leaves time for a replica that works
+            timeout_s /= 2  # leaves time for another replica if the trial fails
         try:
             result = read(await link.replica.call(method, request, timeout_s, self.description))
         except EngineError as error:
@@ -141,10 +141,10 @@ class Failover:
         return result
 
     async def _next_link(self, turn: int, tried: Sequence[Link], deadline: float) -> Link | None:
-        """Find the next replica whose circuit allows a call: first those not tried, from the one whose turn it is.
+        """Find the next replica whose circuit breaker allows a call; untried ones come first, from index ``turn``.
 
-        If none does but one is on trial, wait for the outcome. Otherwise a request of several windows would fail by its
-        own trial.
+        If none allows it but a trial is in progress, wait for its outcome. Otherwise a request with several windows
+        would fail because of its own trial.
         """
         begin = turn % len(self._links)
         if not tried and self._links[begin].circuit.allows():
@@ -161,4 +161,4 @@ class Failover:
 
     def _all_open(self) -> EngineUnavailable:
         reasons = " ".join(link.circuit.reason for link in self._links)
-        return EngineUnavailable(f"Triton failed several times in a row and is left alone for a moment. {reasons}")
+        return EngineUnavailable(f"Triton failed several times in a row; calls pause for a moment. {reasons}")

@@ -1,4 +1,4 @@
-"""One Triton server's address: its gRPC channel, TLS, and the translation of gRPC's errors."""
+"""One address of Triton: its gRPC channel, TLS, and the translation of gRPC errors."""
 
 import asyncio
 import socket
@@ -22,28 +22,28 @@ from service.triton.errors import (
 PASSED = "The deadline passed before the engine answered."
 
 TlsCredentials: TypeAlias = grpc.ChannelCredentials
-"""Certificates and key for connections to Triton, as `tls_credentials` reads them."""
+"""Certificates and key for connections to Triton, read by `tls_credentials`."""
 
 _SERVICE = "/inference.GRPCInferenceService/"
 _METHODS = ("ModelInfer", "ModelReady", "ModelConfig", "ServerMetadata")
-_LOOKUP_S = 0.1  # longest wait for a name server; questions may be waiting for the count of addresses
+_LOOKUP_S = 0.1  # longest wait for a name server, because questions may wait for the result
 _CHANNEL_OPTIONS = (
-    ("grpc.lb_policy_name", "round_robin"),  # over all addresses of a name; by default gRPC keeps to the first
-    # gRPC looks a name up again when one of its connections ends, but by default at most every 30 s: too late where all
+    ("grpc.lb_policy_name", "round_robin"),  # use all addresses of a name; by default gRPC uses one
+    # gRPC resolves a name again when a connection ends, but by default at most every 30 s. That is too late if all
     # replicas of a headless service are replaced.
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
-    # A restarted Triton is back in seconds, but the default backoff grows to two minutes, and an attempt to connect
-    # that nobody answers lasts 20 s.
+    # A restarted Triton is back in seconds, but the default backoff grows to two minutes, and an unanswered attempt to
+    # connect lasts 20 s.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A server answers pings more frequent than one in five minutes with GOAWAY "too_many_pings". A dead peer is noticed
-    # anyway: keepalive also sets TCP_USER_TIMEOUT, here to 3 s, and every call has a deadline.
+    # A server rejects more than one ping in five minutes with GOAWAY "too_many_pings". A dead peer is detected anyway:
+    # keepalive also sets TCP_USER_TIMEOUT, here to 3 s, and every call has a deadline.
     ("grpc.keepalive_time_ms", 330_000),
     ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.enable_http_proxy", 0),  # Triton is not behind the proxy for the web
-    ("grpc.enable_retries", 0),  # our own retries know the deadline and the other replicas
+    ("grpc.enable_http_proxy", 0),  # Triton is not behind a web proxy
+    ("grpc.enable_retries", 0),  # our own retries respect the deadline and use other replicas
 )
 # Messages are a few kilobytes (three rows of at most 512 int32), far below gRPC's own limit of 4 MiB.
 
@@ -52,7 +52,7 @@ def tls_credentials(ca: str, cert: str = "", key: str = "") -> TlsCredentials | 
     """Read PEM files for connections to Triton.
 
     Args:
-        ca: certificates of the authority; without it, connections are not encrypted.
+        ca: certificates of the CA; empty: no encryption.
         cert: our own certificate, for mutual TLS.
         key: its private key.
 
@@ -71,15 +71,15 @@ def tls_credentials(ca: str, cert: str = "", key: str = "") -> TlsCredentials | 
 
 
 def tls_options(name: str) -> tuple[tuple[str, str], ...]:
-    """Channel options for a server whose certificate must have this name; by default, that of the address."""
+    """Return channel options that require a name in the certificate of the server; default: that of the address."""
     return (("grpc.ssl_target_name_override", name),) if name else ()
 
 
 class Replica:
-    """A channel to one address host:port, which may be a name of several servers."""
+    """A channel to one address host:port; the host name may have several addresses."""
 
     def __init__(self, url: str, tls: TlsCredentials | None = None, tls_name: str = "") -> None:
-        """Open the channel, inside a running event loop; gRPC connects when it is first used."""
+        """Open the channel, inside a running event loop; gRPC connects on first use."""
         self.url = url
         self._addresses = 1
         self._lookup: asyncio.Task[int] | None = None
@@ -89,7 +89,7 @@ class Replica:
             if tls
             else grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
         )
-        # Without serializers, requests and replies are bytes: gRPC logs a traceback for every reply it cannot parse.
+        # No serializers: requests and replies are bytes. With them, gRPC logs a traceback for each malformed reply.
         self._methods: dict[str, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {
             name: self._channel.unary_unary(_SERVICE + name) for name in _METHODS
         }
@@ -97,8 +97,8 @@ class Replica:
     async def call(self, method: str, request: bytes, timeout_s: float, model: str) -> bytes:
         """Call a method of Triton's gRPC service once.
 
-        gRPC itself is told no timeout. It converts one to a time of the wall clock and that to one of the monotonic
-        clock; if the wall clock jumps in between, the call ends at once, or too late by as much as the clock jumped.
+        We pass no timeout to gRPC. It would convert it to wall-clock time and then to monotonic time; if the wall clock
+        jumps in between, the call ends at once, or too late by the size of the jump.
 
         Args:
             method: one of `_METHODS`.
@@ -138,7 +138,7 @@ class Replica:
             timer.cancel()
 
     async def count_addresses(self) -> int:
-        """Count the addresses of the name, without waiting long for a slow name server: then the last count holds."""
+        """Count the addresses of the name; returns the last count if the name server is slow."""
         lookup = self._lookup = self._lookup or asyncio.ensure_future(count_addresses(self.url))
         await asyncio.wait([lookup], timeout=_LOOKUP_S)
         if lookup.done() and not lookup.cancelled():
@@ -156,17 +156,17 @@ class Replica:
 
 
 async def count_addresses(url: str) -> int:
-    """Count the addresses that a URL stands for; 1 where the system's own resolver does not know it."""
+    """Count the addresses of a URL's host; 1 if the system resolver does not know it."""
     host, _, port = url.removeprefix("dns:///").rpartition(":")
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except OSError:
         return 1
-    return max(Counter(family for family, *_ in found).values())  # a server may listen on IPv4 and on IPv6
+    return max(Counter(family for family, *_ in found).values())  # a server may have both an IPv4 and an IPv6 address
 
 
 def translate(error: grpc.aio.AioRpcError, url: str, model: str) -> EngineError:
-    """Make one of our errors of gRPC's; ``model`` describes the model."""
+    """Translate a gRPC error into one of ours; ``model`` describes the model."""
     code, details = error.code(), (error.details() or "").strip()
     match code:
         case grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -176,7 +176,7 @@ def translate(error: grpc.aio.AioRpcError, url: str, model: str) -> EngineError:
         case grpc.StatusCode.UNAVAILABLE if "timeout expired" in details.lower():
             return EngineOverloaded(f"The request waited too long in Triton's queue for {model}.")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.NOT_FOUND if "model" in details.lower():
-            return EngineNotLoaded(f"Triton at {url} does not serve {model} now: {details}")
+            return EngineNotLoaded(f"Triton at {url} does not serve {model}: {details}")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
             return EngineUnavailable(f"No connection to Triton at {url}: {details}")
         case _:

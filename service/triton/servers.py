@@ -1,4 +1,4 @@
-"""Every Triton that serves a model repository, one by one, for operators: states, counts of calls, versions."""
+"""Query every Triton of a model repository, for operators: states, call counts and versions."""
 
 import socket
 from collections.abc import Sequence
@@ -16,34 +16,34 @@ _CALL_S = 5.0
 
 
 class ServerUnreachable(Exception):
-    """A Triton does not answer, or its address cannot be looked up."""
+    """A Triton does not answer, or its address cannot be resolved."""
 
 
 @dataclass(frozen=True, slots=True)
 class VersionState:
-    """What a Triton says of a version."""
+    """The state of a model version in a Triton."""
 
     name: str  # READY, LOADING, UNLOADING or UNAVAILABLE
-    reason: str = ""  # e.g. why it could not be loaded
+    reason: str = ""  # e.g. why loading failed
 
 
 UNKNOWN = VersionState("UNAVAILABLE")
-"""State of a version that a Triton does not know."""
+"""State of a version that Triton does not know."""
 
 
 class Servers:
-    """Every Triton that serves the repository; a name with several addresses is that number of servers."""
+    """All Tritons that serve the repository; each address of a name is one server."""
 
     def __init__(self, urls: Sequence[str], tls: TlsCredentials | None = None) -> None:
-        """Look up the addresses.
+        """Resolve the addresses.
 
         Args:
             urls: gRPC addresses host:port.
-            tls: from `service.triton.replica.tls_credentials`. A certificate must have the name by which the server was
-                looked up, not its address.
+            tls: from `service.triton.replica.tls_credentials`. The certificate must have the host name in ``urls``, not
+                the resolved address.
 
         Raises:
-            ServerUnreachable: an address cannot be looked up.
+            ServerUnreachable: an address cannot be resolved.
         """
         self._tls = tls
         self._names = {address: _host(url) for url in urls for address in _addresses(url)}
@@ -84,7 +84,7 @@ class Servers:
         }
 
     def answered(self, model: str, version: int) -> int:
-        """Count the engine calls that a version has answered on all servers together; 0 where it is not loaded.
+        """Count the engine calls that a version has answered on all servers; 0 where it is not loaded.
 
         Raises:
             ServerUnreachable: a server does not answer.
@@ -97,7 +97,7 @@ class Servers:
         return count
 
     def versions(self) -> dict[str, str]:
-        """Ask each Triton for its version.
+        """Ask each server for its version.
 
         Raises:
             ServerUnreachable: a server does not answer.
@@ -105,7 +105,7 @@ class Servers:
         return {url: self._ask(url, "get_server_metadata").version for url in self.urls}
 
     def channels(self, url: str) -> Channels:
-        """Open channels to one of the servers alone, inside a running event loop."""
+        """Open channels to one server only, inside a running event loop."""
         return Channels([url], tls=self._tls, tls_name=self._names[url])
 
     def _ask(self, url: str, method: str, *arguments: str) -> Any:
@@ -129,6 +129,6 @@ def _addresses(url: str) -> list[str]:
     except (OSError, ValueError) as error:
         raise ServerUnreachable(f"--triton-url {url}: {error}") from None
     addresses = dict.fromkeys(str(address[0]) for *_, address in found)
-    if host == "localhost":  # one server with two addresses, and it may listen on one of them only
+    if host == "localhost":  # one server with two addresses, which may listen on only one of them
         return [url]
     return [f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in addresses]

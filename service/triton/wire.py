@@ -1,9 +1,9 @@
-"""Messages of Triton's inference protocol: a window becomes the bytes of a request, a reply becomes logits.
+"""Encode windows as requests of Triton's inference protocol, and decode replies into logits.
 
-Pure functions of the hot path. Requests are encoded by hand, because most of their bytes are the same for every window
-of a length, and building a protobuf message costs more than the rest of the call's own work. Field numbers are those of
+These pure functions are on the hot path. Requests are encoded by hand, because most of their bytes are the same for
+every window of a length, and building a protobuf message costs more than the rest of the call. Field numbers are from
 https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_service.proto; a test compares the bytes with
-what protobuf makes of the same message.
+protobuf's encoding of the same message.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from bertqa.spans import FloatArray, Logits, are_real
 from bertqa.windows import INPUT_NAMES, OUTPUT_NAMES, Window
 from service.triton.errors import EngineBroken
 
-NOT_A_MESSAGE = "The engine's answer is not a message of Triton's protocol."
+NOT_A_MESSAGE = "The engine's reply is not a message of Triton's protocol."
 
 _ID, _RAW_INPUT_CONTENTS = 3, 7  # fields of ModelInferRequest
-# Field 4, parameters: an entry of the map, {"timeout": {int64_param: …}}. Its three lengths are always below 128.
+# Field 4, parameters: a map entry {"timeout": {int64_param: …}}. Its three lengths are always below 128.
 _TIMEOUT = b"\x22%c\x0a\x07timeout\x12%c\x10%b"
 
 
@@ -27,10 +27,10 @@ class RequestEncoder:
     """Encodes the requests for one version of a model."""
 
     def __init__(self, model: str, version: str) -> None:
-        """Name the model; without a version, Triton takes the highest that it has loaded."""
+        """Set model and version; with an empty version, Triton uses the highest that it has loaded."""
         self._model = model
         self._version = version
-        self._constant: dict[int, tuple[bytes, bytes]] = {}  # by length of the window
+        self._constant: dict[int, tuple[bytes, bytes]] = {}  # by window length
 
     def encode(self, window: Window, *, request_id: str, timeout_s: float) -> bytes:
         """Encode one window as a ``ModelInferRequest``.
@@ -64,7 +64,7 @@ class RequestEncoder:
         )
 
     def _head(self, length: int) -> bytes:
-        """Encode what is the same for every window of a length; messages of one type may be concatenated."""
+        """Encode the part that is the same for every window of a length; protobuf messages may be concatenated."""
         return bytes(
             service_pb2.ModelInferRequest(
                 model_name=self._model,
@@ -80,14 +80,14 @@ def decode_logits(reply: bytes, length: int) -> Logits:
 
     Args:
         reply: its bytes.
-        length: of the window, in tokens.
+        length: window length, in tokens.
 
     Returns:
         Start and end logits, each read-only float32 of shape (1, length).
 
     Raises:
-        EngineBroken: it is not such a message, a tensor is missing or has another type or shape, or a number in it is
-            NaN, infinite or absurdly large.
+        EngineBroken: the reply is not such a message, a tensor is missing or has the wrong type or shape, or a number
+            is NaN, infinite or absurdly large.
     """
     try:
         message = service_pb2.ModelInferResponse.FromString(reply)
@@ -110,9 +110,9 @@ def decode_logits(reply: bytes, length: int) -> Logits:
 
 
 def _decode_any_order(outputs: list[Any], raw: list[bytes], length: int) -> Logits:
-    """Decode outputs in whatever order, and name the first that is not as it should be."""
+    """Decode outputs in any order; the error names the first invalid one."""
     if len(outputs) != len(raw):
-        raise EngineBroken("The engine answered without raw tensors.")
+        raise EngineBroken("The engine's reply has no raw tensors.")
     found = {output.name: (output, content) for output, content in zip(outputs, raw, strict=True)}
     start, end = (_tensor(found, name, length) for name in OUTPUT_NAMES)
     return start, end
@@ -121,7 +121,7 @@ def _decode_any_order(outputs: list[Any], raw: list[bytes], length: int) -> Logi
 def _tensor(found: dict[str, tuple[Any, bytes]], name: str, length: int) -> FloatArray:
     if name not in found:
         raise EngineBroken(
-            f"The engine's answer has no output {name!r} among its {len(found)}", detail=str(sorted(found))
+            f"The engine's reply has no output {name!r} among its {len(found)} outputs", detail=str(sorted(found))
         )
     output, raw = found[name]
     shape = list(output.shape)
@@ -137,12 +137,12 @@ def _tensor(found: dict[str, tuple[Any, bytes]], name: str, length: int) -> Floa
 
 
 def _prefix(field: int, length: int) -> bytes:
-    """Encode the key of a string, bytes or message field below number 16, and the length of its content."""
+    """Encode the key of a string, bytes or message field with a number below 16, and the length of its content."""
     return b"%c%b" % (field << 3 | 2, _varint(length))
 
 
 def _varint(number: int) -> bytes:
-    """Encode a non-negative integer: seven bits a byte, the lowest first."""
+    """Encode a non-negative integer: seven bits per byte, lowest first."""
     encoded = bytearray()
     while number > 0x7F:
         encoded.append(number & 0x7F | 0x80)

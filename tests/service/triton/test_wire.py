@@ -76,8 +76,8 @@ def test_a_number_that_no_model_means_is_refused_wherever_it_is(number: float, o
 @pytest.mark.parametrize(
     ("message", "problem"),
     [
-        (reply(raw_output_contents=[bytes(4 * LENGTH)]), "without raw tensors"),
-        (reply(outputs=[]), "without raw tensors"),
+        (reply(raw_output_contents=[bytes(4 * LENGTH)]), "has no raw tensors"),
+        (reply(outputs=[]), "has no raw tensors"),
         (reply(raw_output_contents=[bytes(4 * LENGTH), bytes(4 * LENGTH - 4)]), r"'end_logits' .* in 252 bytes"),
         (reply(raw_output_contents=[bytes(4 * LENGTH + 4), bytes(4 * LENGTH - 4)]), r"'start_logits' .* in 260 bytes"),
         (
