@@ -1,1 +1,1 @@
-"""What a client sees over HTTP."""
+"""The HTTP API: routes, schemas, errors and the OpenAPI description."""

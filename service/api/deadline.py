@@ -1,4 +1,4 @@
-"""When the answer must be there, and who still waits for it."""
+"""The deadline of a request, and cancellation when its client disconnects."""
 
 import asyncio
 import sys
@@ -17,14 +17,14 @@ DEADLINE_HEADER = "x-timeout-ms"
 _DEADLINE_HEADER = DEADLINE_HEADER.encode()
 MAX_TIMEOUT_MS = 999_999_999
 GONE = "bertqa.gone"
-"""ASGI extension of our HTTP protocol: a future that is done once the client has closed the connection."""
+"""ASGI extension of our HTTP protocol: a future that completes when the client closes the connection."""
 
 
 def deadline_of(request: Request, longest_s: float) -> float:
-    """Return the moment, in `time.monotonic` seconds, by which a request that came just now must be answered.
+    """Return the deadline of a request that has just arrived, in `time.monotonic` seconds.
 
     Raises:
-        InvalidArgument: the client's own limit in ``x-timeout-ms`` is not a positive whole number.
+        InvalidArgument: the limit in the client's ``x-timeout-ms`` is not a positive whole number.
     """
     wishes = [value for name, value in request.scope["headers"] if name == _DEADLINE_HEADER]
     if wishes:
@@ -39,18 +39,18 @@ def deadline_of(request: Request, longest_s: float) -> float:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await work, but cancel it when the client closes the connection; uvicorn does not do so by itself.
+    """Await work, but cancel it when the client closes the connection; uvicorn does not do this itself.
 
-    The work runs in the task of the request, which is cancelled: a task of its own would cost a tenth of an answer. The
-    request's body must have been read.
+    The work runs in the task of the request, and that task is cancelled: a task for the work would cost a tenth of the
+    time of an answer. Read the body of the request first.
 
     Raises:
-        ClientDisconnect: the client has gone, and the work has ended.
+        ClientDisconnect: the client disconnected, and the work has ended.
     """
     task = asyncio.current_task()
     assert task
     extension: asyncio.Future[None] | None = request.scope.get("extensions", {}).get(GONE)
-    if extension is None:  # another server
+    if extension is None:  # a server without our protocol
         gone: asyncio.Future[None] = asyncio.create_task(_disconnected(request.receive))
     else:
         gone = extension

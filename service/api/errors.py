@@ -1,18 +1,18 @@
-"""Everything that can go wrong with a request, the one table from exception to HTTP status, and the reply to each.
+"""The errors of requests, one table from exception to HTTP status, and the replies.
 
-Fields that are not acceptable are `bertqa.errors.InvalidArgument`, 422, wherever they are found; errors of the engine's
-side are `service.triton.errors.EngineError`. The rest is this tree::
+Invalid fields raise `bertqa.errors.InvalidArgument` (422) everywhere. Errors of the engine are
+`service.triton.errors.EngineError`. The rest is this tree::
 
-    RequestError               what the client can mend
+    RequestError               the client can fix it
     ├── MalformedHttp          400, not HTTP
     ├── MalformedBody          400, not JSON
-    ├── CrossOriginRefused     400, a browser asks whether a page may ask, and it may not
-    ├── Unauthorized           401, without a key that is known
-    ├── NoSuchModel            404, of the address
-    ├── SlowRequest            408, did not arrive in time
+    ├── CrossOriginRefused     400, a CORS preflight request that is not allowed
+    ├── Unauthorized           401, no valid API key
+    ├── NoSuchModel            404, in the URL
+    ├── SlowRequest            408, it did not arrive in time
     ├── BodyTooLarge           413
-    ├── NotJson                415, content type or encoding say so
-    ├── RateLimited            429, a key is used more often than it may be
+    ├── NotJson                415, by its content type or encoding
+    ├── RateLimited            429, an API key exceeds its rate
     ├── HeadTooLarge           431
     ├── BodiesOverloaded       503
     └── TooManyConnections     503
@@ -43,25 +43,25 @@ log = logging.getLogger("bertqa.service")
 
 
 class RequestError(Exception):
-    """A request that cannot be answered as it is; the message is a sentence for whoever sent it."""
+    """The request cannot be answered as sent; the message is a sentence for the client."""
 
     headers: Mapping[str, str] = {}
-    """That the response has besides."""
+    """Additional headers of the response."""
 
 
 class MalformedHttp(RequestError):
-    """What came is not an HTTP request, or not one that can be answered."""
+    """The bytes are not an HTTP request, or not one that the service can answer."""
 
 
 class HeadTooLarge(RequestError):
-    """The request's line and headers have more bytes than allowed."""
+    """The request line and headers have more bytes than allowed."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"headers: must be at most {limit:,} bytes, the address included")
+        super().__init__(f"headers: must be at most {limit:,} bytes, including the URL")
 
 
 class TooManyConnections(RequestError):
-    """More connections are open than may be, and none of them is idle."""
+    """Too many connections are open, and none of them is idle."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"{limit:,} connections are open, which is the limit")
@@ -72,28 +72,30 @@ class MalformedBody(RequestError):
 
 
 class CrossOriginRefused(RequestError):
-    """A browser asked whether a page of that origin may ask in that way, and it may not."""
+    """A browser's CORS preflight request: the origin, method or header is not allowed."""
 
     headers: Mapping[str, str] = {"vary": "Origin"}
 
 
 class Unauthorized(RequestError):
-    """No API key came along, or none that is known."""
+    """The API key is missing or unknown, or its header is repeated."""
 
     headers: Mapping[str, str] = {"www-authenticate": 'Bearer realm="bertqa"'}
 
 
 class RateLimited(RequestError):
-    """An API key is used more often than it may be."""
+    """An API key exceeds its rate limit."""
 
     def __init__(self, name: str, rate: float, unit: str, wait_s: float) -> None:
-        """Say how long to wait, in seconds, for the next unit of a key that has so many a second."""
-        super().__init__(f"the API key {name} has {rate:g} {unit}s a second; the next is free in {wait_s:.3g} s")
+        """Set the name and rate of the key (units per second), and the seconds until the next unit."""
+        super().__init__(
+            f"the API key {name} may use {rate:g} {unit}s per second; the next is available in {wait_s:.3g} s"
+        )
         self.headers = {"retry-after": str(math.ceil(wait_s))}
 
 
 class NoSuchModel(RequestError):
-    """The address names a model that is not served."""
+    """The URL names a model that is not served."""
 
 
 class SlowRequest(RequestError):
@@ -113,12 +115,12 @@ class BodyTooLarge(RequestError):
 
 
 class BodiesOverloaded(RequestError):
-    """The bodies of all requests in progress have more bytes together than the process may hold."""
+    """The bodies of all requests in progress exceed the limit of the process."""
 
     headers: Mapping[str, str] = {"connection": "close"}
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"body: all requests in progress may have {limit:,} bytes together; try again later")
+        super().__init__(f"body: the bodies of all requests in progress exceed {limit:,} bytes; try again later")
 
 
 class NotJson(RequestError):
@@ -126,7 +128,7 @@ class NotJson(RequestError):
 
 
 class Stopping(Exception):
-    """The process has been told to end; said by the readiness probe alone."""
+    """The service is shutting down; only the readiness probe reports it."""
 
 
 STATUS: Mapping[type[Exception], tuple[int, str]] = {
@@ -141,7 +143,7 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
     InvalidArgument: (422, "validation"),
     RateLimited: (429, "rate_limited"),
     HeadTooLarge: (431, "head_too_large"),
-    ClientDisconnect: (499, "client_disconnected"),  # nobody reads it, but the metrics count it
+    ClientDisconnect: (499, "client_disconnected"),  # no client reads it, but metrics count it
     EngineOverloaded: (503, "engine_overloaded"),
     EngineUnavailable: (503, "engine_unavailable"),
     EngineBroken: (503, "engine_broken"),
@@ -153,7 +155,7 @@ STATUS: Mapping[type[Exception], tuple[int, str]] = {
     TooManyConnections: (503, "too_many_connections"),
     EngineTimeout: (504, "engine_timeout"),
 }
-"""Status and ``error_type`` of every exception that a route lets out; any other one is 500 ``internal``."""
+"""Status and ``error_type`` of each exception that routes raise; any other exception is 500 ``internal``."""
 
 _KNOWN = (*STATUS, HTTPException, RequestValidationError)
 _ROUTING = {404: "not_found", 405: "method_not_allowed"}
@@ -162,7 +164,7 @@ _ROUTING = {404: "not_found", 405: "method_not_allowed"}
 def error_response(
     status: int, error_type: str, message: str, *, field: str | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Write an error in the API's one shape."""
+    """Make the response for an error."""
     body = json.dumps({"error": message, "error_type": error_type, "field": field})
     if status in (503, 504):
         headers = {"retry-after": "1", **(headers or {})}
@@ -170,7 +172,7 @@ def error_response(
 
 
 def respond(scope: Scope, error: Exception) -> Response:
-    """Answer an exception that `is_known`, and let metrics and log know."""
+    """Make the response for an exception that `is_known`, and record it for metrics and log."""
     if isinstance(error, RequestValidationError):
         error = first_problem(error.errors())
     if isinstance(error, HTTPException):
@@ -180,48 +182,48 @@ def respond(scope: Scope, error: Exception) -> Response:
     context.error_type = error_type
     field = render(error.location) if isinstance(error, InvalidArgument) else None
     headers = getattr(error, "headers", None)
-    if isinstance(error, EngineOverloaded):  # counted, but not logged one by one: refusing must stay cheap
+    if isinstance(error, EngineOverloaded):  # counted, but not logged: rejecting must stay cheap
         headers = {"retry-after": str(max(math.ceil(error.retry_after_s), 1))}
     elif status >= 500 and not isinstance(error, BodiesOverloaded) and route_of(scope) != readiness.ROUTE:
-        told = error if context.keeps_texts else getattr(error, "plain", error)
-        log.warning("%s %s: %s: %s", scope["method"], route_of(scope), error_type, told)
+        shown = error if context.keeps_texts else getattr(error, "plain", error)
+        log.warning("%s %s: %s: %s", scope["method"], route_of(scope), error_type, shown)
     return error_response(status, error_type, str(error), field=field, headers=headers)
 
 
 def is_known(error: Exception) -> bool:
-    """Return whether `respond` answers an exception: one of the table, or FastAPI's and Starlette's own."""
+    """Return whether `respond` handles an exception: those in the table, and those of FastAPI and Starlette."""
     return isinstance(error, _KNOWN)
 
 
 def _of_starlette(scope: Scope, error: HTTPException) -> Response:
-    """Answer what Starlette's router refuses: an address or a method that is not there."""
+    """Make the response for an unknown URL or method."""
     error_type = _ROUTING.get(error.status_code, "http")
     request_context.get().error_type = error_type
     message = f"{scope['method']} {scope['path']:.200}: {error.detail.lower()}; see /docs"
     headers = dict(error.headers or {})
-    if error.status_code == 405:  # Starlette names the methods of the first route of this path alone
-        there = [route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE]
-        methods = {method for route in there for method in getattr(route, "methods", None) or ()}
+    if error.status_code == 405:  # Starlette lists only the methods of the first route with this path
+        routes = [route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE]
+        methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
         headers = {"allow": ", ".join(sorted(methods.union(headers.get("Allow", "").split(", ")) - {""}))}
     return error_response(error.status_code, error_type, message, headers=headers)
 
 
 def first_problem(errors: Iterable[Any]) -> InvalidArgument:
-    """Say the first of pydantic's findings in a plain sentence that names the field as a client would write it."""
+    """Turn the first of pydantic's errors into a plain sentence with the field as the client wrote it."""
     found = next(iter(errors))
     location: Location = found["loc"]
-    if location[:1] == ("body",):  # FastAPI's own, for the parameter
+    if location[:1] == ("body",):  # added by FastAPI
         location = location[1:]
     kind, limits, value = found["type"], found.get("ctx", {}), found.get("input")
-    if kind == "value_error":  # raised by a validator of ours
+    if kind == "value_error":  # raised by our validators
         own = limits["error"]
         return own.within(*location) if isinstance(own, InvalidArgument) else InvalidArgument(location, str(own))
     shown = _SHORT.repr(value)
     problems = {
         "missing": "required",
-        "extra_forbidden": "unknown field; see /docs for those that there are",
+        "extra_forbidden": "unknown field; /docs lists the fields",
         "string_type": "must be a string",
-        "string_unicode": "not valid Unicode, it holds a lone surrogate",
+        "string_unicode": "not valid Unicode, it contains a lone surrogate",
         "int_type": "must be a whole number",
         "int_parsing": "must be a whole number",
         "int_from_float": "must be a whole number",
@@ -240,5 +242,5 @@ def first_problem(errors: Iterable[Any]) -> InvalidArgument:
     return InvalidArgument(location, problems.get(kind, found["msg"]))
 
 
-_SHORT = reprlib.Repr()  # a client's value may be large, or nested more deeply than `repr` can follow
+_SHORT = reprlib.Repr()  # values may be large, or nested too deeply for `repr`
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 40, 40, 40

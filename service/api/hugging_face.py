@@ -1,7 +1,7 @@
-"""The ``question-answering`` contract of Hugging Face's inference API, so that its clients find an endpoint here.
+"""Routes compatible with ``question-answering`` of Hugging Face's inference API, for its clients.
 
-``InferenceClient(base_url).question_answering(...)`` posts to the address as it stands, hence the several paths. While
-there is one model, none of them depends on its name, because old code keeps sending the name that it had on the hub.
+``InferenceClient(base_url).question_answering(...)`` posts to the given URL, so there are several paths. With a single
+model, the name in the path is ignored, because existing code sends the name that the model had on the hub.
 """
 
 import json
@@ -40,11 +40,11 @@ _PARAMETERS = {
     "max_question_tokens": "max_question_len",
     "align_to_words": "align_to_words",
 }
-"""Names of `Question`'s fields among `Parameters`."""
+"""Fields of `Question` and their names in `Parameters`."""
 
 
 _AS_TEXT = {"integer": r"^-?[0-9]{1,9}$", "boolean": "^(true|false|True|False)$"}
-"""How a query string writes the values of `Parameters`, by their type."""
+"""Query string patterns of the values of `Parameters`, by type."""
 
 
 def _or_as_text(schema: dict[str, Any]) -> None:
@@ -54,14 +54,14 @@ def _or_as_text(schema: dict[str, Any]) -> None:
 
 
 def _read(text: str) -> int | bool | str:
-    """The value that a text stands for, or the text, which then is refused."""
+    """Convert a text to its value; returns the text, which validation then rejects, if it has none."""
     if re.fullmatch(_AS_TEXT["integer"], text):
         return int(text)
     return text.lower() == "true" if re.fullmatch(_AS_TEXT["boolean"], text) else text
 
 
 class Inputs(BaseModel):
-    """A question and the text in which to look."""
+    """A question and the text to search."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -70,21 +70,25 @@ class Inputs(BaseModel):
 
 
 class Parameters(BaseModel):
-    """Options of the ``transformers`` pipeline, with its names and defaults; values may come as strings."""
+    """Options of the ``transformers`` pipeline, with its names and defaults; values may be strings."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_or_as_text)
 
     top_k: int | None = Field(
-        default=None, description="Answers wanted; above 1 the response is a list.", ge=1, le=MAX_TOP_K
+        default=None, description="Number of answers; above 1 the response is a list.", ge=1, le=MAX_TOP_K
     )
     doc_stride: int | None = Field(default=None, description="Overlap of neighbouring windows, in tokens.", ge=0)
-    max_answer_len: int | None = Field(default=None, description="15 by default.", ge=1, le=LONGEST_ANSWER_TOKENS)
-    max_seq_len: int | None = Field(
-        default=None, description="Clipped to the engine's shortest and longest windows.", ge=1
+    max_answer_len: int | None = Field(
+        default=None, description="Longest answer, in tokens; default 15.", ge=1, le=LONGEST_ANSWER_TOKENS
     )
-    max_question_len: int | None = Field(default=None, description="Question tokens kept; 64 by default.", ge=1)
-    handle_impossible_answer: bool | None = Field(default=None, description="Let an empty answer compete.")
-    align_to_words: bool | None = Field(default=None, description="True by default.")
+    max_seq_len: int | None = Field(
+        default=None, description="Length of a window in tokens; clipped to what the engine supports.", ge=1
+    )
+    max_question_len: int | None = Field(
+        default=None, description="Longest question, in tokens; longer ones are cut. Default 64.", ge=1
+    )
+    handle_impossible_answer: bool | None = Field(default=None, description="Allow an empty answer.")
+    align_to_words: bool | None = Field(default=None, description="Widen answers to whole words; default true.")
 
     @model_validator(mode="before")
     @classmethod
@@ -95,7 +99,7 @@ class Parameters(BaseModel):
 
 
 class HuggingFaceRequest(BaseModel):
-    """``inputs``, or Vertex AI's ``instances``; either with ``parameters``."""
+    """``inputs``, or ``instances`` as in Vertex AI, with optional ``parameters``."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -111,14 +115,16 @@ class HuggingFaceRequest(BaseModel):
 
     inputs: Inputs | None = None
     instances: list[Inputs] | None = Field(
-        default=None, description="Several; the answer is `{predictions: [...]}`.", fail_fast=True
+        default=None, description="Several inputs; the response is `{predictions: [...]}`.", fail_fast=True
     )
-    parameters: Parameters | None = Field(default=None, description="Without it, those of the query string count.")
-    options: dict[str, Any] | None = Field(default=None, description="Of the old hosted API; has no effect here.")
+    parameters: Parameters | None = Field(
+        default=None, description="If absent, parameters are read from the query string."
+    )
+    options: dict[str, Any] | None = Field(default=None, description="From the old hosted API; ignored.")
 
 
 class Span(BaseModel):
-    """An answer; the empty one, from 0 to 0, says that there is none."""
+    """An answer; an empty span from 0 to 0 means no answer."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"answer": "Uber", "score": 0.93, "start": 20, "end": 24}]}
@@ -142,7 +148,7 @@ router = APIRouter(route_class=JsonRoute, tags=["Hugging Face compatible"])
 
 
 class _AnyName(PathConvertor):
-    """A path with line breaks too, which Starlette's own leaves unfound."""
+    """A path that may contain line breaks, which Starlette's own convertor does not match."""
 
     regex = "(?s:.*)"
 
@@ -156,14 +162,14 @@ register_url_convertor("any_name", _AnyName())
     responses=described(*QUESTIONS, NoSuchModel),
     openapi_extra=DEADLINE_PARAMETER,
 )
-@router.post("/models/{model_id:any_name}/pipeline/question-answering", include_in_schema=False)  # the first to match
+@router.post("/models/{model_id:any_name}/pipeline/question-answering", include_in_schema=False)  # must match first
 async def question_answering_of_model(body: HuggingFaceRequest, request: Request, model_id: str) -> Reply:
-    """The same under a model's name; while there is only one, any name will do."""
+    """Answer with the named model; with a single model, any name is accepted."""
     models = services_of(request).pipeline.registry
     if model_id in models:
         return await _answer(body, request, models[model_id])
     if len(models) > 1:
-        raise NoSuchModel(f"{model_id:.100}: no such model; there are {', '.join(models.names)}")
+        raise NoSuchModel(f"{model_id:.100}: no such model; the models are {', '.join(models.names)}")
     return await _answer(body, request, models[None])
 
 
@@ -171,14 +177,14 @@ async def question_answering_of_model(body: HuggingFaceRequest, request: Request
 @router.post("/predict", include_in_schema=False)
 @router.post("/predict/", include_in_schema=False)
 async def question_answering(body: HuggingFaceRequest, request: Request) -> Reply:
-    """An object when `top_k` is absent or 1, as the ``transformers`` pipeline has it, else a list."""
+    """Answer questions; the response is an object if `top_k` is absent or 1, else a list, as in ``transformers``."""
     return await _answer(body, request, services_of(request).pipeline.registry[None])
 
 
 async def _answer(body: HuggingFaceRequest, request: Request, model: ServedModel) -> Reply:
     pipeline = services_of(request).pipeline
     if (body.inputs is None) == (not body.instances):
-        raise InvalidArgument(("inputs",), "required; exactly one of `inputs` and `instances` must be given")
+        raise InvalidArgument(("inputs",), "required; give exactly one of `inputs` and `instances`")
     if len(body.instances or ()) > pipeline.settings.max_questions:
         raise InvalidArgument(("instances",), f"must be at most {pipeline.settings.max_questions}")
     parameters = body.parameters or _of_query(request)
@@ -197,7 +203,7 @@ async def _answer(body: HuggingFaceRequest, request: Request, model: ServedModel
 
     def write(check: Check) -> bytes:
         written = []
-        for each in results:  # each call into C is a short one
+        for each in results:  # one at a time, so that each call into C is short
             check()
             written.append(json.dumps(to_answer(each, parameters), ensure_ascii=False, allow_nan=False).encode())
         return written[0] if body.inputs is not None else b'{"predictions": [%b]}' % b", ".join(written)
@@ -208,9 +214,9 @@ async def _answer(body: HuggingFaceRequest, request: Request, model: ServedModel
 
 
 def to_question(inputs: Inputs, parameters: Parameters, model: ServedModel, location: Location = ()) -> Question:
-    """Translate a request, or the part of one at a location.
+    """Translate a request, or the part of it at a location.
 
-    Values that the client gave are kept or refused later; defaults adapt to them.
+    Values from the client are kept as they are and validated later; defaults adapt to them.
     """
     manifest = model.bundle.manifest
     wanted = parameters.max_seq_len or manifest.max_seq_len
@@ -233,21 +239,21 @@ def to_question(inputs: Inputs, parameters: Parameters, model: ServedModel, loca
 
 
 def to_answer(result: Result, parameters: Parameters) -> dict[str, Any] | list[dict[str, Any]]:
-    """Translate a result; never None and never an empty list, which clients take for a malformed response."""
+    """Translate a result; never into None or an empty list, which clients treat as a malformed response."""
     decoded, top_k = result.decoded, result.question.top_k
     spans = _merged(decoded.answers)
     if parameters.handle_impossible_answer or not spans:
         null = {"answer": "", "score": decoded.null_score, "start": 0, "end": 0}
-        # The threshold fitted with the model says whether the empty answer wins; its score, where it ranks if not.
+        # The model's threshold decides whether the empty answer comes first; otherwise its score decides its rank.
         better = sum(span["score"] >= decoded.null_score for span in spans)
         spans.insert(max(better, 1) if decoded.has_answer else 0, null)
     return spans[0] if top_k == 1 else spans[:top_k]
 
 
 def _merged(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Merge ranked spans whose texts are the same in lower case, as the pipeline does.
+    """Merge ranked spans with the same text in lower case, as the pipeline does.
 
-    The first keeps its place in the text and gets the scores of all.
+    The first span keeps its offsets and gets the sum of the scores.
     """
     spans: dict[str, dict[str, Any]] = {}
     for each in answers:
@@ -264,7 +270,7 @@ def _of_query(request: Request) -> Parameters:
         return Parameters()
     given = request.query_params.multi_items()
     if twice := [name for name, count in Counter(name for name, _ in given).items() if count > 1]:
-        raise InvalidArgument((twice[0],), "stands twice in the query string")
+        raise InvalidArgument((twice[0],), "is repeated in the query string")
     try:
         return Parameters.model_validate(dict(given))
     except ValidationError as error:
@@ -272,11 +278,11 @@ def _of_query(request: Request) -> Parameters:
 
 
 def _as_sent(error: InvalidArgument, parameters: Parameters) -> InvalidArgument:
-    """Name the field as this API does: an ``overlap`` is ``parameters.doc_stride``, of whichever instance."""
+    """Use the field names of this API in an error: ``overlap`` becomes ``parameters.doc_stride`` for every instance."""
     match error.location:
         case (*place, "contexts") | (*place, "contexts", int()):
             return error.at(*place, "context")
-        case (*_, "overlap") if parameters.doc_stride is None:  # then it follows from the length of a window
+        case (*_, "overlap") if parameters.doc_stride is None:  # then the length of a window determines it
             return error.at("parameters", "max_seq_len")
         case (*_, str(field)) if field in _PARAMETERS:
             return error.at("parameters", _PARAMETERS[field])

@@ -1,7 +1,7 @@
-"""Read JSON bodies as RFC 8259 has them, and serve the routes that take one.
+"""Read JSON bodies as in RFC 8259, and serve the routes that take one.
 
-FastAPI describes these routes, but does not serve them: its dependencies, exit stacks and two validations of the reply
-would cost more than tokenizing the question. A route here reads the body, validates it once, and calls the endpoint.
+FastAPI describes these routes but does not serve them: its dependencies, exit stacks and two validations of the reply
+cost more than tokenizing the question. A route here reads the body, validates it once and calls the endpoint.
 """
 
 import json
@@ -24,21 +24,21 @@ from service.services import services_of
 T = TypeVar("T")
 
 MAX_NAMES = 64
-"""Names in one JSON object of a request; the largest that has a meaning has nine."""
+"""Limit on the names in a JSON object; the largest object of the API has nine."""
 MAX_VALUES = 20_000
-"""Values in all lists and objects of a body together; more only where the settings allow larger questions."""
+"""Limit on the values in all lists and objects of a body; higher if the settings allow larger questions."""
 
 _CHARSET = re.compile(r"""\bcharset\s*=\s*["']?([^"';\s]*)""")
 
 
 class JsonRoute(APIRoute):
-    """A route with a JSON body; its endpoint takes the body, a pydantic model, and the request.
+    """A route with a JSON body; its endpoint takes the body, as a pydantic model, and the request.
 
-    GET routes among its router's are FastAPI's own.
+    GET routes of the same router are served by FastAPI.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        """Find the body's model among the annotations of the endpoint."""
+        """Find the pydantic model in the annotations of the endpoint."""
         models = [each for each in get_type_hints(endpoint).values() if _is_model(each)]
         self._model: type[BaseModel] | None = models[0] if "POST" in (options.get("methods") or ()) else None
         super().__init__(path, endpoint, **options)
@@ -49,15 +49,16 @@ class JsonRoute(APIRoute):
         return self._model is not None
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
-        """Return what FastAPI's router calls."""
+        """Return the handler for FastAPI's router."""
         return self.serve if self._model else super().get_route_handler()
 
     async def serve(self, request: Request) -> Response:
-        """Read and validate the body, and answer.
+        """Read and validate the body, and call the endpoint.
 
         Raises:
-            EngineOverloaded: the request would be refused whatever it asks; its body is not read then.
-            NotJson, MalformedBody, InvalidArgument: as in `read_json`, and by the model.
+            EngineOverloaded: the request would be rejected in any case; its body is not read.
+            NotJson, MalformedBody: as in `read_json`.
+            InvalidArgument: the body does not fit the model.
         """
         assert self._model
         services = services_of(request)
@@ -79,13 +80,13 @@ class JsonRoute(APIRoute):
 
 
 class JsonRoutes:
-    """ASGI middleware: serves routes whose path has no parameters by one look into a table.
+    """ASGI middleware that finds routes without path parameters by one table lookup.
 
-    Starlette's router would try one regular expression after another, inside of three more layers.
+    Starlette's router would try regular expressions one by one, inside three more layers.
     """
 
     def __init__(self, app: ASGIApp, *, routes: Sequence[BaseRoute]) -> None:
-        """Wrap the application that serves everything else."""
+        """Wrap the application that serves all other routes."""
         self.app = app
         self._routes = {
             each.path: each
@@ -112,15 +113,15 @@ async def read_json(request: Request) -> Any:
     """Read the body of a request.
 
     Raises:
-        NotJson: the content type is another, or the body is compressed or declared to be in another charset.
+        NotJson: the content type is not JSON, the charset is not UTF-8, or the body is compressed.
         MalformedBody: the body is not JSON; the message says where.
-        ClientDisconnect: the client went before it was here.
+        ClientDisconnect: the client disconnected before the body was complete.
     """
     _check_headers(request.scope["headers"])
     body = await _read(request.receive)
     services = services_of(request)
     settings = services.settings
-    # The largest call to /v1/answers: each question with its fields, each context a value of its own.
+    # The largest call to /v1/answers: each field of each question, and each context, is a value.
     most = max(MAX_VALUES, settings.max_questions * (settings.max_contexts + 2 * MAX_NAMES))
     return await services.pipeline.body_workers.run_if_large(
         len(body), lambda check: parse_json(body, most), deadline=deadline_of(request, settings.deadline_s)
@@ -129,7 +130,7 @@ async def read_json(request: Request) -> Any:
 
 def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
     content_type, encoding = b"", b"identity"
-    for name, value in reversed(headers):  # of several, the first counts
+    for name, value in reversed(headers):  # the first of several counts
         if name == b"content-type":
             content_type = value
         elif name == b"content-encoding":
@@ -141,10 +142,10 @@ def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
             raise NotJson(f"content-type: must be application/json; got {media_type[:100] or 'none'}")
         charset = _CHARSET.search(options) if options else None
         if charset and charset[1] not in ("utf-8", "utf8", "us-ascii"):
-            raise NotJson(f"content-type: charset must be utf-8, as JSON always is; got {charset[1]:.40}")
+            raise NotJson(f"content-type: charset must be utf-8; got {charset[1]:.40}")
     if encoding.strip().lower() != b"identity":
         shown = encoding.decode("latin-1")
-        raise NotJson(f"content-encoding: must be identity, the body as it is; got {shown:.40}")
+        raise NotJson(f"content-encoding: must be absent or identity; got {shown:.40}")
 
 
 async def _read(receive: Receive) -> bytes:
@@ -162,11 +163,11 @@ def parse_json(body: bytes, max_values: int = MAX_VALUES) -> Any:
     """Parse one JSON value.
 
     Raises:
-        MalformedBody: it is not UTF-8 or not JSON, holds NaN or Infinity, repeats a name, is nested too deeply, or has
+        MalformedBody: it is not UTF-8 or not JSON, has NaN or Infinity, repeats a name, is nested too deeply, or has
             more than ``max_values`` values.
     """
     if _has_more_values(body, max_values):
-        raise MalformedBody(f"body: its lists and objects must have at most {max_values:,} values together")
+        raise MalformedBody(f"body: must have at most {max_values:,} values in all its lists and objects")
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -179,38 +180,38 @@ def parse_json(body: bytes, max_values: int = MAX_VALUES) -> Any:
         raise MalformedBody(f"body: not JSON, {error.msg} at character {error.pos}") from None
     except RecursionError:
         raise MalformedBody("body: nested too deeply") from None
-    except ValueError as error:  # our own two below, or a number with thousands of digits
+    except ValueError as error:  # raised below, or for a number with thousands of digits
         raise MalformedBody(f"body: not JSON, {error}") from None
 
 
 def _has_more_values(body: bytes, limit: int) -> bool:
-    """Whether the lists and objects of JSON have more values than allowed, without parsing it.
+    """Return whether the lists and objects of JSON have more values than allowed, without parsing it.
 
-    A value follows a comma or the start of a list or object, so these are counted where they are outside of strings.
+    A value follows a comma or the start of a list or object, so count these outside strings.
     """
     if len(body) <= limit:
         return False
-    if b"\\" in body:  # what is escaped ends no string
+    if b"\\" in body:  # an escaped quote does not end a string
         body = body.replace(b"\\\\", b"__").replace(b'\\"', b"__")
-    if body.count(b'"') > 4 * limit:  # two for each name and each value
+    if body.count(b'"') > 4 * limit:  # two quotes for each name and each value
         return True
     outside = b"".join(body.split(b'"')[::2])
     return sum(map(outside.count, (b",", b"[", b"{"))) > limit
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > MAX_NAMES:  # each unknown one would be written up as an error of its own
+    if len(pairs) > MAX_NAMES:  # pydantic would report each unknown one as an error
         raise ValueError(f"an object has more than {MAX_NAMES} names")
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f"the name {name[:60]!r} stands twice in an object")
+            raise ValueError(f"the name {name[:60]!r} is repeated in an object")
         values[name] = value
     return values
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_no_constant)

@@ -1,4 +1,4 @@
-"""What the API's description says beside what FastAPI finds by itself: errors, headers, and where a key is needed."""
+"""Add to FastAPI's OpenAPI description: errors, headers, and which routes need an API key."""
 
 from typing import Any
 
@@ -34,14 +34,14 @@ DEADLINE_PARAMETER = {
             "in": "header",
             "name": DEADLINE_HEADER,
             "schema": {"type": "integer", "minimum": 1, "maximum": MAX_TIMEOUT_MS},
-            "description": "Milliseconds allowed for the answer, where less than the service allows by itself.",
+            "description": "Timeout of the answer in milliseconds, if shorter than the service's own.",
         }
     ]
 }
-"""The header that `service.api.deadline` reads; questions do not go through FastAPI's own parameters."""
+"""The header that `service.api.deadline` reads; question routes do not use FastAPI's parameters."""
 
 ENGINE: tuple[type[Exception], ...] = (EngineOverloaded, EngineUnavailable, EngineBroken, BundleMismatch, EngineTimeout)
-"""What a route raises that asks the engine."""
+"""Errors of routes that call the engine."""
 QUESTIONS: tuple[type[Exception], ...] = (
     MalformedBody,
     SlowRequest,
@@ -51,15 +51,15 @@ QUESTIONS: tuple[type[Exception], ...] = (
     InvalidArgument,
     *ENGINE,
 )
-"""What a route raises that takes questions."""
+"""Errors of routes that take questions."""
 AUTH: tuple[type[Exception], ...] = (Unauthorized, RateLimited)
-"""What a request gets for its key, where one is needed."""
+"""Errors of routes that need an API key."""
 _ANYWHERE = (
     MalformedHttp,
     SlowRequest,
     HeadTooLarge,
     TooManyConnections,
-)  # by the HTTP protocol, before any route
+)  # from the HTTP protocol, before any route
 _HEADERS = {
     "www-authenticate": ({401}, {"description": "How to ask.", "schema": {"type": "string"}}),
     "retry-after": ({429, 503, 504}, {"description": "Seconds.", "schema": {"type": "integer"}}),
@@ -67,9 +67,9 @@ _HEADERS = {
 
 
 def described(*raised: type[Exception]) -> dict[int | str, dict[str, Any]]:
-    """The errors of an operation as OpenAPI's responses, by status: those of these exceptions, and of every operation.
+    """Return OpenAPI responses by status for these exceptions and for those that every operation has.
 
-    Their words are the exceptions' own docstrings.
+    The descriptions are the docstrings of the exceptions.
     """
     found: dict[int, dict[str, str]] = {}
     for exception in (*raised, *_ANYWHERE):
@@ -103,13 +103,13 @@ def _example(error_type: str, text: str) -> dict[str, str | None]:
 
 
 class DescribedApplication(FastAPI):
-    """FastAPI, whose description has the header of every response, and says where a key is needed."""
+    """FastAPI with response headers and API keys in its OpenAPI description."""
 
     def openapi(self) -> dict[str, Any]:
-        """Return the description of the API, made once."""
+        """Return the OpenAPI description; computed once."""
         if not self.openapi_schema:
             document = super().openapi()
-            request_id = {"description": "The client's own, or a new one.", "schema": {"type": "string"}}
+            request_id = {"description": "The id that the client sent, or a new one.", "schema": {"type": "string"}}
             for operations in document["paths"].values():
                 for operation in operations.values():
                     for response in operation["responses"].values():

@@ -1,4 +1,4 @@
-"""What operators and browsers ask: the page, health, what runs here, metrics, and the description of the API."""
+"""Routes for operators and browsers: the page, health, info, metrics and the OpenAPI description."""
 
 import asyncio
 import platform
@@ -29,7 +29,7 @@ from service.triton.errors import EngineError
 
 PAGE = Path(__file__).parent / "static"
 PROBE_S = 1.0
-"""Seconds that a readiness probe may take."""
+"""Timeout of a readiness probe, in seconds."""
 
 
 def add_routes(app: FastAPI, settings: Settings, *, guarded: Callable[[str], bool]) -> None:
@@ -37,8 +37,8 @@ def add_routes(app: FastAPI, settings: Settings, *, guarded: Callable[[str], boo
 
     Args:
         app: the application.
-        settings: say whether there are metrics and a description.
-        guarded: tells of a path whether it needs a key.
+        settings: decide whether there are metrics and an OpenAPI description.
+        guarded: returns whether a path needs an API key.
     """
 
     def operate(path: str, endpoint: Callable[..., Any], *raised: type[Exception], **options: Any) -> None:
@@ -60,7 +60,7 @@ def add_routes(app: FastAPI, settings: Settings, *, guarded: Callable[[str], boo
 
 class _WholeFiles(StaticFiles):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Ranges may be ignored (RFC 9110, section 14.2); Starlette's errors about them are not in the API's one shape.
+        # Ranges may be ignored (RFC 9110, section 14.2). Starlette's errors about them do not have our format.
         headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
         await super().__call__({**scope, "headers": headers}, receive, send)
 
@@ -74,25 +74,25 @@ def own_version() -> str:
 
 
 async def page() -> Response:
-    """The page that asks in a browser."""
+    """Return the web page for questions."""
     return HTMLResponse((PAGE / "index.html").read_bytes(), headers={"cache-control": "no-cache"})
 
 
 async def docs() -> Response:
-    """The page that shows the API's description."""
+    """Return the page with the API documentation."""
     return HTMLResponse((PAGE / "docs.html").read_bytes(), headers={"cache-control": "no-cache"})
 
 
 async def live() -> Health:
-    """The process answers; says nothing about the engine."""
+    """Report that the process is alive; says nothing about the engine."""
     return Health(status="live")
 
 
 async def ready(request: Request, model: str | None = None) -> Health:
-    """The default model or another answers a question within a second, or did so within the last one."""
+    """Report whether the default model, or the named one, answers a question within a second, now or a second ago."""
     services = services_of(request)
     if services.shutdown.has_begun:
-        raise Stopping("The service is about to end; ask another replica.")
+        raise Stopping("The service is shutting down; use another replica.")
     probed = services.pipeline.registry[model]
     with services.readiness_log.probing(probed.bundle.model):
         await is_ready(services.pipeline, probed, PROBE_S)
@@ -100,7 +100,7 @@ async def ready(request: Request, model: str | None = None) -> Health:
 
 
 async def info(request: Request) -> Info:
-    """What runs here, within which limits, and what is switched on."""
+    """Return the model, the limits, the versions and the features that are on."""
     services = services_of(request)
     settings, model = services.settings, services.pipeline.registry[None]
     bundle = model.bundle
@@ -136,7 +136,7 @@ async def info(request: Request) -> Info:
 
 
 async def metrics(request: Request) -> Response:
-    """Metrics of this process, in Prometheus' text format."""
+    """Return metrics in the text format of Prometheus."""
     services = services_of(request)
     services.metrics.tasks.set(len(asyncio.all_tasks()))
     text = await asyncio.get_running_loop().run_in_executor(services.metrics_thread, services.metrics.text)

@@ -1,4 +1,4 @@
-"""The reply to questions: JSON that is already written, with where the time went."""
+"""The reply to questions: serialized JSON, with timings in its headers."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from service.inference.memory import Account
 from service.inference.question import Result
 
 LARGE_BYTES = 64 * 1024
-"""From this size, a reply is on the account of its request until the client has taken it."""
-_CACHE_STATUS = {  # of several questions, that of the one which took most
+"""Replies from this size on count on the account of their request until the client has read them."""
+_CACHE_STATUS = {  # of the question that took most work
     "miss": b"bertqa; fwd=miss; stored",
     "coalesced": b"bertqa; fwd=miss; collapsed",
     "hit": b"bertqa; hit",
@@ -19,17 +19,17 @@ _JSON = (b"content-type", b"application/json")
 
 
 class Reply(Response):
-    """A reply whose bytes, and those of its request, are given back once the client has taken them."""
+    """A reply that frees its account once the client has read it."""
 
     account: Account | None = None
 
     def __init__(self, body: bytes, results: Sequence[Result]) -> None:
-        """Take a body of JSON, and the results that it tells of, for its headers.
+        """Set the JSON body, and the headers from the results.
 
-        These are ``server-timing`` with the stages, each of the slowest question, and with a cache ``cache-status``
+        The headers are ``server-timing``, with the slowest question of each stage, and with a cache ``cache-status``
         (RFC 9211).
         """
-        # Starlette's own constructor would encode each header anew.
+        # Starlette's constructor would encode each header again.
         self.status_code, self.background, self.body = 200, None, body
         timing = b"tokenize;dur=%.3f, infer;dur=%.3f, decode;dur=%.3f" % (
             max(each.tokenize_s for each in results) * 1000,
@@ -51,7 +51,7 @@ class Reply(Response):
             if len(self.body) < LARGE_BYTES:
                 await send(body)
             else:
-                # The server waits for the client before it sends more: so there is more, of no bytes.
+                # The server waits for the client before it sends more, so send another message without bytes.
                 await send({**body, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
         finally:

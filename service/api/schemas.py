@@ -37,12 +37,12 @@ _ANSWERED: dict[str, Any] = {
 
 
 def _example(*examples: dict[str, Any]) -> ConfigDict:
-    # The examples of a schema; unknown fields are refused, and numbers are never made of strings or booleans.
+    # Sets examples; rejects unknown fields, and strings or booleans as numbers.
     return ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": list(examples)})
 
 
 class AnswerRequest(BaseModel):
-    """A question, and the one text or the several texts in which to look for the answer."""
+    """A question, and one or several texts to search for the answer."""
 
     model_config = _example(
         _ASKED,
@@ -55,96 +55,96 @@ class AnswerRequest(BaseModel):
         },
     )
 
-    question: str = Field(description="The question; by default at most 1,000 characters, see `/info`.", min_length=1)
+    question: str = Field(description="The question; at most 1,000 characters by default, see `/info`.", min_length=1)
     context: str | None = Field(
         default=None,
-        description="The text; by default at most 200,000 characters. Either this or `contexts`.",
+        description="The text; at most 200,000 characters by default. Give either this or `contexts`.",
         min_length=1,
     )
     contexts: list[Annotated[str, Field(min_length=1)]] | None = Field(
         default=None,
-        description="Several texts, ranked together: by default at most 64, together at most 200,000 characters.",
+        description="Several texts, ranked together; by default at most 64 texts with 200,000 characters in total.",
         min_length=1,
         fail_fast=True,
     )
-    top_k: int = Field(default=1, description="How many distinct spans are wanted.", ge=1, le=MAX_TOP_K)
+    top_k: int = Field(default=1, description="Number of answers, each a distinct span.", ge=1, le=MAX_TOP_K)
     max_answer_tokens: int = Field(
         default=MAX_ANSWER_TOKENS, description="Longest answer, in tokens of the model.", ge=1, le=LONGEST_ANSWER_TOKENS
     )
     overlap: int | None = Field(
         default=None,
-        description="Tokens that neighbouring windows of a long text share; null: as the model was built.",
+        description="Tokens that neighbouring windows of a long text share; null: the model's default.",
         ge=0,
     )
     no_answer: bool = Field(
         default=False,
-        description="If true, `answers` is empty where the model holds that the texts do not answer the question. "
-        "If false, the best spans are always given, and `has_answer` tells what the model holds of them.",
+        description="If true, `answers` is empty when the model finds no answer in the texts. If false, it always has "
+        "the best spans; `has_answer` says whether the model considers them an answer.",
     )
     offset_unit: OffsetUnit = Field(
         default="codepoint",
-        description="What `start` and `end` count: code points (Python), UTF-16 units (JavaScript), bytes.",
+        description="Unit of `start` and `end`: code points (Python), UTF-16 code units (JavaScript) or UTF-8 bytes.",
     )
-    explain: bool = Field(default=False, description="Also tell what each window of the texts gave.")
-    model: str | None = Field(default=None, description="One of those at `/v1/models`; null: the default.")
+    explain: bool = Field(default=False, description="Also return the best span of each window.")
+    model: str | None = Field(default=None, description="Name of a model, see `/v1/models`; null: the default model.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "AnswerRequest":
         if (self.context is None) == (self.contexts is None):
             given = "neither" if self.context is None else "both"
-            raise InvalidArgument(("context",), f"exactly one of `context` and `contexts` must be given, not {given}")
+            raise InvalidArgument(("context",), f"give exactly one of `context` and `contexts`, not {given}")
         return self
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The context or contexts, as one sequence."""
+        """The context or contexts, as a sequence."""
         return (self.context,) if self.context is not None else tuple(self.contexts or ())
 
 
 class AnswersRequest(BaseModel):
-    """Several questions, each with texts of its own, answered side by side."""
+    """Several questions, each with its own texts, answered concurrently."""
 
     model_config = _example({"questions": [_ASKED, {**_ASKED, "question": "Where was it made?", "top_k": 2}]})
 
-    questions: list[AnswerRequest] = Field(description="By default at most 64.", min_length=1, fail_fast=True)
+    questions: list[AnswerRequest] = Field(description="At most 64 by default.", min_length=1, fail_fast=True)
 
 
 class AnswerItem(BaseModel):
-    """A span of a text: its characters from `start` to `end` are exactly `text`."""
+    """An answer: the characters of its context from `start` to `end` are exactly `text`."""
 
     text: str
-    score: float = Field(description="Probability in [0, 1]; comparable over all texts of the question.")
-    start: int = Field(description="First unit of the span, counted in `offset_unit`.")
-    end: int = Field(description="One past its last unit.")
-    context_index: int = Field(description="Which of `contexts`; 0 for `context`.")
+    score: float = Field(description="Probability in [0, 1], comparable across all texts of the question.")
+    start: int = Field(description="Start of the span, in units of `offset_unit`.")
+    end: int = Field(description="End of the span, one past its last unit.")
+    context_index: int = Field(description="Index in `contexts`; 0 for `context`.")
 
 
 class Timings(BaseModel):
-    """Where the time went, in milliseconds."""
+    """Milliseconds spent in each stage."""
 
     tokenize_ms: float
-    infer_ms: float = Field(description="Queue and computation of the engine, as seen from here.")
+    infer_ms: float = Field(description="Waiting for the engine and computing, as seen by the service.")
     decode_ms: float
-    total_ms: float | None = Field(default=None, description="Of the whole call; not in each of `results`.")
+    total_ms: float | None = Field(default=None, description="The whole call; absent in each of `results`.")
 
 
 class ExplainedWindow(BaseModel):
-    """The best span of one window alone."""
+    """The best span of one window."""
 
     context_index: int
-    first_token: int = Field(description="Index of the window's first token among those of its text.")
-    tokens: int = Field(description="Tokens of the text in this window.")
-    start: int = Field(description="First unit of the window's best span, in `offset_unit`.")
+    first_token: int = Field(description="Index of the window's first token in its text.")
+    tokens: int = Field(description="Number of tokens of the text in this window.")
+    start: int = Field(description="Start of the window's best span, in units of `offset_unit`.")
     end: int
     logit: float = Field(description="Start logit plus end logit of that span.")
-    null_logit: float = Field(description="The same of [CLS], which stands for no answer.")
+    null_logit: float = Field(description="The same sum for [CLS], which means no answer.")
 
 
 class Explanation(BaseModel):
-    """Why these answers."""
+    """Details that explain the answers."""
 
-    null_margin: float | None = Field(description="Null logit minus best logit; null where there is no span.")
-    null_threshold: float = Field(description="`has_answer` holds while the margin is not above it.")
+    null_margin: float | None = Field(description="Null logit minus best logit; null if there is no span.")
+    null_threshold: float = Field(description="`has_answer` is true if the margin is at most this.")
     windows: list[ExplainedWindow]
 
 
@@ -157,56 +157,58 @@ class AnswerResponse(BaseModel):
     has_answer: bool
     answers_omitted: int = Field(
         default=0,
-        description="Answers of lower rank left out: the answers of a request hold at most 1 MiB of text, in equal "
-        "shares for its questions.",
+        description="Number of lower-ranked answers left out. The answers of a request have at most 1 MiB of text, "
+        "shared equally by its questions.",
     )
     null_score: float = Field(description="Probability in [0, 1] that the texts do not answer the question.")
-    windows: int = Field(description="Engine calls made for this question.")
-    question_tokens: int = Field(description="Tokens of the question before any cut.")
-    truncated: bool = Field(description="The question was cut to the model's limit of tokens.")
+    windows: int = Field(description="Number of engine calls for this question.")
+    question_tokens: int = Field(description="Tokens of the question before truncation.")
+    truncated: bool = Field(description="Whether the question was cut to the model's token limit.")
     model: str = Field(description="Identity of the engine that answered.")
-    version: int = Field(description="Its version of the model that was asked.")
+    version: int = Field(description="Version of the model that answered.")
     offset_unit: OffsetUnit
     timings: Timings
-    explain: Explanation | None = Field(default=None, description="Only present if asked for.")
+    explain: Explanation | None = Field(default=None, description="Present only if requested.")
 
 
 class AnswersResponse(BaseModel):
-    """Answers to several questions, in their order."""
+    """Answers to several questions, in the same order."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"results": [_ANSWERED], "timings": _TIMINGS}]})
 
     results: list[AnswerResponse]
-    timings: Timings = Field(description="The slowest question of each stage, and the whole call in all.")
+    timings: Timings = Field(description="For each stage the slowest question; for the total, the whole call.")
 
 
 class ModelItem(BaseModel):
-    """A model, at the version that answers now."""
+    """A model and its active version."""
 
-    name: str = Field(description="What the `model` field of a question may say.")
+    name: str = Field(description="Value for the `model` field of a question.")
     version: int
-    identity: str = Field(description="What replies call it.")
+    identity: str = Field(description="Identity of its engine, as in the `model` field of replies.")
     checkpoint: str
     target: str
     precision: str
-    f1: float = Field(description="Percent, of the engine on the builder's questions.")
+    f1: float = Field(description="F1 of the engine on the builder's questions, in percent.")
     exact_match: float
     null_threshold: float
     max_seq_len: int
-    buckets: tuple[int, ...] = Field(description="Lengths of its windows, in tokens.")
-    latency_ms: dict[str, dict[str, float]] = Field(description="Of the engine alone by bucket, when it was built.")
+    buckets: tuple[int, ...] = Field(description="Window lengths, in tokens.")
+    latency_ms: dict[str, dict[str, float]] = Field(
+        description="Latency of the engine alone for each bucket, measured when it was built."
+    )
     built: str
 
 
 class ModelsResponse(BaseModel):
-    """The models that answer here."""
+    """The models that the service has."""
 
-    default: str = Field(description="The one that is asked where a question names none.")
+    default: str = Field(description="Model for questions that name none.")
     models: list[ModelItem]
 
 
 class Problem(BaseModel):
-    """Every error, on every route."""
+    """The body of every error response."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -216,11 +218,11 @@ class Problem(BaseModel):
 
     error: str = Field(description="A sentence that names the field and the limit.")
     error_type: str
-    field: str | None = Field(description="Of the body, the query string or the headers; null where it is none.")
+    field: str | None = Field(description="Name of the field, parameter or header; null if the error concerns none.")
 
 
 class Health(BaseModel):
-    """The service is up, or a question went through the engine and back."""
+    """Result of a health check."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ready"}]})
 
@@ -228,11 +230,13 @@ class Health(BaseModel):
 
 
 class Info(BaseModel):
-    """What runs here, and within which limits."""
+    """The model, its limits and the versions of the service."""
 
     model: str
-    version: int = Field(description="Version of the model in Triton's repository.")
-    manifest: dict[str, Any] = Field(description="What the engine was built from and measured at.")
-    limits: dict[str, int | float] = Field(description="All that are in force, by the names of the settings.")
-    versions: dict[str, str | None] = Field(description="Of `triton`: null while it does not answer.")
-    switches: dict[str, bool | str] = Field(description="What is on, and for whom.")
+    version: int = Field(description="Version of the model in the model repository.")
+    manifest: dict[str, Any] = Field(description="How the engine was built and what was measured.")
+    limits: dict[str, int | float] = Field(description="All limits, by the names of their settings.")
+    versions: dict[str, str | None] = Field(
+        description="Versions of the components; `triton` is null while it does not answer."
+    )
+    switches: dict[str, bool | str] = Field(description="Which features are on, and for whom.")

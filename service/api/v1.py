@@ -1,4 +1,4 @@
-"""The service's own API: ``/v1/answer`` and ``/v1/answers``."""
+"""The service's own API: ``/v1/answer``, ``/v1/answers`` and ``/v1/models``."""
 
 import math
 import time
@@ -39,7 +39,7 @@ router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["Questions"])
 
 @router.post("/answer", response_model=AnswerResponse, **_ASKED)
 async def answer(query: AnswerRequest, request: Request) -> Reply:
-    """Find the answer to a question in a text, or the best over several texts."""
+    """Find the answer to a question in one text or several."""
     started = time.perf_counter()
     services = services_of(request)
     pipeline = services.pipeline
@@ -60,7 +60,7 @@ async def answer(query: AnswerRequest, request: Request) -> Reply:
 
 @router.post("/answers", response_model=AnswersResponse, **_ASKED)
 async def answers(query: AnswersRequest, request: Request) -> Reply:
-    """Answer several questions side by side; all must be valid, and one that fails fails the call."""
+    """Answer several questions concurrently; if one is invalid or fails, the whole call fails."""
     started = time.perf_counter()
     services = services_of(request)
     pipeline, settings = services.pipeline, services.settings
@@ -81,7 +81,9 @@ async def answers(query: AnswersRequest, request: Request) -> Reply:
     pairs = list(zip(query.questions, results, strict=True))
 
     def write(check: Check) -> bytes:
-        written = [_dump(to_response(*pair, check)) for pair in pairs]  # one by one: each call into C is a short one
+        written = [
+            _dump(to_response(*pair, check)) for pair in pairs
+        ]  # one at a time, so that each call into C is short
         timings = _timings(results)
         timings.total_ms = _ms(time.perf_counter() - started)
         return b'{"results":[%b],"timings":%b}' % (b",".join(written), timings.model_dump_json().encode())
@@ -92,7 +94,7 @@ async def answers(query: AnswersRequest, request: Request) -> Reply:
 
 @router.get("/models", response_model=ModelsResponse, responses=described())
 async def models(request: Request) -> ModelsResponse:
-    """What the ``model`` field may name, and what each was measured at."""
+    """List the models that the ``model`` field may name, with their measurements."""
     found = services_of(request).pipeline.registry
     return ModelsResponse(default=found.default, models=[_item(each.bundle) for each in found])
 
@@ -104,7 +106,7 @@ def _item(bundle: Bundle) -> ModelItem:
 
 
 def to_question(query: AnswerRequest, model: ServedModel, location: Location = ()) -> Question:
-    """Translate a request, or the part of one at a location."""
+    """Translate a request, or the part of it at a location."""
     return Question(
         model=model,
         question=query.question,
@@ -117,7 +119,7 @@ def to_question(query: AnswerRequest, model: ServedModel, location: Location = (
 
 
 def to_response(query: AnswerRequest, result: Result, check: Check = lambda: None) -> AnswerResponse:
-    """Translate a result; offsets are counted in the unit that the request names; ``check`` may end the work."""
+    """Translate a result, with offsets in the requested unit; ``check`` may end the work."""
     bundle = result.question.model.bundle
     decoded, contexts, unit = result.decoded, result.question.contexts, query.offset_unit
     found = () if query.no_answer and not decoded.has_answer else decoded.answers
@@ -169,7 +171,7 @@ def _explain(query: AnswerRequest, result: Result, manifest: Manifest, check: Ch
 
 
 def _as_sent(error: InvalidArgument, query: AnswerRequest | AnswersRequest) -> InvalidArgument:
-    """Name the text of a question ``context`` where the client did."""
+    """Name the text of a question ``context`` in an error, if the client used that field."""
     match query, error.location:
         case AnswerRequest(context=str()), ("contexts", *_):
             return error.at("context")
@@ -191,14 +193,14 @@ def _ms(seconds: float) -> float:
 
 
 def _size(query: AnswerRequest, result: Result) -> int:
-    """Bytes of which writing takes as long as writing this result."""
-    # Converting offsets costs by the text's length, and explaining by window.
+    """Return a size in bytes that takes as long to write as this result."""
+    # Converting offsets takes time by the length of the text, and explaining by the number of windows.
     windows = sum(len(document.windows) for document in result.documents) if query.explain else 0
     return 16 * result.question.chars + 100 * len(result.decoded.answers) + 2_000 * windows
 
 
 def _dump(response: AnswerResponse) -> bytes:
-    """Serialize the answers to one question, without what was not asked for or is not known."""
+    """Serialize the answers to one question, without fields that were not requested or are unknown."""
     left_out: dict[str, Any] = {"timings": {"total_ms"}} if response.timings.total_ms is None else {}
     if response.explain is None:
         left_out["explain"] = True

@@ -46,8 +46,8 @@ class Channels:
 
         Args:
             urls: gRPC addresses host:port. Calls alternate between them, and between all addresses of a name. When
-                a connection ends, gRPC finds new replicas behind a name; with ``--grpc-max-connection-age``, Triton
-                ends connections regularly.
+                a connection ends, gRPC finds new replicas behind a name; ``--grpc-max-connection-age`` makes Triton
+                end connections regularly.
             watch_circuit: called with address, model and version of each new circuit breaker; returns a function to call
                 with its later states.
             tls: from `tls_credentials`; None: no encryption.

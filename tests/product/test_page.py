@@ -205,7 +205,7 @@ def test_no_answer_is_said_and_the_guesses_are_listed(page: Page) -> None:
 
     expect(page.locator("#verdict .best")).to_have_text("The text does not seem to answer this.")
     expect(page.locator("#verdict .sure")).to_contain_text("“No answer” scores")
-    expect(page.get_by_role("heading", name="Closest guesses, not to be relied on")).to_be_visible()
+    expect(page.get_by_role("heading", name="Closest guesses, not reliable")).to_be_visible()
     expect(page.locator("mark")).to_have_count(0)
     expect(ranked(page)).to_have_count(5)
     ranked(page).nth(1).click()
@@ -320,7 +320,7 @@ def test_a_busy_service_is_asked_again_by_itself(page: Page, engine: FakeEngine,
     ask(page, QUESTION, TEXT)
 
     waiting = page.locator("#waiting")
-    expect(waiting).to_have_text("The service is busy at the moment. Your question waits and is asked again by itself…")
+    expect(waiting).to_have_text("The service is busy at the moment. Your question will be sent again automatically…")
     expect(page.locator("#submit")).to_have_text("Asking…")
     expect(page.get_by_role("alert")).to_be_empty()
 
@@ -381,7 +381,7 @@ def test_what_is_missing_or_too_long_is_said_at_its_field(page: Page) -> None:
     expect(question).to_have_accessible_description(
         "Ctrl + Enter asks from anywhere on the page. Please type a question."
     )
-    expect(text).to_have_accessible_description("Please put in the text that holds the answer.")
+    expect(text).to_have_accessible_description("Please enter the text that contains the answer.")
     expect(question).to_be_focused()
 
     ask(page, "a" * 1_001, TEXT)

@@ -162,7 +162,7 @@ def test_an_address_of_hugging_face_names_a_model_once_there_are_several(start: 
     assert 'bertqa_questions_total{model="Korean",version="1"} 2.0' in client.get("/metrics").text
     refused = client.post("/models/deepset/roberta-base-squad2", json=inputs)
     assert (refused.status_code, refused.json()["error_type"]) == (404, "not_found")
-    assert refused.json()["error"] == "deepset/roberta-base-squad2: no such model; there are Korean, bert_qa"
+    assert refused.json()["error"] == "deepset/roberta-base-squad2: no such model; the models are Korean, bert_qa"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@
 const TOP_K = 5;
 const PATIENCE_MS = 60_000; // for a question with all its attempts; the service has its own, shorter deadline for each
 const BUSY = [429, 503]; // statuses that mean "not now"
-const WAITING = "The service is busy at the moment. Your question waits and is asked again by itself…";
+const WAITING = "The service is busy at the moment. Your question will be sent again automatically…";
 
 const SAMPLE = {
   text:
@@ -32,7 +32,7 @@ const HEADLINES = {
   body_too_large: "This is too much text.",
   unauthorized: "This service answers only with an API key.",
   rate_limited: "Too many questions with this API key.",
-  validation: "This question cannot be asked as it stands.",
+  validation: "This question cannot be answered as it is.",
   unreachable: "The service cannot be reached.",
 };
 
@@ -144,7 +144,7 @@ function readForm() {
     .map((area, index) => ({ text: area.value, number: index + 1, area }))
     .filter(({ text }) => text.trim() !== "");
   [question, keyField, ...areas()].forEach(clearProblem);
-  if (filled.length === 0) showProblem(areas()[0], "Please put in the text that holds the answer.");
+  if (filled.length === 0) showProblem(areas()[0], "Please enter the text that contains the answer.");
   if (question.value.trim() === "") showProblem(question, "Please type a question.");
   if (filled.length === 0 || question.value.trim() === "") return null;
 
@@ -175,7 +175,7 @@ async function post(body, signal) {
     });
   } catch (error) {
     if (signal.aborted) throw signal.reason;
-    return { failure: { error: "Check that it runs, and your connection to it.", error_type: "unreachable" } };
+    return { failure: { error: "Check that it is running, and your connection to it.", error_type: "unreachable" } };
   }
   const reply = await response.json().catch(() => null);
   if (response.ok && Array.isArray(reply?.answers)) return { reply };
@@ -307,12 +307,12 @@ function showReply(reply) {
       element(
         "p",
         { class: "note" },
-        `The question is too long for the model (${reply.question_tokens} tokens); it has read only the beginning.`,
+        `The question is too long for the model (${reply.question_tokens} tokens); only its beginning was read.`,
       ),
     );
   }
 
-  find("ranking-title").textContent = reply.has_answer ? "Answers, best first" : "Closest guesses, not to be relied on";
+  find("ranking-title").textContent = reply.has_answer ? "Answers, best first" : "Closest guesses, not reliable";
   find("ranking-title").hidden = reply.answers.length === 0;
   find("ranking").replaceChildren(...reply.answers.map((answer) => rankingItem(answer, several)));
   find("details").hidden = false;
@@ -412,7 +412,7 @@ async function copyCommand() {
     find("command").value = command;
     find("command").focus();
     find("command").select();
-    find("copied").textContent = "Your browser does not let the page copy. The command is selected: press Ctrl + C.";
+    find("copied").textContent = "Your browser does not allow copying from this page. The command is selected: press Ctrl + C.";
   }
 }
 
