@@ -1,1 +1,1 @@
-"""The REST service: FastAPI in front, one gRPC channel to Triton behind."""
+"""The REST service: a FastAPI application that calls Triton over gRPC."""

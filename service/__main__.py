@@ -1,4 +1,4 @@
-"""``python -m service``, which is ``bertqa serve``."""
+"""Run ``bertqa serve`` as ``python -m service``."""
 
 from bertqa.cli.command import run
 from service.commands.serve import app

@@ -1,10 +1,10 @@
-"""Who may ask: API keys, kept as hashes in a file, each with a name and a rate of its own.
+"""API keys, stored as hashes in a file; each has a name and a rate limit.
 
-A line of the file is ``NAME SHA256 RATE BURST [UNIT]``: the hash of the key in hexadecimal, how many a second, and how
-many at once; ``- -`` where there is no limit. UNIT is what is counted: ``request`` (as without it), ``question``, or
-``window``, a call of the engine. ``#`` begins a comment. A file without a single byte is being written: the keys from
-before stay valid. Keys are 256 random bits, so their plain SHA-256 cannot be guessed back, and a slow hash, made for
-passwords that people choose, would only slow requests down.
+A line of the file is ``NAME SHA256 RATE BURST [UNIT]``: the hash of the key in hexadecimal, the number per second and
+the number at once; ``- -`` means no limit. UNIT is what the rate counts: ``request`` (the default), ``question``, or
+``window``, which is one engine call. ``#`` starts a comment. An empty file is treated as a file being written: the
+previous keys stay valid. Keys are 256 random bits, so nobody can find one from its SHA-256. A slow hash, made for
+passwords, would only slow down requests.
 """
 
 import asyncio
@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 PREFIX = "bertqa_"
-"""Begins every key, so that one that was left lying about is recognized."""
+"""Prefix of every key, so that scanners can recognize leaked keys."""
 FOLLOW_S = 1.0
-"""Seconds between two looks at the file."""
+"""Seconds between two checks of the file."""
 
 Unit = Literal["request", "question", "window"]
 """What a key's rate counts."""
@@ -41,17 +41,17 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class KeysError(ValueError):
-    """The file of keys cannot be used; the message names it and the line."""
+    """The key file is unusable; the message names the file and the line."""
 
 
 @dataclass(slots=True)
 class Key:
-    """A key without the key itself, and its token bucket."""
+    """Name and limits of a key, and its token bucket; not the key itself."""
 
     name: str
     sha256: bytes
     rate: float = math.inf  # units per second
-    burst: float = math.inf  # units at once, from rest
+    burst: float = math.inf  # units at once after a pause
     unit: Unit = "request"
     _tokens: float = field(init=False)
     _filled: float = field(init=False)
@@ -61,16 +61,16 @@ class Key:
 
     @property
     def limits(self) -> tuple[float, float, Unit]:
-        """Rate, burst, and of what."""
+        """Rate, burst and unit."""
         return self.rate, self.burst, self.unit
 
     def charge(self, unit: Unit, number: int) -> None:
-        """Spend what a request turned out to take, beyond the one unit that `take` spent; the rest is a debt."""
+        """Spend the units of a request beyond the one that `take` spent; the balance may become negative."""
         if unit == self.unit:
             self._tokens -= max(number, 0)
 
     def take(self) -> float:
-        """Spend one unit; returns 0.0, or the seconds until there is one to spend."""
+        """Spend one unit and return 0.0, or return the seconds until one is available."""
         if math.isinf(self.rate):
             return 0.0
         now = time.monotonic()
@@ -83,10 +83,10 @@ class Key:
 
 
 def parse_keys(path: Path) -> dict[str, Key]:
-    """Read a file of keys; by name.
+    """Read a key file; returns the keys by name.
 
     Raises:
-        KeysError: it cannot be read, or a line is not as it must be.
+        KeysError: it cannot be read, or a line is invalid.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -105,7 +105,7 @@ def parse_keys(path: Path) -> dict[str, Key]:
         if not _NAME.fullmatch(name) or len(key.sha256) != 32:
             raise KeysError(f"{path}, line {number}: must begin with a name and 64 hexadecimal digits")
         if name in keys or any(key.sha256 == other.sha256 for other in keys.values()):
-            raise KeysError(f"{path}, line {number}: name or key stands there twice")
+            raise KeysError(f"{path}, line {number}: the name or key is a duplicate")
         keys[name] = key
     return keys
 
@@ -115,7 +115,7 @@ def _limits(rate: str, burst: str) -> tuple[float, float]:
         return math.inf, math.inf
     try:
         limits = float(rate), float(burst)
-    except ValueError:  # whose message has what stands there, and that may be a key
+    except ValueError:  # its message quotes the value, which may be a key
         limits = math.nan, math.nan
     if not (0 < limits[0] < math.inf and 1 <= limits[1] < math.inf):
         raise ValueError("RATE must be above 0, BURST at least 1, or both -")
@@ -128,12 +128,12 @@ def _unit(rest: Sequence[str]) -> tuple[Unit, ...]:
             return ()
         case ["request" | "question" | "window" as unit]:
             return (unit,)
-        case _:  # may hold a key, and is not quoted
-            raise ValueError(f"UNIT must be one of {', '.join(get_args(Unit))}, and nothing may follow it")
+        case _:  # may contain a key, so do not quote it
+            raise ValueError(f"UNIT must be one of {', '.join(get_args(Unit))}, with nothing after it")
 
 
 class Keyring:
-    """The keys of a file, read again when it changes."""
+    """The keys of a file, reloaded when it changes."""
 
     def __init__(self, path: Path) -> None:
         """Read the file.
@@ -146,7 +146,7 @@ class Keyring:
         self._keys = parse_keys(path)
 
     def find(self, presented: bytes) -> Key | None:
-        """The key that this is, compared with every one in constant time."""
+        """Return the key that was presented, or None; compares with every key in constant time."""
         sha256 = hashlib.sha256(presented).digest()
         found = None
         for key in self._keys.values():
@@ -155,10 +155,10 @@ class Keyring:
         return found
 
     def reload(self) -> None:
-        """Read the file if it has changed; one that cannot be used is logged once, and the keys stay as they are.
+        """Read the file if it has changed; if it is unusable, log this once and keep the previous keys.
 
-        An editor that truncates a file before it writes leaves it empty for a moment. Who wants no key to be valid
-        leaves a comment in it.
+        An editor that truncates a file before it writes leaves it empty for a moment. To make no key valid, leave a
+        comment in the file.
         """
         stamp = self._look()
         if stamp == self._stamp:
@@ -166,28 +166,28 @@ class Keyring:
         try:
             keys = parse_keys(self._path)
             if not stamp or stamp[-1] == 0:
-                raise KeysError(f"{self._path}: holds nothing, as if it were being written")
+                raise KeysError(f"{self._path}: is empty, as if it were being written")
         except KeysError as error:
             self._stamp = stamp
-            log.error("%s; the keys from before stay valid", error)
+            log.error("%s; the previous keys stay valid", error)
             return
         for name, key in keys.items():
             old = self._keys.get(name)
             if old and (old.sha256, old.limits) == (key.sha256, key.limits):
-                keys[name] = old  # with what it has spent
+                keys[name] = old  # keeps its balance
         self._stamp, self._keys = stamp, keys
-        log.warning("%s: %d keys from now on", self._path, len(keys))
+        log.warning("%s: %d keys loaded", self._path, len(keys))
 
     async def follow(self) -> None:
-        """Keep up with the file until cancelled, from a thread of its own: others may be busy with long texts."""
+        """Reload the file when it changes, until cancelled; in its own thread, as others may be busy."""
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1, "keys")
         try:
             while True:
                 await asyncio.sleep(FOLLOW_S)
                 try:
                     await loop.run_in_executor(thread, self.reload)
-                except Exception:  # whatever it is, the next look may go well
-                    log.exception("%s could not be looked at; it will be again", self._path)
+                except Exception:  # the next check may succeed
+                    log.exception("%s could not be checked; trying again", self._path)
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
 
@@ -203,16 +203,16 @@ def new_key(path: Path, name: str, rate: float | None, burst: float | None, unit
     """Make a key and append its hash to the file.
 
     Returns:
-        The key, which is nowhere else.
+        The key; it is stored nowhere.
 
     Raises:
-        KeysError: the name or a limit is not one, the name is taken, or the file cannot be used.
+        KeysError: the name or a limit is invalid, the name is taken, or the file is unusable.
     """
     keys = parse_keys(path) if path.exists() else {}
     if not _NAME.fullmatch(name):
         raise KeysError(f"NAME: must be up to 64 letters, digits, dots, dashes and underscores; got {name!r:.80}")
     if name in keys:
-        raise KeysError(f"{path}: has a key {name} already; choose another name, or revoke it")
+        raise KeysError(f"{path}: already has a key {name}; choose another name, or revoke that key")
     key = PREFIX + secrets.token_urlsafe(32)
     limits = "- -" if rate is None else f"{rate:g} {burst or max(2 * rate, 1):g}"
     try:
@@ -226,22 +226,22 @@ def new_key(path: Path, name: str, rate: float | None, burst: float | None, unit
             end = file.seek(0, os.SEEK_END)
             if end and (file.seek(end - 1), file.read(1))[1] != b"\n":
                 line = "\n" + line
-            file.write(line.encode())  # at once, so that no reader sees half a line
+            file.write(line.encode())  # in one call, so that no reader sees half a line
     except OSError as error:
         raise KeysError(f"{path}: cannot be written ({error.strerror})") from None
     return key
 
 
 def revoke_key(path: Path, name: str) -> None:
-    """Take a key out of the file; comments and other lines stay as they are, and no reader sees half a file.
+    """Remove a key from the file; other lines stay as they are, and no reader sees half a file.
 
     Raises:
-        KeysError: there is no such key, or the file cannot be used.
+        KeysError: there is no such key, or the file is unusable.
     """
     if name not in parse_keys(path):
-        raise KeysError(f"{path}: has no key {name!r:.80}; `bertqa keys list` shows those that it has")
+        raise KeysError(f"{path}: has no key {name!r:.80}; `bertqa keys list` shows its keys")
     try:
-        path = path.resolve()  # a link goes on pointing there
+        path = path.resolve()  # keeps a symbolic link
         with _locked(path) as file:
             lines = file.readall().decode("utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.partition("#")[0].split()[:1] != [name]]
@@ -265,11 +265,11 @@ def revoke_key(path: Path, name: str) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[io.FileIO]:
-    """The file, made if need be, for as long as no other process of ours writes to it; writes go to its end."""
+    """Open the file for appending, creating it if needed, with a lock against our other processes."""
     while True:
         with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             ours, there = os.fstat(file.fileno()), os.stat(path)
-            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):  # nobody has replaced it meanwhile
+            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):  # not replaced in the meantime
                 yield file
                 return

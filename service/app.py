@@ -1,6 +1,6 @@
-"""The application: its parts are made and put together here, and start and end here.
+"""Create the application from its parts, and start and stop them.
 
-Run it from the repository's root with ``uvicorn --factory service.app:create_app``.
+Run it from the root of the repository with ``uvicorn --factory service.app:create_app``.
 """
 
 import asyncio
@@ -62,18 +62,18 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]
 def create_app(
     settings: Settings | None = None, *, engine: EngineFactory | None = None, bundle: Bundle | None = None
 ) -> FastAPI:
-    """Make the application; settings that are not given come from the environment, bundles and engines from those.
+    """Create the application; settings default to the environment, bundles and engines to the settings.
 
-    Without a bundle it serves every model of the repository and follows what becomes active there. Starting refuses an
-    engine that is not the one which its bundle describes (`bertqa.manifest.BundleMismatch`), but not one that is not up
-    yet: until it is, and the check has passed, ``/health/ready`` fails and questions get 503.
+    Without a bundle, it serves every model of the repository and switches to versions that become active there. It does
+    not start with an engine that does not belong to its bundle (`bertqa.manifest.BundleMismatch`). It does start before
+    the engine is up: until the engine answers and the check passes, ``/health/ready`` fails and questions get 503.
     """
     metrics, own_process = Metrics(), settings is None
     try:
         settings = Settings.from_environment(os.environ) if settings is None else settings
         keyring = Keyring(Path(settings.api_keys_file)) if settings.api_keys_file else None
         if own_process and not bundle:
-            default_model(Repository(settings.repository), settings.model or None)  # a mistake there is one line too
+            default_model(Repository(settings.repository), settings.model or None)  # so that this error is one line too
     except (SettingsError, KeysError, BundleMismatch) as error:
         if own_process:
             sys.exit(f"bertqa: error: {error}")
@@ -95,11 +95,15 @@ def create_app(
         openapi_url=None if settings.docs == "off" else "/openapi.json",
         docs_url=None,  # FastAPI's pages load their scripts from a CDN
         redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # looked at anew for each request; ours is ours
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+        },  # otherwise checked on each request; we have our own
     )
     app.state.services = services
     _add_middleware(app, services)
-    for exception in (HTTPException, RequestValidationError):  # FastAPI has handlers of its own for these
+    for exception in (HTTPException, RequestValidationError):  # replaces FastAPI's own handlers
         app.add_exception_handler(exception, _respond)
     needs_keys = services.keyring is not None
     for router in (v1.router, hugging_face.router):
@@ -109,7 +113,7 @@ def create_app(
 
 
 def _add_middleware(app: FastAPI, services: Services) -> None:
-    """Put the layers around the routes; the last one added is the first that a request meets."""
+    """Add the layers around the routes; the last one added is the outermost."""
     settings, metrics = services.settings, services.metrics
     app.add_middleware(JsonRoutes, routes=[*v1.router.routes, *hugging_face.router.routes])
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
@@ -176,14 +180,14 @@ def _lifespan(services: Services, engine: EngineFactory | None, bundle: Bundle |
 
 
 def _tune_garbage_collector() -> None:
-    # What is loaded by now stays for good: the garbage collector need not walk it with every full collection.
+    # Objects loaded so far stay until the end: exclude them from collections.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples, and no cycles of note
+    gc.set_threshold(20_000, 10, 10)  # a request makes over a thousand short-lived tuples and few cycles
 
 
 async def _watch(pipeline: Pipeline, metrics: Metrics) -> None:
-    """Measure what no request shows, for as long as the application lives."""
+    """Measure event loop lag and queue wait until cancelled."""
     loop = asyncio.get_running_loop()
     while True:
         wanted = loop.time() + _WATCH_S
@@ -197,4 +201,4 @@ async def _verify_if_up(models: ModelRegistry) -> None:
         try:
             await model.verify(deadline=time.monotonic() + PROBE_S)
         except EngineError as error:
-            log.warning("the engine is not up yet, its identity will be checked when it is: %s", error)
+            log.warning("the engine is not up yet; its identity will be checked later: %s", error)

@@ -1,4 +1,4 @@
-"""The parts of one application, which all of its requests share."""
+"""The parts of one application, shared by all its requests."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,22 +15,22 @@ from service.shutdown import Shutdown
 
 @dataclass(slots=True, kw_only=True)
 class Services:
-    """Made by `service.app.create_app`; ``app.state.services``, and ``services`` in the state of the lifespan."""
+    """Created by `service.app.create_app`; available as ``app.state.services`` and in the lifespan state."""
 
     settings: Settings
     metrics: Metrics
     shutdown: Shutdown
-    keyring: Keyring | None = None  # None: no keys are needed
+    keyring: Keyring | None = None  # None: no key is required
     readiness_log: ReadinessLog = field(default_factory=ReadinessLog)
     metrics_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "metrics"))
     """Writes the metrics; its own thread, so that long texts cannot delay a scrape."""
     pipeline: Pipeline = field(init=False)
-    """There once the application has started."""
+    """Set when the application has started."""
     answering: Answering = field(init=False)
-    """The pipeline, or the cache around it; likewise."""
+    """The pipeline, or the cache around it; set when the application has started."""
 
 
 def services_of(request: Request) -> Services:
-    """Return the parts of the application that handles a request."""
+    """Return the services of the application that handles a request."""
     services: Services = request.scope["app"].state.services
     return services

@@ -1,6 +1,6 @@
-"""The service's settings, read once from the environment; nothing else in the service reads it.
+"""The settings of the service, read once from the environment; no other module reads it.
 
-A setting is written once: its type, range, default and meaning are those of a field of `Settings`. The table in
+Each setting is a field of `Settings` with its type, range, default and meaning. The table in
 docs/operations.md is printed by ``python -m service.settings``.
 """
 
@@ -25,9 +25,9 @@ OTHERS = frozenset(
         "VENV",  # of deploy/slurm/train.sbatch
     )
 )
-"""Variables with our prefix that others read."""
+"""Variables with our prefix that other programs read."""
 
-# What Kubernetes and Docker set in every container beside a service that is called bertqa.
+# Kubernetes and Docker set these in every container next to a service named bertqa.
 _SERVICE_LINK = re.compile(PREFIX + r"(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)")
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")  # as browsers write them
 
@@ -37,84 +37,82 @@ Access = Literal["open", "key", "off"]
 
 
 class SettingsError(ValueError):
-    """A setting cannot be used; the message begins with the name of its variable."""
+    """A setting is invalid; the message begins with the name of its variable."""
 
 
 class Settings(BaseSettings):
-    """Settings of the service; the environment variable of a field is its name in capitals after ``BERTQA_``."""
+    """Settings of the service; the environment variable of a field is ``BERTQA_`` and its name in capitals."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", validate_by_name=True, use_attribute_docstrings=True
     )
 
     triton_url: str = "127.0.0.1:8001"
-    """Triton's gRPC address, host:port; several addresses, separated by commas, are replicas of one model.
-    `bertqa serve` sets it."""
-
-    triton_tls_ca: str = ""
-    """PEM file with the certificates that Triton's is checked against. Empty: no TLS."""
-
-    triton_tls_cert: str = ""
-    """PEM file with the service's own certificate, for a Triton that asks for one (mutual TLS)."""
-
-    triton_tls_key: str = ""
-    """PEM file with the key of that certificate."""
-
-    repository: Path = Path("model_repository")
-    """Triton's model repository or a copy of it: manifests and tokenizers are read from there. `bertqa serve` sets
+    """gRPC address of Triton, host:port; several addresses, separated by commas, are replicas. `bertqa serve` sets
     it."""
 
+    triton_tls_ca: str = ""
+    """PEM file with the CA certificates for Triton's certificate. Empty: no TLS."""
+
+    triton_tls_cert: str = ""
+    """PEM file with the service's own certificate, if Triton requires one (mutual TLS)."""
+
+    triton_tls_key: str = ""
+    """PEM file with the private key of that certificate."""
+
+    repository: Path = Path("model_repository")
+    """Triton's model repository or a copy of it, with manifests and tokenizers. `bertqa serve` sets it."""
+
     model: str = ""
-    """Model that answers when a request names none. Empty: `bert_qa`, or the only model."""
+    """Model for requests that name none. Empty: `bert_qa`, or the only model."""
 
     deadline_s: float = Field(default=10.0, gt=0, le=3600)
-    """Seconds from a parsed request to its answer, after which it fails; a request may ask for less."""
+    """Timeout in seconds from a parsed request to its answer; a request may ask for less."""
 
     api_keys_file: str = ""
-    """File with the hashes of the API keys. Empty: everyone may ask."""
+    """File with the hashes of the API keys. Empty: no keys are required."""
 
     metrics: Access = "open"
-    """Who may read `/metrics`: everyone (`open`), whoever has a `key`, or nobody (`off`)."""
+    """Who may read `/metrics`: everyone (`open`), clients with a key (`key`), or nobody (`off`)."""
 
     docs: Access = "open"
-    """Who may read `/openapi.json` and so `/docs`: as for `/metrics`."""
+    """Who may read `/openapi.json`, which `/docs` needs; values as for `/metrics`."""
 
     cors_origins: str = ""
-    """Origins such as `https://example.com`, separated by commas, whose pages may ask from a browser. Empty: only the
-    service's own page."""
+    """Origins such as `https://example.com`, separated by commas, whose pages may call the service (CORS). Empty: only
+    the service's own page."""
 
     shutdown_delay_s: float = Field(default=0.0, ge=0, le=300)
-    """Seconds from SIGTERM until the port closes. Readiness fails at once; set it to the time that your load balancer
-    takes to notice."""
+    """Seconds from SIGTERM until the port closes; readiness fails at once. Set it to the time that your load balancer
+    needs to notice."""
 
     max_in_flight: CountOrZero = 0
-    """Engine calls of a process and a model at one time. 0: two for each engine instance at each address of Triton."""
+    """Concurrent engine calls of a process for a model. 0: two for each engine instance at each address of Triton."""
 
     max_wait_s: float = Field(default=2.0, gt=0, le=3600)
-    """Seconds that a request may wait for its first turn at the engine; one that would wait longer is refused with
-    503."""
+    """Seconds that a request may wait for its first turn at the engine; one that would wait longer gets 503."""
 
     cache_mb: CountOrZero = 0
-    """Megabytes of answers that each process keeps for repeated questions, for each model. 0: no cache."""
+    """Megabytes of answers that each process caches for each model. 0: no cache."""
 
     max_memory_mb: Count = 128
-    """Megabytes that requests in progress may hold: bodies, windows, logits, replies not yet taken; more are refused
-    with 503."""
+    """Megabytes of memory for requests in progress: bodies, windows, logits, unread replies. Requests beyond that get
+    503."""
 
     arrival_s: float = Field(default=20.0, gt=0, le=3600)
-    """Seconds for a request to arrive, for a new connection to send one, and for a client to take its reply."""
+    """Seconds for a request to arrive, for a new connection to send one, and for a client to read its reply."""
 
     max_connections: Count = 1_000
-    """Open connections of a process; one more closes the connection that has been idle longest."""
+    """Open connections per process; one more closes the connection that has been idle longest."""
 
     max_body_bytes: Count = 2 * 1024 * 1024
-    """Bytes of a request body, counted before anything is parsed."""
+    """Bytes of a request body, checked before parsing."""
 
     max_question_chars: Count = 1_000
     """Characters of a question."""
 
     max_context_chars: Count = 200_000
-    """Characters of all contexts of a question together."""
+    """Characters in all contexts of a question together."""
 
     max_contexts: Count = 64
     """Contexts of a question."""
@@ -123,27 +121,27 @@ class Settings(BaseSettings):
     """Questions of one call to `/v1/answers`."""
 
     log_format: Literal["json", "text"] = "text"
-    """`json`: one object a line, for machines; `text`: for people."""
+    """`json`: one object per line, for machines; `text`: for people."""
 
     log_to: Literal["stderr", "stdout"] = "stderr"
-    """Where the log goes."""
+    """Where to write the log."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least severe level that is logged."""
+    """Lowest level that is logged."""
 
     access_log: bool = True
-    """Log a line for each request; probes and scrapes that succeed get none."""
+    """Log a line for each request, except successful probes and scrapes."""
 
     log_texts: bool = False
-    """Let the log hold questions, contexts and the messages of exceptions, which may quote them."""
+    """Allow questions, contexts and exception messages, which may quote them, in the log."""
 
     otlp_endpoint: str = Field(default="", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
-    """URL of the OpenTelemetry collector that gets traces. Empty: no traces."""
+    """URL of the OpenTelemetry collector for traces. Empty: no traces."""
 
     otlp_protocol: Literal["grpc", "http/protobuf"] = Field(
         default="grpc", validation_alias="OTEL_EXPORTER_OTLP_PROTOCOL"
     )
-    """Protocol of that collector."""
+    """OTLP protocol of that collector."""
 
     if not TYPE_CHECKING:  # a type checker sees the fields as parameters
 
@@ -151,7 +149,7 @@ class Settings(BaseSettings):
             """Check the values.
 
             Raises:
-                SettingsError: a value is not of its type, out of range, or does not go with another.
+                SettingsError: a value has the wrong type, is out of range, or conflicts with another.
             """
             try:
                 super().__init__(**values)
@@ -167,7 +165,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what is given and nothing else: only `from_environment` reads variables."""
+        """Use only the given values; `from_environment` alone reads variables."""
         return (init_settings,)
 
     @field_validator("triton_url")
@@ -181,13 +179,15 @@ class Settings(BaseSettings):
     @classmethod
     def _origins(cls, text: str) -> str:
         if bad := [part for part in _parts(text) if not _ORIGIN.fullmatch(part)]:
-            raise ValueError(f"must be origins such as https://example.com, separated by commas; {bad[0]!r} is none")
+            raise ValueError(
+                f"must be origins such as https://example.com, separated by commas; {bad[0]!r} is not an origin"
+            )
         return text
 
     @model_validator(mode="after")
     def _together(self) -> "Settings":
         if bool(self.triton_tls_cert) != bool(self.triton_tls_key):
-            raise ValueError(f"{PREFIX}TRITON_TLS_CERT, {PREFIX}TRITON_TLS_KEY: one needs the other")
+            raise ValueError(f"{PREFIX}TRITON_TLS_CERT, {PREFIX}TRITON_TLS_KEY: set both or neither")
         if self.triton_tls_cert and not self.triton_tls_ca:
             raise ValueError(f"{PREFIX}TRITON_TLS_CERT: needs {PREFIX}TRITON_TLS_CA")
         for name in ("metrics", "docs"):
@@ -197,25 +197,25 @@ class Settings(BaseSettings):
 
     @property
     def triton_urls(self) -> tuple[str, ...]:
-        """The addresses one by one."""
+        """The addresses of Triton as a tuple."""
         return _parts(self.triton_url)
 
     @property
     def allowed_origins(self) -> tuple[str, ...]:
-        """The origins one by one."""
+        """The allowed origins as a tuple."""
         return _parts(self.cors_origins)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Settings":
-        """Read the variables that are set and not empty; the others keep their defaults.
+        """Read the variables that are set and not empty; other settings keep their defaults.
 
         Raises:
-            SettingsError: a variable that begins with ``BERTQA_`` is no setting, or a value cannot be used.
+            SettingsError: a variable that begins with ``BERTQA_`` is not a setting, or a value is invalid.
         """
         known = [variable(name) for name in cls.model_fields]
         for name in environ:
             if name.startswith(PREFIX) and name not in OTHERS.union(known) and not _SERVICE_LINK.fullmatch(name):
-                # Without the prefix that all have in common, and that would make any two names alike.
+                # Compare without the common prefix, which would make all names similar.
                 near = difflib.get_close_matches(
                     name.removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known], 1
                 )
@@ -227,13 +227,13 @@ class Settings(BaseSettings):
 
 
 def variable(name: str) -> str:
-    """The environment variable of a field."""
+    """Return the environment variable of a field."""
     alias = Settings.model_fields[name].validation_alias
     return alias if isinstance(alias, str) else PREFIX + name.upper()
 
 
 def markdown_table() -> str:
-    """The settings as a table: variable, default, what it may be, meaning."""
+    """Return the settings as a Markdown table: variable, default, allowed values, meaning."""
     lines = ["| variable | default | may be | meaning |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = f"{field.default}".removesuffix(".0") or "none"
@@ -244,7 +244,7 @@ def markdown_table() -> str:
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a value of this field may be, in words."""
+    """Describe the allowed values of a field."""
     if get_origin(field.annotation) is Literal:
         return "one of " + ", ".join(get_args(field.annotation))
     kinds: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
@@ -265,9 +265,9 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def _in_one_line(error: ValidationError) -> str:
-    """The first finding as ``VARIABLE: what it must be; got what was given``."""
+    """Return the first error as ``VARIABLE: what it must be; got the value``."""
     found = error.errors()[0]
-    if not found["loc"]:  # of several fields, in words of our own
+    if not found["loc"]:  # an error about several fields, with our own message
         return str(found["ctx"]["error"])
     fields = {**Settings.model_fields, **{variable(name): field for name, field in Settings.model_fields.items()}}
     name = str(found["loc"][0])

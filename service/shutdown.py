@@ -1,7 +1,7 @@
-"""Between SIGTERM and the end: readiness fails first, while everything is still answered.
+"""Shut down in two steps: after SIGTERM readiness fails, while requests are still answered.
 
-Load balancers ask for readiness, and go on sending requests until they have heard; meanwhile uvicorn would already have
-closed the port. Clients that keep a connection are told that it ends, so that the next request takes another one.
+Load balancers keep sending requests until a readiness probe fails; by then, uvicorn alone would have closed the port.
+Clients with open connections are told that these will close, so that their next request opens another one.
 """
 
 import asyncio
@@ -12,23 +12,23 @@ from collections.abc import Callable
 from types import FrameType
 
 DRAIN_S = 15
-"""Seconds that requests in progress get once the service no longer accepts any."""
+"""Seconds for requests in progress to finish after the port is closed."""
 CLEANUP_S = 1.5
-"""Seconds that a step of the clean-up after the last request gets."""
+"""Timeout in seconds of each clean-up step after the last request."""
 
 
 class Shutdown:
-    """Whether the process has been told to end; it does, in uvicorn's own way, after a delay."""
+    """Tracks whether shutdown has begun; after a delay, uvicorn's own shutdown follows."""
 
     def __init__(self, delay_s: float) -> None:
-        """Set the seconds during which requests are still accepted."""
+        """Set the seconds for which requests are still accepted."""
         self.has_begun = False
         self._delay_s = delay_s
 
     def listen(self) -> None:
-        """Run before uvicorn's handler of SIGTERM, inside the running event loop; a second signal ends at once.
+        """Handle SIGTERM before uvicorn does, inside the running event loop; a second signal skips the delay.
 
-        Only the main thread can; a server in another one ends as it is told.
+        Only the main thread can handle signals; a server in another thread shuts down without the delay.
         """
         end = signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is not threading.main_thread() or not callable(end):
@@ -44,9 +44,9 @@ class Shutdown:
 
 
 async def clean_up(step: Callable[[], object]) -> None:
-    """Run a blocking step of the clean-up in a thread of its own, for `CLEANUP_S` seconds at most.
+    """Run a blocking clean-up step in its own thread, for at most `CLEANUP_S` seconds.
 
-    The event loop's own threads may all be busy with requests that nobody waits for any more.
+    The shared threads may all be busy with abandoned requests.
     """
     loop, done = asyncio.get_running_loop(), asyncio.Event()
 
@@ -54,7 +54,7 @@ async def clean_up(step: Callable[[], object]) -> None:
         try:
             step()
         finally:
-            with contextlib.suppress(RuntimeError):  # too late: the loop is closed
+            with contextlib.suppress(RuntimeError):  # the loop is already closed
                 loop.call_soon_threadsafe(done.set)
 
     threading.Thread(target=run, name="clean-up", daemon=True).start()

@@ -1,1 +1,1 @@
-"""What happens to every request before any route: pure ASGI, one concern a file."""
+"""The layers around every route: pure ASGI middleware, one concern per file."""

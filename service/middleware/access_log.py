@@ -1,4 +1,4 @@
-"""Counts every request and logs a line for it, after the reply has left."""
+"""Count every request and log a line for it, after the reply has been sent."""
 
 import logging
 import time
@@ -12,19 +12,19 @@ from service.observability.request_context import RequestContext, request_contex
 
 log = logging.getLogger("bertqa.access")
 
-_UNLOGGED = ("/health/", "/metrics")  # asked every few seconds; their failures are logged
+_UNLOGGED = ("/health/", "/metrics")  # requested every few seconds; only failures are logged
 
 
 class AccessLogMiddleware:
-    """Must be inside of `RequestContextMiddleware` only, so that it sees every reply as it leaves."""
+    """Must be directly inside `RequestContextMiddleware`, so that it sees every reply as it is sent."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, logs: bool) -> None:
         """Wrap an application.
 
         Args:
             app: the application.
-            metrics: count every request.
-            logs: whether requests get a line in the log.
+            metrics: counts every request.
+            logs: whether to log a line for each request.
         """
         self.app = app
         self._metrics = metrics
@@ -52,7 +52,9 @@ class AccessLogMiddleware:
         finally:
             seconds = time.perf_counter() - started
             self._metrics.in_flight.dec()
-            asked = scope["method"] == "POST" and (status == 200 or status >= 500)  # the engine, most likely
+            asked = scope["method"] == "POST" and (
+                status == 200 or status >= 500
+            )  # most likely a request to the engine
             route, context = route_of(scope), request_context.get()
             self._metrics.requested(route, status, context.error_type, seconds if asked else None)
             if self._logs and _is_logged(route, status) and log.isEnabledFor(logging.INFO):
@@ -60,7 +62,7 @@ class AccessLogMiddleware:
 
 
 def _is_logged(route: str, status: int) -> bool:
-    if route == readiness.ROUTE:  # `ReadinessLog` logs the others
+    if route == readiness.ROUTE:  # `ReadinessLog` logs failures
         return 400 <= status < 500
     return status >= 400 or not route.startswith(_UNLOGGED)
 
@@ -81,7 +83,7 @@ def _log(method: str, route: str, status: int, seconds: float, sent: int, contex
     fields |= context.fields()
     if context.questions:
         fields["questions"] = [{"question": question, "contexts": contexts} for question, contexts in context.questions]
-    # `log.info` would walk the stack to find the line of this call, which nobody needs to know.
+    # `log.info` would walk the stack to find the line of this call, which is not needed.
     record = logging.LogRecord(log.name, logging.INFO, "", 0, "%s %s %s", (method, route, shown), None)
     record.fields = fields
     log.handle(record)

@@ -1,4 +1,4 @@
-"""Asks for an API key where one is needed, and keeps each key to its rate."""
+"""Require API keys and limit their rates."""
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -11,20 +11,20 @@ from service.settings import Settings
 
 
 def needs_key(method: str, path: str, settings: Settings) -> bool:
-    """Return whether a service with keys answers this only to those who have one."""
+    """Return whether a service with API keys requires one for this request."""
     if method not in ("GET", "HEAD"):
         return True
     access = {"/metrics": settings.metrics, "/openapi.json": settings.docs}.get(path)
     if access:
         return access != "open"
-    # The pages themselves are open; what they ask for needs the key.
+    # The pages are open; the requests that they make need a key.
     return path not in ("/", "/docs") and not path.startswith(("/health/", "/static/"))
 
 
 class AuthMiddleware:
-    """Lets pass what is open to all, or comes with a key and within the key's rate.
+    """Passes on requests that need no key, or that have a key within its rate.
 
-    Raises `Unauthorized` or `RateLimited`; must be inside of the middleware that answers these.
+    Raises `Unauthorized` or `RateLimited`; must be inside `ErrorMiddleware`, which handles these.
     """
 
     def __init__(self, app: ASGIApp, *, keyring: Keyring, metrics: Metrics, settings: Settings) -> None:
@@ -42,23 +42,23 @@ class AuthMiddleware:
         await self.app(scope, receive, send)
 
     def _admit(self, headers: Headers) -> Key:
-        """Return the key that came with a request.
+        """Return the key of a request.
 
         Raises:
-            Unauthorized: the key is missing or unknown, or a header that may hold it is repeated, of which a proxy may
-                have looked at the other.
-            RateLimited: it has been used too often.
+            Unauthorized: the key is missing or unknown, or its header is repeated (a proxy may have checked the other
+                one).
+            RateLimited: the key exceeds its rate.
         """
         for name in ("authorization", "x-api-key"):
             if len(headers.getlist(name)) > 1:
-                raise Unauthorized(f"{name}: stands twice among the headers")
+                raise Unauthorized(f"{name}: the header is repeated")
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         presented = headers.get("x-api-key") or (credentials.strip() if scheme.lower() == "bearer" else "")
         if not presented:
-            raise Unauthorized("an API key is needed: authorization: Bearer KEY, or x-api-key: KEY")
+            raise Unauthorized("an API key is required; send authorization: Bearer KEY, or x-api-key: KEY")
         key = self._keyring.find(presented.encode("latin-1"))
         if key is None:
-            raise Unauthorized("this API key is not known")
+            raise Unauthorized("unknown API key")
         wait_s = key.take()
         self._metrics.admitted(key.name, not wait_s)
         if wait_s:

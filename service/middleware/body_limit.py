@@ -1,4 +1,4 @@
-"""Bounds the body of a request before anything is parsed, by what it announces and by what arrives."""
+"""Limit request bodies before they are parsed, by their announced length and by the bytes that arrive."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -7,7 +7,7 @@ from service.observability.request_context import request_context
 
 
 class BodyLimitMiddleware:
-    """Raises `BodyTooLarge`, or what the HTTP protocol holds against the body, in whoever reads it."""
+    """Raises `BodyTooLarge`, or the error that the HTTP protocol set for the body, in the code that reads it."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
         self.app = app
@@ -29,7 +29,7 @@ class BodyLimitMiddleware:
                 context.received_bytes += len(message.get("body", b""))
                 if context.received_bytes > max_bytes:
                     raise BodyTooLarge(max_bytes)
-                if "refusal" in scope:  # by `service.runtime.http_protocol`, which holds no more of the body
+                if "refusal" in scope:  # set by `service.runtime.http_protocol`, which has dropped the body
                     raise scope["refusal"]
             return message
 
@@ -37,8 +37,8 @@ class BodyLimitMiddleware:
 
 
 def _announced(scope: Scope) -> int:
-    """Return the length that the request announces for its body, 0 if none."""
+    """Return the announced length of the body; 0 if there is none."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
-            return int(value[:20])  # more than that is too large at any rate
+            return int(value[:20])  # longer numbers are too large anyway
     return 0

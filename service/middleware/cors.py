@@ -1,4 +1,4 @@
-"""Lets pages of other origins ask from a browser, as far as the settings allow."""
+"""Allow requests from pages of other origins (CORS), as in the settings."""
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -10,10 +10,10 @@ from service.api.errors import CrossOriginRefused, respond
 
 
 class CrossOriginMiddleware(CORSMiddleware):
-    """Starlette's, whose refusals have the API's one shape and are counted."""
+    """Starlette's CORS middleware, but rejections are errors of our API and are counted."""
 
     def __init__(self, app: ASGIApp, *, origins: tuple[str, ...]) -> None:
-        """Wrap an application; pages of these origins may ask."""
+        """Wrap an application; pages of these origins may send requests."""
         super().__init__(
             app,
             allow_origins=origins,

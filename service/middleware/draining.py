@@ -1,4 +1,4 @@
-"""Asks clients to leave once the process has been told to end, so that their next request reaches another replica."""
+"""Close connections during shutdown, so that the next request of a client reaches another replica."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -6,7 +6,7 @@ from service.shutdown import Shutdown
 
 
 class DrainingMiddleware:
-    """Adds ``connection: close`` to every response from SIGTERM on."""
+    """Adds ``connection: close`` to every response after SIGTERM."""
 
     def __init__(self, app: ASGIApp, *, shutdown: Shutdown) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""Answers what routes and inner middleware raise, in the API's one shape."""
+"""Turn exceptions from routes and inner middleware into error responses of the API."""
 
 import logging
 
@@ -11,7 +11,7 @@ log = logging.getLogger("bertqa.service")
 
 
 class ErrorMiddleware:
-    """Must be inside of everything that adds headers to responses, and outside of everything that raises."""
+    """Must be inside all middleware that adds headers, and outside all code that raises."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -34,12 +34,12 @@ class ErrorMiddleware:
             context = request_context.get()
             if is_known(error) and not has_begun:
                 response = respond(scope, error)
-                error.__traceback__ = None  # its frames hold the body, which would wait with the reply for the client
+                error.__traceback__ = None  # its frames keep the body in memory until the client has read the reply
             else:
                 context.error_type = "internal"
                 log.exception("%s %s: request %s failed", scope["method"], route_of(scope), context.request_id)
                 if has_begun:
-                    raise  # the server can only cut the response off
-                message = f"internal error; the log knows it as {context.request_id}"
+                    raise  # the response has begun; the server can only close the connection
+                message = f"internal error; find it in the log by the request id {context.request_id}"
                 response = error_response(500, "internal", message)
             await response(scope, receive, send)

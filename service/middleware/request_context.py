@@ -1,4 +1,4 @@
-"""Gives each request its id and its `RequestContext`, and each response the id."""
+"""Give each request an id and a `RequestContext`, and each response the id."""
 
 import os
 import re
@@ -12,18 +12,18 @@ _SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class RequestContextMiddleware:
-    """Must be the outermost: everything else reads the context that it sets."""
+    """Must be the outermost middleware: all other code reads the context that it sets."""
 
     def __init__(self, app: ASGIApp, *, keeps_texts: bool) -> None:
         """Wrap an application.
 
         Args:
             app: the application.
-            keeps_texts: whether contexts may hold questions and texts, for the log.
+            keeps_texts: whether request contexts may keep questions and texts for the log.
         """
         self.app = app
         self._keeps_texts = keeps_texts
-        # Ids are unique, not secret: random for each process, counted within it.
+        # Ids are unique, not secret: a random prefix for each process, and a counter.
         self._prefix = os.urandom(12).hex().encode()
         self._numbers = count()
 
@@ -33,7 +33,7 @@ class RequestContextMiddleware:
             await self.app(scope, receive, send)
             return
         request_id = _given_id(scope) or b"%b%08x" % (self._prefix, next(self._numbers))
-        # The task that runs this belongs to the request alone, so the variable needs no reset.
+        # This task runs only this request, so the variable needs no reset.
         request_context.set(RequestContext(request_id.decode(), keeps_texts=self._keeps_texts))
         header = (b"x-request-id", request_id)
 
@@ -46,7 +46,7 @@ class RequestContextMiddleware:
 
 
 def _given_id(scope: Scope) -> bytes | None:
-    """Return the id that came with the request: the client's own, else that of an AWS load balancer."""
+    """Return the id in the request headers: from the client, or else from an AWS load balancer."""
     own = trace = b""
     for name, value in scope["headers"]:
         if name == b"x-request-id":

@@ -1,4 +1,4 @@
-"""Hardens every response against what browsers would otherwise do with it."""
+"""Add security headers to every response."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -6,7 +6,7 @@ _CSP = (
     b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# After OWASP's cheat sheet on HTTP headers. Strict-Transport-Security is for whoever ends TLS: we speak plain HTTP.
+# From OWASP's cheat sheet on HTTP headers. The proxy that terminates TLS sets Strict-Transport-Security.
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),

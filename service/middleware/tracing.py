@@ -1,4 +1,4 @@
-"""Makes a server span for each request, except for probes, scrapes and files."""
+"""Create a server span for each request, except probes, scrapes and static files."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -9,7 +9,7 @@ _UNTRACED = ("/health/", "/metrics", "/static/")
 
 
 class TracingMiddleware:
-    """Must be outside of `ErrorMiddleware`, which says how a request failed."""
+    """Must be outside `ErrorMiddleware`, which records how a request failed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -45,9 +45,9 @@ class Channels:
         """Open the channels; gRPC connects on first use.
 
         Args:
-            urls: gRPC addresses host:port. Calls alternate between them, and between all addresses of a name. When
-                a connection ends, gRPC finds new replicas behind a name; ``--grpc-max-connection-age`` makes Triton
-                end connections regularly.
+            urls: gRPC addresses host:port. Calls alternate between them, and between all addresses of a name. gRPC
+                finds new replicas behind a name when a connection ends; ``--grpc-max-connection-age`` makes them end
+                regularly.
             watch_circuit: called with address, model and version of each new circuit breaker; returns a function to call
                 with its later states.
             tls: from `tls_credentials`; None: no encryption.

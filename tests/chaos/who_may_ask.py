@@ -40,10 +40,10 @@ RIGHT_BODIES: Mapping[str, Any] = dict(reversed(BODIES))
 SECRET_CHARS = 12
 """Length of a substring of a key that no reply and no log line may contain, in any case."""
 UNAUTHORIZED = {
-    "an API key is needed: authorization: Bearer KEY, or x-api-key: KEY",
-    "this API key is not known",
-    "authorization: stands twice among the headers",
-    "x-api-key: stands twice among the headers",
+    "an API key is required; send authorization: Bearer KEY, or x-api-key: KEY",
+    "unknown API key",
+    "authorization: the header is repeated",
+    "x-api-key: the header is repeated",
 }
 """All messages about a wrong key."""
 _BREAKS = re.compile(rb"[\r\n\0]")

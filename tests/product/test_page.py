@@ -379,7 +379,7 @@ def test_what_is_missing_or_too_long_is_said_at_its_field(page: Page) -> None:
     question, text = page.get_by_label("Question", exact=True), page.get_by_label("Text", exact=True)
     ask(page, "  ", " ")
     expect(question).to_have_accessible_description(
-        "Ctrl + Enter asks from anywhere on the page. Please type a question."
+        "Ctrl + Enter sends the question from anywhere on the page. Please type a question."
     )
     expect(text).to_have_accessible_description("Please enter the text that contains the answer.")
     expect(question).to_be_focused()

@@ -58,7 +58,7 @@ def test_a_changed_file_is_read_again_and_a_broken_one_is_not_taken(
             whole = keys_file.read_text()
             keys_file.write_text("team-a zzz - -\n")
             end = time.monotonic() + 20
-            while "the keys from before stay valid" not in caplog.text:
+            while "the previous keys stay valid" not in caplog.text:
                 assert time.monotonic() < end
                 time.sleep(0.05)
             assert "line 1" in caplog.text
@@ -78,7 +78,7 @@ def test_a_file_that_is_being_written_locks_nobody_out(
     with connect(guarded, key) as client:
         keys_file.write_text("")  # as an editor does that truncates first
         end = time.monotonic() + 20
-        while "holds nothing, as if it were being written; the keys from before stay valid" not in caplog.text:
+        while "is empty, as if it were being written; the previous keys stay valid" not in caplog.text:
             assert time.monotonic() < end
             time.sleep(0.05)
         assert client.get("/info").status_code == 200
@@ -124,8 +124,8 @@ def test_a_key_that_stays_keeps_what_it_has_spent(keys_file: Path) -> None:
         ("a " + "00" * 32 + " 1 0.5", "BURST at least 1"),
         ("a " + "00" * 32 + " - 5", "line 1"),
         ("a/b " + "00" * 32 + " - -", "begin with a name"),
-        ("a " + "00" * 32 + " - -\na " + "11" * 32 + " - -", "line 2: name or key stands there twice"),
-        ("a " + "00" * 32 + " - -\nb " + "00" * 32 + " - -", "line 2: name or key stands there twice"),
+        ("a " + "00" * 32 + " - -\na " + "11" * 32 + " - -", "line 2: the name or key is a duplicate"),
+        ("a " + "00" * 32 + " - -\nb " + "00" * 32 + " - -", "line 2: the name or key is a duplicate"),
     ],
 )
 def test_lines_that_are_wrong_are_named(keys_file: Path, text: str, said: str) -> None:

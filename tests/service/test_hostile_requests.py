@@ -225,7 +225,7 @@ def test_keys_and_repository_are_followed_after_a_look_that_failed(
         while client.get("/info", headers={"x-api-key": key}).status_code != 200 or failures["_stamp"] < 5:
             assert time.monotonic() < end
             time.sleep(0.02)
-    assert caplog.text.count("it will be again") == 2
+    assert caplog.text.count("; trying again") == 2
 
 
 # 4: readiness
