@@ -168,7 +168,7 @@ class Rollout:
         directory = self._repository.directory(model, version)
         if changed := changed_files(directory, bundle.manifest):
             fix = rebuild(bundle.manifest.target)
-            raise BundleMismatch(f"{directory / changed[0]}: not as it was published; {fix}")
+            raise BundleMismatch(f"{directory / changed[0]}: has changed since it was published; {fix}")
         return bundle
 
     def _until_ready(self, model: str, version: int, before: Mapping[str, VersionState]) -> None:

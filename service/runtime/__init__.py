@@ -1,1 +1,1 @@
-"""Processes of the service: the launcher, the Triton server that it embeds, and how both end."""
+"""The processes of the service: the launcher, the embedded Triton server, and the HTTP protocol."""

@@ -1,4 +1,4 @@
-"""A child process of the launcher, and the lines that it writes."""
+"""Run a child process of the launcher, and log the lines that it writes."""
 
 import contextlib
 import logging
@@ -18,10 +18,10 @@ from service.settings import Settings
 def child(
     command: Sequence[str], environment: Mapping[str, str], logger: str, *, end_s: float, cwd: Path | None = None
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """Run a process that ends with us, and has `end_s` seconds to do so.
+    """Run a process that ends when we end; it has `end_s` seconds to do so.
 
-    Where the log is JSON, so is each line that it writes, whoever in it does: gRPC's core bypasses every logger. The
-    service's own log bypasses us and goes where ours goes, so that it waits for nobody and knows what is lost.
+    If the log is JSON, every line of its output becomes JSON too, because gRPC's core bypasses all loggers. The log of
+    the service bypasses this: it goes directly where ours goes, so that it never blocks and can count lost lines.
     """
     settings = Settings.from_environment(environment)
     options: dict[str, Any] = {}
@@ -34,7 +34,7 @@ def child(
         command,
         cwd=cwd,
         env=environment,
-        start_new_session=True,  # Ctrl-C comes to us alone, and we end things in order
+        start_new_session=True,  # only we get Ctrl-C, and end processes in order
         preexec_fn=die_with_parent(signal.SIGTERM),  # noqa: PLW1509  calls nothing that takes a lock
         **options,
     )

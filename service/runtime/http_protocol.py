@@ -1,14 +1,14 @@
-"""uvicorn's HTTP protocol, with bounds on what a client may take, and every reply in one piece.
+"""uvicorn's HTTP protocol with limits for clients; it sends each reply in one piece.
 
-uvicorn waits without end for the rest of a request and for a reply to be taken, keeps a connection that has never sent
-anything, and has no bound on a request's head or on how many requests wait behind one another. Here each has one, and
-when there are too many connections, the one that has been idle longest makes room. The bytes of request bodies and of
-unread replies are bounded over all connections of the process.
+uvicorn has no timeout for the rest of a request, for a client that does not read its reply, or for a connection that
+never sends anything. It limits neither the head of a request nor the number of pipelined requests. This protocol adds
+these limits. With too many connections, it closes the one that has been idle longest. The bytes of request bodies and
+unread replies are limited over all connections of the process.
 
-uvicorn writes the head of a reply and then its body: two system calls and two packets. A process that is killed between
-them leaves a head without a body, which nobody can mend, where a load balancer would have sent the request to another
-replica had it seen nothing. (On a busy machine the kernel likes to run the reader in between, for it has just become
-ready: of twelve replicas killed under load, one lost a reply that way.)
+uvicorn writes the head of a reply and then its body, in two system calls and two packets. A process killed in between
+leaves a head without a body, and no load balancer can retry such a request. Without the head, it would have retried on
+another replica. (On a busy machine the kernel tends to run the reader in between: of twelve replicas killed under load,
+one lost a reply that way.)
 """
 
 import asyncio
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 MAX_HEAD_BYTES = 32 * 1024
-"""Bytes of a request's line and headers, trailers included."""
+"""Limit on the bytes of the request line and headers, including trailers."""
 MAX_PIPELINED = 16
-"""Requests of a connection that may wait for the one before them."""
+"""Limit on pipelined requests of a connection that wait for an earlier one."""
 MAX_BODIES_BYTES = 32 * 1024 * 1024
-"""Bytes of request bodies that a process holds, from their arrival to the reply; at least one full body fits."""
+"""Limit on the bytes of request bodies in a process, from arrival to reply; at least one full body always fits."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """The protocol with bounds, over a transport that joins what is written in one turn of the event loop.
+    """The protocol with limits, over a transport that joins all writes of one event loop iteration.
 
-    The state of the lifespan has the application's ``services``, as `service.app` leaves them there.
+    `service.app` puts its ``services`` into the lifespan state, where this class finds them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,18 +61,18 @@ class BoundedProtocol(HttpToolsProtocol):
         self._metrics = services.metrics if services else Metrics()
         self._gone: asyncio.Future[None] = self.loop.create_future()
         self._extensions: dict[str, Any] = {GONE: self._gone}
-        self._arrival: asyncio.TimerHandle | None = None  # ends the wait for a request, or for the rest of one
-        self._taking: asyncio.TimerHandle | None = None  # ends the wait for a reply to be taken
+        self._arrival: asyncio.TimerHandle | None = None  # timeout for a request, or the rest of one
+        self._taking: asyncio.TimerHandle | None = None  # timeout for a client to read its reply
         self._waiting_since = self.loop.time()
         self._head_bytes = 0
         self._problem: RequestError | None = None
-        self._body_sizes: deque[int] = deque()  # of each request that has no whole reply yet
+        self._body_sizes: deque[int] = deque()  # of each request without a complete reply
         self._is_receiving = False  # in the middle of a request
         self._in_body = False
-        self._head_is_known = False  # the parser reads a head that was parsed before
-        self._is_waiting = False  # with the next request, until the reply to the last one is taken
-        self._running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the last one that came
-        self._last_reply: bytes | None = None  # written when the requests before it are answered
+        self._head_is_known = False  # the parser reads a head that was already parsed
+        self._is_waiting = False  # the next request waits until the client has read the reply
+        self._running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the latest to arrive
+        self._last_reply: bytes | None = None  # sent after the replies to earlier requests
         self._unread: Unread = self.app_state.setdefault("unread", Unread())
         memory = services.pipeline.memory if services else MemoryBudget(self._settings.max_memory_mb << 20)
         most = max(MAX_BODIES_BYTES, self._settings.max_body_bytes)
@@ -82,13 +82,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def body_bytes(self) -> int:
-        """Bytes of the bodies of all its requests that are held."""
+        """Bytes of the request bodies that the connection holds."""
         return sum(self._body_sizes)
 
-    # As asyncio calls it
+    # Called by asyncio
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take the transport, wrapped; if there are too many, close an idle one or this one."""
+        """Wrap and keep the transport; with too many connections, close an idle one or this one."""
         joining = JoiningTransport(
             transport,
             self.loop,
@@ -96,14 +96,14 @@ class BoundedProtocol(HttpToolsProtocol):
             patience_s=self._settings.arrival_s,
             is_receiving=lambda: self._is_receiving and len(self.connections) <= self._settings.max_connections,
         )
-        super().connection_made(joining)  # type: ignore[arg-type]  # it does what a transport does
+        super().connection_made(joining)  # type: ignore[arg-type]  # it behaves like a transport
         self._metrics.connections.inc()
         self._expect_request()
         if len(self.connections) > self._settings.max_connections:
             self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of everything."""
+        """Release everything that the connection holds."""
         self._metrics.connections.dec()
         for timer in (self._arrival, self._taking):
             if timer:
@@ -114,7 +114,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         if not self._gone.done():
             self._gone.set_result(None)
-        if self._running and not self._running.response_complete:  # uvicorn tells the last one alone
+        if self._running and not self._running.response_complete:  # uvicorn notifies only the latest
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
@@ -122,7 +122,7 @@ class BoundedProtocol(HttpToolsProtocol):
         joining.forget()
 
     def data_received(self, data: bytes) -> None:
-        """Parse; whatever came, a connection that is idle afterwards is not kept for ever."""
+        """Parse the data; a connection that is idle afterwards gets a timeout."""
         if self.transport.is_closing() or self._last_reply is not None:
             return
         self._unset_keepalive_if_required()
@@ -135,12 +135,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._expect_request()
 
     def pause_writing(self) -> None:
-        """The client does not take its reply."""
+        """Start the timeout for a client that does not read its reply."""
         super().pause_writing()
         self._taking = self.loop.call_later(self._settings.arrival_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It does."""
+        """Stop that timeout, and continue with the next request."""
         super().resume_writing()
         if self._taking:
             self._taking.cancel()
@@ -148,36 +148,36 @@ class BoundedProtocol(HttpToolsProtocol):
             self._is_waiting = False
             self._go_on()
 
-    # As the parser calls it; what is raised comes back in `data_received`
+    # Called by the parser; exceptions propagate to `data_received`
 
     def on_message_begin(self) -> None:
-        """A request begins, which must arrive in time."""
+        """Start a request and its arrival timeout."""
         if self._head_is_known:
             return
         self._is_receiving = True
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._raise(MalformedHttp(f"more than {MAX_PIPELINED} requests wait behind one another"))
+            self._raise(MalformedHttp(f"more than {MAX_PIPELINED} pipelined requests are waiting"))
         super().on_message_begin()
         self.scope["extensions"] = self._extensions
         self._head_bytes = 0
         self._expect_request()
 
     def on_url(self, url: bytes) -> None:
-        """A piece of the address."""
+        """Add a piece of the URL."""
         if self._head_is_known:
             return
         self._count(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer."""
+        """Add a header or a trailer."""
         if self._head_is_known:
             return
         self._count(len(name) + len(value) + 4)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The request's head is here; the application may begin."""
+        """Check the complete head, and start the application."""
         if self._head_is_known:
             return
         if problem := _ambiguity(self.parser.get_http_version(), self.headers):
@@ -187,16 +187,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_body = True
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body; of a request that is answered or refused already, it is dropped."""
+        """Add a piece of the body; drop it if the request is already answered or rejected."""
         if not self.cycle.response_complete and "refusal" not in self.cycle.scope:
             super().on_body(body)
             self._body_sizes[-1] += len(body)
             self._bodies.add(self, len(body))
 
     def on_message_complete(self) -> None:
-        """The request is here."""
+        """End a complete request."""
         if self.parser.should_upgrade():
-            return  # the parser passes over the body; see `_parse`
+            return  # the parser skips the body; see `_parse`
         if self._arrival:
             self._arrival.cancel()
             self._arrival = None
@@ -205,14 +205,14 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The reply is whole, and leaves before the application counts and logs it."""
+        """Send the complete reply, before the application counts and logs it."""
         joining: Any = self.transport
         joining.flush()
         self._bodies.free(self._body_sizes.popleft())
-        if self._in_body and not self._body_sizes:  # answered before it was here
+        if self._in_body and not self._body_sizes:  # answered before the body was complete
             self._bodies.ended(self)
         if self.flow.write_paused and not self.transport.is_closing():
-            self._is_waiting = True  # or each further reply would wait in memory too
+            self._is_waiting = True  # or further replies would pile up in memory
             self.flow.pause_reading()
         else:
             self._go_on()
@@ -224,10 +224,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
-    # Our own
+    # Our own methods
 
     def refuse_body(self, problem: RequestError) -> None:
-        """Let the application refuse the request whose body is arriving, and hold no more of that."""
+        """Drop the body that is arriving, and let the application reject its request."""
         self._bodies.ended(self)
         self._bodies.free(self._body_sizes[-1])
         self._body_sizes[-1] = 0
@@ -239,10 +239,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self.cycle.message_event.set()
 
     def _parse(self, data: bytes) -> bytes:
-        """Feed the parser; returns what it left, which is what follows the head of a request with ``Upgrade``.
+        """Feed the parser; returns the data that it left, which follows the head of a request with ``Upgrade``.
 
-        Nothing here is upgraded to, and RFC 9110, section 7.8, lets a server ignore the header. The parser cannot: it
-        takes what follows for another protocol. A new one goes on instead, after a head without that header.
+        We support no upgrades, and RFC 9110, section 7.8, lets a server ignore the header. The parser cannot ignore it:
+        it treats the rest as another protocol. So a new parser continues after a head without that header.
         """
         try:
             self.parser.feed_data(data)
@@ -260,7 +260,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return left
 
     def _go_on(self) -> None:
-        """The last reply has left: begin the next request, or wait for one."""
+        """Start the next request, or wait for one, after a reply has been sent."""
         super().on_response_complete()
         if self._last_reply is not None and not self._body_sizes:
             self._say_last()
@@ -282,13 +282,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self._arrival = None
-        if self.flow.read_paused:  # it is we who do not read
+        if self.flow.read_paused:  # we are the ones who are not reading
             self._expect_request()
         elif self.cycle and not self.cycle.response_complete:
             self._end_wait_for_body(SlowRequest(self._settings.arrival_s))
         elif self._head_bytes and not self.cycle:
             self._refuse(SlowRequest(self._settings.arrival_s))
-        else:  # nothing has come, or a body that nobody waits for
+        else:  # nothing arrived, or a body that nobody waits for
             self.transport.close()
 
     def _make_room(self) -> None:
@@ -302,7 +302,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(TooManyConnections(self._settings.max_connections))
 
     def _refuse(self, problem: RequestError) -> None:
-        """Answer in place of the application once the requests before are answered, and close."""
+        """Send an error after the replies to earlier requests, without the application, and close."""
         if self._last_reply is not None:
             return
         status, error_type = STATUS[type(problem)]
@@ -318,7 +318,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._say_last()
 
     def _take_back(self) -> None:
-        """Let the application no longer answer the request that is arriving; if it has begun to, nobody else does."""
+        """Stop the application from answering the arriving request; if it has begun to answer, send no error."""
         cycle = self.cycle
         if cycle.response_started:
             self._last_reply = b""
@@ -337,7 +337,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def _is_idle(connection: Any) -> bool:
-    """Whether no application waits for a request on it, or for its reply to leave."""
+    """Return whether no request on the connection is being received or answered."""
     return connection.cycle is None or bool(connection.cycle.response_complete)
 
 
@@ -345,16 +345,16 @@ _FRAMING = (b"content-length", b"transfer-encoding")
 
 
 def _ambiguity(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
-    """What RFC 9112 forbids of a head because two servers could read it in two ways, or None.
+    """Return why RFC 9112 forbids a head that two servers could read differently, or None.
 
-    The parser itself refuses a content-length beside another or beside a transfer-encoding.
+    The parser itself rejects a second content-length, and one next to a transfer-encoding.
     """
     hosts = sum(name == b"host" for name, _ in headers)
     if hosts > 1 or (not hosts and version != "1.0"):
-        return f"host: must stand once among the headers; it stands {hosts} times"
+        return f"host: the header must be present once; got {hosts}"
     codings = [value for name, value in headers if name == b"transfer-encoding"]
     if codings and version == "1.0":
-        return "transfer-encoding: HTTP/1.0 has none"
+        return "transfer-encoding: not allowed in HTTP/1.0"
     if codings and [each.strip().lower() for each in codings] != [b"chunked"]:
         return "transfer-encoding: must be chunked"
     return None

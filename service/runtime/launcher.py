@@ -1,6 +1,6 @@
-"""Start everything that answering needs and keep it alive: Triton with the engine, and the REST service in front of it.
+"""Start Triton with the engine and the REST service in front of it, and restart them when they die.
 
-The launcher builds the engine first if there is none. On Ctrl-C or SIGTERM it ends the service, which finishes the
+The launcher first builds the engine if there is none. On Ctrl-C or SIGTERM it stops the service, which finishes the
 requests that it has accepted, and then Triton.
 """
 
@@ -30,26 +30,26 @@ from service.settings import Settings
 from service.shutdown import DRAIN_S
 
 if TYPE_CHECKING:
-    from service.commands.serve import ServeOptions  # the command starts the launcher, not the other way round
+    from service.commands.serve import ServeOptions  # imported for types only: the command imports the launcher
 
 log = logging.getLogger(logs.LAUNCHER)
 
 FAILED, WRONG_USE = 1, 2
-"""Exit codes: something could not be started; the command has to be changed."""
+"""Exit codes: something failed to start; the command line is wrong."""
 OPEN_FILES = 16_384
-"""Files that a process of the service may have open, where the system lets us set that."""
+"""Open files per process of the service, if the system allows us to set the limit."""
 
 _READY_TIMEOUT_S = 60.0
-_LATE_S = 4  # after the drain, before the service is killed: more than its clean-up takes
-_TRITON_PATIENCE_S = 3.0  # once the service has ended, nobody waits for Triton's answers
+_LATE_S = 4  # from the drain until the service is killed; its clean-up takes less
+_TRITON_PATIENCE_S = 3.0  # after the service has ended, nobody waits for Triton's replies
 
 
 class UsageError(LaunchError):
-    """The options cannot work as they are."""
+    """The options do not work together."""
 
 
 def launch(options: "ServeOptions") -> int:
-    """Run until told to end; returns the process's exit code."""
+    """Run until a signal ends it; returns the exit code."""
     try:
         settings = Settings.from_environment(os.environ)
         logs.configure(settings)
@@ -76,16 +76,16 @@ def _run(options: "ServeOptions", settings: Settings, stopping: threading.Event)
         port = _hold(stack, options.host, options.port, "--port")
         if options.triton_grpc_port:
             if options.triton_grpc_port == port:
-                raise UsageError(f"--port and --triton-grpc-port: both are {port}")
+                raise UsageError(f"--port and --triton-grpc-port: must differ; both are {port}")
             with contextlib.ExitStack() as briefly:
                 _hold(briefly, LOOPBACK, options.triton_grpc_port, "--triton-grpc-port")
         if options.triton_url and not Repository(options.repository).serving():
             raise UsageError(
-                f"--repository {options.repository}: holds no model; with --triton-url, nothing is built: name the "
-                "model repository of that Triton, or a copy of it"
+                f"--repository {options.repository}: has no model, and with --triton-url none is built; give the model "
+                "repository of that Triton, or a copy of it"
             )
         for path in remove_leftovers():
-            log.info("removed %s, left by a process that was killed", path)
+            log.info("removed %s, left by a killed process", path)
         ensure_engine(options.repository, options.checkpoint, stopping)
         url = options.triton_url
         if not url and not stopping.is_set():
@@ -96,7 +96,7 @@ def _run(options: "ServeOptions", settings: Settings, stopping: threading.Event)
 
 
 def _hold(stack: contextlib.ExitStack, host: str, port: int, option: str) -> int:
-    """Keep a port for the service until the stack ends; gives its number."""
+    """Reserve a port for the service until the stack closes; returns its number."""
     try:
         held = stack.enter_context(hold_port(host, port, option))
     except PortError as error:
@@ -105,7 +105,7 @@ def _hold(stack: contextlib.ExitStack, host: str, port: int, option: str) -> int
 
 
 def _start_triton(stack: contextlib.ExitStack, options: "ServeOptions", port: int, stopping: threading.Event) -> str:
-    """Start the embedded server, which the stack ends; gives its gRPC address."""
+    """Start the embedded server, which the stack stops; returns its gRPC address."""
     settle(Repository(options.repository))
     wanted = TritonPorts.grpc if options.triton_grpc_port is None else options.triton_grpc_port
     triton = EmbeddedTriton(
@@ -123,10 +123,10 @@ def _start_triton(stack: contextlib.ExitStack, options: "ServeOptions", port: in
 def _serve(
     options: "ServeOptions", settings: Settings, port: int, triton_url: str, stopping: threading.Event, scratch: Path
 ) -> None:
-    """Run the REST service, restarting it when it dies, until `stopping` is set; `scratch` is an empty directory.
+    """Run the REST service until `stopping` is set, restarting it when it dies; `scratch` is an empty directory.
 
     Raises:
-        LaunchError: it did not start the first time.
+        LaunchError: the first start failed.
     """
     _allow_open_files()
     command = _uvicorn(options, port)
@@ -134,13 +134,13 @@ def _serve(
         "BERTQA_TRITON_URL": triton_url,
         "BERTQA_REPOSITORY": str(options.repository.resolve()),
     }
-    if not options.triton_url:  # our own speaks no TLS, whatever another one would want
+    if not options.triton_url:  # our own Triton has no TLS, so ignore those settings
         environment |= dict.fromkeys(("BERTQA_TRITON_TLS_CA", "BERTQA_TRITON_TLS_CERT", "BERTQA_TRITON_TLS_KEY"), "")
     end_s = settings.shutdown_delay_s + DRAIN_S + _LATE_S
     for start, pause in enumerate(restart_pauses()):
         if stopping.wait(pause):
             return
-        if options.workers > 1:  # they count in files, which must be new with them
+        if options.workers > 1:  # workers share metrics in files, which must be new for each start
             environment["PROMETHEUS_MULTIPROC_DIR"] = str(scratch / str(start))
             (scratch / str(start)).mkdir()
         began, ready = time.monotonic(), False
@@ -154,7 +154,7 @@ def _serve(
         if stopping.is_set():
             return
         if not start and not ready:
-            raise LaunchError(f"the service ended with exit code {process.returncode}; its output is above")
+            raise LaunchError(f"the service ended with exit code {process.returncode}; see its output above")
         log.warning("the service ended with exit code %s; restarting", process.returncode)
 
 
@@ -167,7 +167,7 @@ def _uvicorn(options: "ServeOptions", port: int) -> list[str]:
 
 
 def _allow_open_files() -> None:
-    # A shell's usual limit of 1024 open files is fewer than a process may have connections.
+    # The usual limit of 1024 open files is below the allowed number of connections.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < OPEN_FILES <= hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
@@ -185,6 +185,6 @@ def _is_ready(host: str, port: int) -> bool:
 
 
 def _reachable(host: str) -> str:
-    """The host part of a URL under which this machine reaches a service that listens on ``host``."""
+    """Return the host for a URL of a service that listens on ``host``, as seen from this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host

@@ -1,7 +1,7 @@
-"""Temporary files that belong to one process, and the removal of those whose owner was killed.
+"""Temporary files owned by one process, and the removal of those whose owner was killed.
 
-An owner holds a lock (flock) on its files. The kernel releases it when the owner ends, however it ends, so whoever gets
-the lock knows that nobody needs the files. Unlike a process id, a lock means the same in every container.
+An owner holds a lock (flock) on its files. The kernel releases it when the owner ends in any way, so a process that
+gets the lock knows that the files are unused. Unlike a process id, a lock means the same in every container.
 """
 
 import contextlib
@@ -16,20 +16,20 @@ from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
 
-_NAME = re.compile(r"bertqa_\d+_[0-9a-f]{8}")  # the process id is for people
+_NAME = re.compile(r"bertqa_\d+_[0-9a-f]{8}")  # the process id is only for people
 
 
 class Claim:
-    """Every entry of a directory whose name begins with a name of ours; nobody else removes them while we live."""
+    """Owns all entries of a directory with a certain prefix; other processes do not remove them while we live."""
 
     def __init__(self, path: Path, lock: int) -> None:
-        """Take over a locked file or directory and its open descriptor."""
+        """Own a locked file or directory, given with its open descriptor."""
         self.path = path
         self._lock = lock
 
     @classmethod
     def directory(cls) -> "Claim":
-        """A new directory for temporary files that only this user can read."""
+        """Create a directory for temporary files that only this user can read."""
         while True:
             path = Path(tempfile.gettempdir()) / _new_name()
             path.mkdir(mode=0o700)
@@ -38,7 +38,7 @@ class Claim:
 
     @classmethod
     def shared_memory(cls) -> "Claim":
-        """A new prefix for names of shared memory, and an empty file of that name."""
+        """Create a prefix for shared memory names, and an empty file with that name."""
         while True:
             path = SHARED_MEMORY / _new_name()
             path.touch(mode=0o600, exist_ok=False)
@@ -52,9 +52,9 @@ class Claim:
         self.remove()
 
     def clear(self) -> None:
-        """Remove what others have made under the prefix; our own file or directory stays."""
+        """Remove what other processes created under the prefix; keep our own file or directory."""
         for path in self.path.parent.glob(f"{self.path.name}?*"):
-            with contextlib.suppress(OSError):  # it has just gone, or belongs to another user
+            with contextlib.suppress(OSError):  # it no longer exists, or belongs to another user
                 path.unlink()
 
     def remove(self) -> None:
@@ -70,7 +70,7 @@ class Claim:
 
 
 def remove_leftovers() -> list[Path]:
-    """Remove what killed processes of this user have left in shared memory and among temporary files; says what."""
+    """Remove shared memory and temporary files of this user's killed processes; returns the removed paths."""
     removed = []
     for parent in (Path(tempfile.gettempdir()), SHARED_MEMORY):
         for path in sorted(parent.glob("bertqa_*")):
@@ -85,7 +85,7 @@ def _new_name() -> str:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock; None if another process does, it is not ours, or it has just gone."""
+    """Return a descriptor that holds the lock; None if another process holds it, or the file is gone or not ours."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

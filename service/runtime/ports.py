@@ -1,4 +1,4 @@
-"""TCP ports of this machine: which are free, who has the others, and how to keep one."""
+"""TCP ports of this machine: find free ones, name the owner of a taken one, and reserve one."""
 
 import contextlib
 import errno
@@ -13,19 +13,19 @@ LOOPBACK = "127.0.0.1"
 
 
 class PortError(RuntimeError):
-    """A port cannot be listened on; the message says why and what to do."""
+    """A port is not available; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class TritonPorts:
-    """Ports that Triton listens on; where one is taken, the next free one is used in its place."""
+    """Ports for Triton to listen on; if one is taken, the next free port is used."""
 
     grpc: int = 8001
     metrics: int = 8002
-    http: int = 8003  # Triton's own default, 8000, is where the service listens
+    http: int = 8003  # Triton's default, 8000, is the port of the service
 
     def free(self, avoid: Iterable[int] = (), *, host: str = LOOPBACK) -> "TritonPorts":
-        """These ports, or for each that is taken or to be avoided the next one that is not.
+        """Return these ports, with each taken or avoided one replaced by the next free port.
 
         Raises:
             PortError: as `free_port`.
@@ -39,7 +39,7 @@ class TritonPorts:
 
 
 def free_port(host: str, wanted: int, *, avoid: Collection[int] = ()) -> int:
-    """The wanted port if nothing listens there, else the next one up that is free; 0 takes any.
+    """Return the wanted port if it is free, else the next free port; for 0, any free port.
 
     Raises:
         PortError: the address does not belong to this machine, or none of the 100 ports after it is free.
@@ -56,18 +56,18 @@ def free_port(host: str, wanted: int, *, avoid: Collection[int] = ()) -> int:
 
 
 def hold_port(host: str, port: int, option: str) -> socket.socket:
-    """Bind a port without listening, so that nobody else is given it; 0 takes any.
+    """Reserve a port by binding it without listening; 0 takes any.
 
-    A server that sets SO_REUSEADDR, as uvicorn does, can listen on it all the same. Until it does, clients are refused
-    at once, as they are while it restarts.
+    A server that sets SO_REUSEADDR, such as uvicorn, can still listen on it. Until it does, and while it restarts,
+    clients get "connection refused" at once.
 
     Args:
-        host: the address.
-        port: the port.
-        option: the command line option that chooses another one.
+        host: address to bind.
+        port: port to bind.
+        option: command line option for another port; the message names it.
 
     Raises:
-        PortError: the port is taken, or may not be used; the message names who listens there, if that can be seen.
+        PortError: the port is taken or not allowed; the message names the process that listens there, if known.
     """
     try:
         return _bound(host, port)
@@ -85,7 +85,9 @@ class _Taken(Exception):
 
 def _bound(host: str, port: int) -> socket.socket:
     held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is not "taken"
+    held.setsockopt(
+        socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+    )  # as servers do, so that TIME_WAIT does not count as taken
     try:
         held.bind((host, port))
     except OSError as error:
@@ -93,13 +95,13 @@ def _bound(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise _Taken from None
         if isinstance(error, PermissionError):
-            raise PortError(f"port {port}: needs privileges; choose one above 1023") from None
+            raise PortError(f"port {port}: requires root privileges; choose a port above 1023") from None
         raise PortError(f"{host}: cannot listen there ({error.strerror})") from None
     return held
 
 
 def _listener(port: int) -> str:
-    """The process that listens on a port, empty if it belongs to another user."""
+    """Return the process that listens on a port; empty if it belongs to another user."""
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:

@@ -1,8 +1,8 @@
-"""Keep the shared memory of a child process from other users.
+"""Hide the shared memory of a child process from other users.
 
-Triton's Python backend makes its shared memory with boost, which sets the mode to 0644 by ``fchmod`` whatever the umask
-is, and has no option for another one. So the child runs under a seccomp filter for which ``fchmod`` does nothing, and
-with umask 077. Its own children inherit both.
+Triton's Python backend creates its shared memory with boost, which sets the mode to 0644 by ``fchmod``, ignores the
+umask, and has no option for the mode. So the child runs with umask 077 and under a seccomp filter that makes ``fchmod``
+do nothing. Its own children inherit both.
 """
 
 import ctypes
@@ -15,10 +15,10 @@ UMASK = 0o077
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_NO_NEW_PRIVS = 38
 _SET_MODE_FILTER = 1
-_SPEC_ALLOW = 4  # or kernels before 5.16 would switch off speculation, which makes engines slower
-_LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06  # instructions of the kernel's packet filter
-_ALLOW, _SUCCEED_WITHOUT_RUNNING = 0x7FFF0000, 0x00050000  # seccomp's actions; the second one returns "errno 0"
-# Architecture as the kernel's audit names it, and the numbers of fchmod and seccomp there.
+_SPEC_ALLOW = 4  # without it, kernels before 5.16 disable speculation, which slows engines down
+_LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06  # instructions of the kernel's BPF
+_ALLOW, _SUCCEED_WITHOUT_RUNNING = 0x7FFF0000, 0x00050000  # seccomp actions; the second returns errno 0
+# Architecture (AUDIT_ARCH), and its system call numbers of fchmod and seccomp.
 _MACHINES = {"x86_64": (0xC000003E, 91, 317), "aarch64": (0xC00000B7, 52, 277)}
 
 
@@ -27,7 +27,7 @@ class _Program(ctypes.Structure):
 
 
 def private_memory() -> Callable[[], None]:
-    """A ``preexec_fn`` that installs the filter; on other machines than those of the table it does nothing."""
+    """Return a ``preexec_fn`` that installs the filter; it does nothing on other architectures."""
     known = _MACHINES.get(platform.machine())
     if known is None:
         return lambda: None

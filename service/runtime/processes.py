@@ -1,4 +1,4 @@
-"""Child processes: how they start, that they end with us, and how they are ended."""
+"""Child processes: restart pauses, ending with the parent, and ending a session."""
 
 import contextlib
 import ctypes
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 import psutil
 
 _MAX_PAUSE_S = 30.0  # between restarts
-_STEADY_S = 60.0  # after so long a life, a death counts as the first again
+_STEADY_S = 60.0  # after running this long, a death counts as the first again
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def restart_pauses() -> Iterator[float]:
-    """Seconds to wait before each start of a process: none, then more and more; after a long life it begins anew."""
+    """Yield the seconds to wait before each start: first 0, then increasing; reset after a long run."""
     pause = 0.0
     while True:
         began = time.monotonic()
@@ -27,19 +27,19 @@ def restart_pauses() -> Iterator[float]:
 
 
 def die_with_parent(number: signal.Signals) -> Callable[[], None]:
-    """A ``preexec_fn`` that lets the kernel send the child a signal when the thread that started it is gone."""
+    """Return a ``preexec_fn`` that makes the kernel signal the child when the thread that started it ends."""
     parent = os.getpid()
 
     def prepare() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, int(number))
-        if os.getppid() != parent:  # it went in between
+        if os.getppid() != parent:  # it ended in the meantime
             os._exit(1)
 
     return prepare
 
 
 def living_children(pid: int) -> frozenset[int]:
-    """Process ids of the children of a process that have not ended."""
+    """Return the ids of the living children of a process."""
     try:
         children = psutil.Process(pid).children()
     except psutil.NoSuchProcess:
@@ -48,7 +48,7 @@ def living_children(pid: int) -> frozenset[int]:
 
 
 def is_living(pid: int) -> bool:
-    """Whether a process exists and has not ended: a zombie has."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -56,7 +56,7 @@ def is_living(pid: int) -> bool:
 
 
 def end_session(process: "subprocess.Popen[bytes]", timeout_s: float) -> None:
-    """End a process that leads its own session: SIGTERM, SIGKILL when it takes too long, and then what it left."""
+    """End a session leader with SIGTERM, or SIGKILL after the timeout, and then the rest of its session."""
     if process.poll() is None:
         process.terminate()
         try:

@@ -1,4 +1,4 @@
-"""The transport under uvicorn's protocol: joins what is written, counts what clients do not take, closes cleanly."""
+"""The transport below uvicorn's protocol: joins writes, limits unread replies, closes cleanly."""
 
 import asyncio
 import logging
@@ -8,21 +8,21 @@ from typing import Any
 log = logging.getLogger("bertqa.service")
 
 MAX_UNREAD_BYTES = 64 * 1024 * 1024
-"""Bytes of replies that a process keeps for clients that have not taken them yet."""
+"""Limit on the bytes of unread replies in a process."""
 LINGER_S = 1.0
 """Seconds that a connection stays open after its last reply if the client is still sending."""
 
 
 class Unread:
-    """Counts the bytes of replies that the clients of a process have not taken yet, and bounds them."""
+    """Counts the bytes of unread replies of a process, and limits them."""
 
     def __init__(self, limit: int = MAX_UNREAD_BYTES) -> None:
         self.bytes = 0
         self._limit = limit
-        self._sizes: dict[JoiningTransport, int] = {}  # whose client is behind for longest comes first
+        self._sizes: dict[JoiningTransport, int] = {}  # the slowest client comes first
 
     def update(self, transport: "JoiningTransport", size: int) -> None:
-        """Note how many bytes wait in a transport now."""
+        """Set how many bytes wait in a transport."""
         self.bytes += size - self._sizes.get(transport, 0)
         if size:
             self._sizes[transport] = size
@@ -30,21 +30,21 @@ class Unread:
             self._sizes.pop(transport, None)
 
     def make_room(self) -> None:
-        """Abort the connections whose clients are behind for longest, until the rest fits."""
+        """Abort the connections of the slowest clients until the rest fits."""
         if self.bytes <= self._limit:
             return
-        for each in list(self._sizes):  # what was taken since each of them wrote last
+        for each in list(self._sizes):  # clients may have read more since the last write
             self.update(each, each.get_write_buffer_size())
         for each in list(self._sizes):
             if self.bytes <= self._limit:
                 return
-            log.warning("a client was cut off: over %d bytes of replies were not read in time", self._limit)
+            log.warning("closed the connection of a slow client: over %d bytes of replies were unread", self._limit)
             each.abort()
             self.update(each, 0)
 
 
 class JoiningTransport:
-    """A transport that joins what is written in one turn of the event loop; all else goes to the one below."""
+    """A transport that joins all writes of one event loop iteration, and delegates the rest to the one below."""
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class JoiningTransport:
         """Wrap a transport.
 
         Args:
-            transport: the one below.
-            loop: that it belongs to.
+            transport: the transport below.
+            loop: its event loop.
             unread: shared by all connections of the process.
-            patience_s: how long a client may take over the last reply, once the connection is to be closed.
-            is_receiving: whether the client is in the middle of a request.
+            patience_s: seconds for a client to read the last reply when the connection closes.
+            is_receiving: returns whether the client is in the middle of a request.
         """
         self._transport = transport
         self._loop = loop
@@ -73,17 +73,17 @@ class JoiningTransport:
         self._closing = False
 
     def write(self, data: bytes) -> None:
-        """Send bytes together with what else is written in this turn."""
+        """Send bytes together with the other writes of this iteration."""
         if not self._parts:
             self._loop.call_soon(self.flush)
         self._parts.append(data)
 
     def flush(self) -> None:
-        """Send at once what was written."""
+        """Send all writes now."""
         if not self._parts:
             return
         parts, self._parts = self._parts, []
-        if self._transport.is_closing():  # the client may have gone in between
+        if self._transport.is_closing():  # the client may have disconnected
             return
         self._unread.update(self, self._transport.get_write_buffer_size())
         self._transport.writelines(parts)
@@ -91,14 +91,14 @@ class JoiningTransport:
         self._unread.make_room()
 
     def is_closing(self) -> bool:
-        """Whether nothing more is read or written."""
+        """Return whether the transport is closed or closing."""
         return self._closing or self._transport.is_closing()
 
     def close(self) -> None:
-        """Send what was written, and close.
+        """Send all writes and close.
 
-        While the client still sends, the connection is only half closed for a moment: closing it would reset it, and
-        the client could lose the reply (RFC 9112, section 9.6).
+        If the client is still sending, first close only our side for a moment. A full close would reset the connection,
+        and the client could lose the reply (RFC 9112, section 9.6).
         """
         if self._closing:
             return
@@ -106,13 +106,13 @@ class JoiningTransport:
         self._closing = True
         if self._is_receiving() and not self._transport.is_closing() and self._transport.can_write_eof():
             self._transport.write_eof()
-            self._transport.resume_reading()  # what comes is dropped
+            self._transport.resume_reading()  # received data is dropped
             self._loop.call_later(LINGER_S, self._close)
         else:
             self._close()
 
     def forget(self) -> None:
-        """Count nothing any more; the connection is gone."""
+        """Stop counting, because the connection is lost."""
         self._unread.update(self, 0)
 
     def _close(self) -> None:

@@ -1,6 +1,6 @@
 """Run one Triton server in the foreground: ``python -m service.runtime.triton``.
 
-This is what a container runs that has nothing else in it.
+A container that has only Triton runs this.
 """
 
 import argparse
@@ -25,10 +25,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m service.runtime.triton",
-        description="Run one Triton server in the foreground, restarted when it dies; its log goes to standard error.",
+        description="Run one Triton server in the foreground and restart it when it dies. It logs to standard error.",
     )
     parser.add_argument(
-        "--repository", type=Path, default=Path("model_repository"), help="with the engine (default: %(default)s)"
+        "--repository",
+        type=Path,
+        default=Path("model_repository"),
+        help="model repository with the engine (default: %(default)s)",
     )
     parser.add_argument(
         "--host", default=LOOPBACK, help="IPv4 address to listen on; 0.0.0.0 for all (default: %(default)s)"
@@ -38,13 +41,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--{name}-port",
             type=int,
             default=getattr(TritonPorts, name),
-            help="or the next free one (default: %(default)s)",
+            help="port to use, or the next free one (default: %(default)s)",
         )
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run until told to end; returns the process's exit code."""
+    """Run until a signal ends it; returns the exit code."""
     try:
         logs.configure(Settings.from_environment(os.environ))
     except ValueError as error:

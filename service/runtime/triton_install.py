@@ -1,7 +1,7 @@
 """Find a Triton server on this machine.
 
-The server is ``tritonserver`` on PATH with its own backends, or else the one inside the ``nvidia-pytriton`` wheel. Only
-files of the wheel are used: nothing of the package is imported, so none of its dependencies are needed.
+The server is ``tritonserver`` on PATH with its own backends, or the one inside the ``nvidia-pytriton`` wheel. Only the
+files of the wheel are used. The package is not imported, so its dependencies are not needed.
 """
 
 import importlib.metadata
@@ -28,30 +28,30 @@ exec {stub} "$@"
 
 
 class TritonError(RuntimeError):
-    """Triton cannot be found, started, or made to load the model; the message says why and what to do."""
+    """Triton was not found, did not start, or did not load the model; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class TritonInstallation:
-    """A server binary and what it needs around it."""
+    """A server binary and its environment."""
 
     binary: Path
-    backends: Path | None  # None: the binary knows its own
-    environment: Mapping[str, str]  # in addition to the process's own
+    backends: Path | None  # None: the default of the binary
+    environment: Mapping[str, str]  # added to the process's environment
 
 
 def find_triton(cache: Path) -> TritonInstallation:
     """Find a Triton server: ``tritonserver`` on PATH, else the one in the ``nvidia-pytriton`` wheel.
 
     Args:
-        cache: directory in which a backend directory for the wheel's server is put together.
+        cache: directory where the backends for the wheel's server are assembled.
 
     Raises:
-        TritonError: there is none, or the wheel has no Python backend for this Python.
+        TritonError: no server was found, or the wheel has no Python backend for this Python.
     """
     on_path = shutil.which("tritonserver")
     if on_path:
-        # Its Python backend takes the packages of the first python3 on PATH: let that be this environment's.
+        # Its Python backend uses the packages of the first python3 on PATH, so put this environment first.
         path = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", "")])
         return TritonInstallation(Path(on_path), None, {"PATH": path})
     try:
@@ -61,32 +61,32 @@ def find_triton(cache: Path) -> TritonInstallation:
     binary = root / "bin" / "tritonserver"
     if not binary.is_file():
         raise TritonError(
-            f"no Triton server: neither tritonserver on PATH nor the {WHEEL} wheel in {sys.prefix}; "
-            f"run `{INSTALL}`, or give the address of a running one with --triton-url"
+            f"no Triton server: found neither tritonserver on PATH nor the {WHEEL} wheel in {sys.prefix}; "
+            f"run `{INSTALL}`, or give the address of a running Triton with --triton-url"
         )
     stub = root / "python_backend_stubs" / _PYTHON / "triton_python_backend_stub"
     if not stub.is_file():
         there = sorted((path.name for path in stub.parent.parent.iterdir()), key=lambda name: int(name.split(".")[1]))
         raise TritonError(
-            f"the {WHEEL} wheel runs models with Python {', '.join(there)}, this is Python {_PYTHON}; make the virtual "
-            "environment with one of those"
+            f"the {WHEEL} wheel runs models with Python {', '.join(there)}, but this is Python {_PYTHON}; create the "
+            "virtual environment with one of those"
         )
     python_backend = root / "backends" / "python"
     backends = cache / "backends"
     _link(backends / "python", [*python_backend.glob("*.so"), *python_backend.glob("*.py")])
-    # While it starts, the stub waits for its server without end, even for one that is gone.
+    # During its start, the stub waits for its server forever, even if the server has ended.
     starter = backends / "python" / stub.name
     starter.write_text(_STUB_STARTER.format(stub=shlex.quote(str(stub.resolve()))))
     starter.chmod(0o755)
-    if not os.access(starter, os.X_OK):  # a directory for temporary files may be mounted noexec
+    if not os.access(starter, os.X_OK):  # the temporary directory may be mounted noexec
         starter.unlink()
         starter.symlink_to(stub.resolve())
     _link(cache / "lib", [_libpython()])
     libraries = [cache / "lib", root.parent.parent / "nvidia_pytriton.libs", os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {
         "LD_LIBRARY_PATH": os.pathsep.join(str(path) for path in libraries if str(path)),
-        # The stub embeds Python and takes its home and packages from the python3 that comes first on PATH, virtual
-        # environments included; it ignores PYTHONHOME and PYTHONPATH.
+        # The stub embeds Python. It takes home and packages from the first python3 on PATH, even in a virtual environment,
+        # and ignores PYTHONHOME and PYTHONPATH.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
     }
@@ -94,7 +94,7 @@ def find_triton(cache: Path) -> TritonInstallation:
 
 
 def _libpython() -> Path:
-    """The shared library that the stub is linked with, of the running Python."""
+    """Return the shared library of the running Python, which the stub is linked with."""
     name = f"libpython{_PYTHON}.so.1.0"
     directories = [sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("LIBPL"), f"{sys.base_prefix}/lib"]
     multiarch = sysconfig.get_config_var("MULTIARCH")
@@ -103,8 +103,8 @@ def _libpython() -> Path:
         if (Path(directory) / name).is_file():
             return Path(directory) / name
     raise TritonError(
-        f"{name} is missing, and Triton runs Python models with it; Debian and Ubuntu have it in libpython{_PYTHON} "
-        f"(`apt install libpython{_PYTHON}`), pyenv builds it with PYTHON_CONFIGURE_OPTS=--enable-shared"
+        f"{name} is missing, which Triton needs to run Python models; on Debian and Ubuntu run `apt install "
+        f"libpython{_PYTHON}`, with pyenv build Python with PYTHON_CONFIGURE_OPTS=--enable-shared"
     )
 
 

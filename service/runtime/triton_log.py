@@ -1,4 +1,4 @@
-"""What the lines of Triton's log mean."""
+"""Interpret the lines of Triton's log."""
 
 import logging
 import re
@@ -22,37 +22,37 @@ _PORT_TAKEN = re.compile(r"[Aa]ddress already in use|Socket '[^']*' already in u
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Why a server's life ended."""
+    """Why a server ended."""
 
     reason: str
     port_taken: bool = False
 
 
 def level_of(line: str) -> int:
-    """Its level, by the numbers of `logging`."""
+    """Return the level of a line, as a number of `logging`."""
     found = _PROBLEM.match(line)
     return _LEVELS[found["level"]] if found else logging.INFO
 
 
 def problem_in(line: str) -> str:
-    """The text of a warning or error that a person should see, else empty."""
+    """Return the text of a warning or error that the user should see, else an empty string."""
     found = _PROBLEM.match(line)
     return plain(found["text"]) if found and not _HARMLESS.search(line) else ""
 
 
 def load_failure(lines: Sequence[str]) -> str:
-    """Why a model could not be loaded, by the last lines of a log; empty if they do not say."""
+    """Return why a model could not be loaded, from the last lines of a log; empty if they do not say."""
     found = _LOAD_FAILED.search("\n".join(lines))
     return plain(found["reason"]) if found else ""
 
 
 def death(code: int | None, lines: Sequence[str], log_file: object) -> Death:
-    """Why a server ended, by its exit code and the last lines of its log."""
+    """Return why a server ended, from its exit code and the last lines of its log."""
     see = f"see {log_file}"
     if failure := load_failure(lines):
         return Death(f"a model could not be loaded: {failure}; {see}")
     if _PORT_TAKEN.search("\n".join(lines)):
-        return Death(f"one of its ports was taken; {see}", port_taken=True)
+        return Death(f"one of its ports is taken; {see}", port_taken=True)
     if code is not None and code < 0:
         return Death(f"the server was killed by {signal.Signals(-code).name}; {see}")
     errors = (line for line in reversed(lines) if _ERROR.match(line) and not _HARMLESS.search(line))

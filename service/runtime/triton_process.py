@@ -1,4 +1,4 @@
-"""A Triton server on this machine: started, watched, restarted and ended by the process that needs it."""
+"""Run a Triton server on this machine: start it, watch it, restart it and stop it."""
 
 import contextlib
 import logging
@@ -24,31 +24,31 @@ from service.runtime.triton_log import Death
 from service.runtime.triton_state import EngineProcesses, TritonState, failures, listed, models_of
 
 READY_TIMEOUT_S = 300.0
-"""Default for the longest start: loading, and a warm-up of every bucket on a slow machine."""
+"""Default timeout of a start: loading, and warming up every bucket on a slow machine."""
 EXIT_TIMEOUT_S = 5
-"""Seconds that Triton gives the inferences in flight when it is told to end."""
+"""Seconds that Triton gives to running inferences when it shuts down."""
 
 FLAGS = (
-    "--model-control-mode=poll",  # the repository's files say what is loaded, and no API needs to be open for it
+    "--model-control-mode=poll",  # the files of the repository decide what is loaded; no API is needed
     "--repository-poll-secs=1",
-    "--exit-on-error=false",  # a model that cannot be loaded is no reason to end the others,
-    "--strict-readiness=false",  # nor to take away a server that goes on with the version before
-    "--disable-auto-complete-config",  # what config.pbtxt leaves out is an error, not a guess
+    "--exit-on-error=false",  # a model that fails to load must not stop the others,
+    "--strict-readiness=false",  # nor make a server unready that still has the previous version
+    "--disable-auto-complete-config",  # missing fields of config.pbtxt are errors, not guesses
     f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
-    # A client finds a new replica behind a name when one of its connections ends: here every minute.
+    # A client finds new replicas behind a name when a connection ends: here every minute.
     "--grpc-max-connection-age=60000",
     "--grpc-max-connection-age-grace=30000",
 )
-"""What every Triton is started with, wherever it runs, beside addresses and paths."""
+"""Options of every Triton, in addition to addresses and paths."""
 RESTRICTED = tuple(
     f"--{option}=shared-memory,trace,logging:no:body=none"
     for option in ("grpc-restricted-protocol", "http-restricted-api")
 )
-"""Closes APIs that nobody may use; polling already refuses to load or unload a model.
+"""Closes APIs that nobody may use; polling already rejects requests to load or unload a model.
 
-Triton opens them to requests with the header ``no:body``. No request can have it: the name of a header ends at its
-colon in HTTP/1, and gRPC refuses the name. So there is no secret to keep out of the command line, which everybody on
-the machine can read.
+Triton opens these APIs to requests with the header ``no:body``. No request can have it: in HTTP/1 the name of a header
+ends at its colon, and gRPC rejects the name. So no secret appears on the command line, which every user of the machine
+can read.
 """
 
 _PORT_ATTEMPTS = 5
@@ -58,10 +58,10 @@ lines_log = logging.getLogger(logs.TRITON)
 
 
 class EmbeddedTriton:
-    """One Triton server, on the loopback interface unless told otherwise, kept alive from `start` to `stop`.
+    """One Triton server, by default on the loopback interface, kept alive from `start` to `stop`.
 
-    As a context manager it starts on entry and stops on exit. One thread starts and restarts the server; the server
-    ends with this process however that ends, and its stubs end with it.
+    As a context manager it starts on entry and stops on exit. One thread starts and restarts the server. The server and
+    its stubs end with this process, even if it is killed.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class EmbeddedTriton:
         ready_timeout_s: float = READY_TIMEOUT_S,
         report: Callable[[str], None] = print,
     ) -> None:
-        """Say what to serve.
+        """Set what to serve.
 
         Args:
-            repository: Triton model repository; what changes in it is noticed within about a second.
-            host: IPv4 address to listen on; 0.0.0.0 is all of this machine's.
+            repository: Triton model repository; Triton sees changes within about a second.
+            host: IPv4 address to listen on; 0.0.0.0 for all.
             ports: wanted ports.
-            avoid_ports: ports that are meant for others, though nothing listens there yet.
-            log_dir: the server writes ``triton-<gRPC port>.log`` there; without one, to standard error.
-            ready_timeout_s: longest wait for all models to be ready, warm-up included.
-            report: takes each line meant for a person, by default for the console.
+            avoid_ports: ports reserved for other servers, even if free now.
+            log_dir: directory for ``triton-<gRPC port>.log``; None: standard error.
+            ready_timeout_s: timeout until all models are ready, including warm-up.
+            report: called with each line for the user; default: print it.
         """
         self._repository = self._served = repository
         self._host = host
@@ -94,7 +94,7 @@ class EmbeddedTriton:
         self._ready_timeout_s = ready_timeout_s
         self._report = report
         self._stopping = threading.Event()
-        self._first = threading.Event()  # the first start has succeeded or failed
+        self._first = threading.Event()  # set when the first start has succeeded or failed
         self._failure: TritonError | None = None
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -103,7 +103,7 @@ class EmbeddedTriton:
         self._shared_memory: Claim | None = None
         self._tail: deque[str] = deque(maxlen=200)
         self.ports = self._wanted
-        """The ports in use, known after `start`."""
+        """The ports in use; set by `start`."""
 
     @property
     def _reachable(self) -> str:
@@ -116,12 +116,12 @@ class EmbeddedTriton:
 
     @property
     def log_file(self) -> Path:
-        """Where everything that the server writes can be read."""
+        """File with the output of the server."""
         return self._log_dir / f"triton-{self.ports.grpc}.log" if self._log_dir else Path("/dev/stderr")
 
     @property
     def pid(self) -> int | None:
-        """Process id of the running server, None between two lives."""
+        """Process id of the running server; None during a restart."""
         process = self._process
         return process.pid if process and process.poll() is None else None
 
@@ -135,13 +135,13 @@ class EmbeddedTriton:
         self.stop()
 
     def start(self, stopping: threading.Event | None = None) -> None:
-        """Start the server and return when every model is ready, warmed up.
+        """Start the server and wait until every model is loaded and warmed up.
 
         Args:
-            stopping: set from elsewhere, e.g. by a signal handler, it ends the wait; then nothing is left running.
+            stopping: if set, e.g. by a signal handler, the wait ends and nothing is left running.
 
         Raises:
-            TritonError: it cannot be; nothing is left running.
+            TritonError: the start failed; nothing is left running.
         """
         models_of(self._repository)
         try:
@@ -159,10 +159,10 @@ class EmbeddedTriton:
             raise self._failure
 
     def stop(self, patience_s: float | None = None) -> None:
-        """End the server: politely at first, by force if it takes too long; safe to call again.
+        """Stop the server with SIGTERM, or by force after a timeout; safe to call again.
 
         Args:
-            patience_s: seconds before force; by default more than Triton gives the inferences in flight.
+            patience_s: seconds before force; default: more than Triton gives to running inferences.
         """
         if patience_s is not None:
             self._patience_s = patience_s
@@ -174,23 +174,25 @@ class EmbeddedTriton:
                 claim.remove()
 
     def _prepare(self) -> TritonInstallation:
-        """Find the server, and make the files and choose the ports that it needs."""
+        """Find the server, create its files and choose its ports."""
         remove_leftovers()
         try:
             self._cache, self._shared_memory = Claim.directory(), Claim.shared_memory()
         except OSError as error:
-            raise TritonError(f"no place for temporary files: {error}") from None
+            raise TritonError(f"cannot create temporary files: {error}") from None
         installation = find_triton(self._cache.path)
         self._served = self._repository.resolve()
         if shlex.quote(str(self._served)) != str(self._served):
-            # The Python backend starts its stub by a shell line without quotes, which a space would break.
+            # The Python backend starts its stub by an unquoted shell command, which a space would break.
             self._served = self._cache.path / "model_repository"
             self._served.symlink_to(self._repository.resolve())
         try:
             if self._log_dir:
                 self._log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise TritonError(f"{self._log_dir}: no directory for logs ({error.strerror}); choose another") from None
+            raise TritonError(
+                f"{self._log_dir}: cannot create the log directory ({error.strerror}); choose another"
+            ) from None
         self._choose_ports()
         if self._log_dir:
             self.log_file.write_bytes(b"")
@@ -209,7 +211,7 @@ class EmbeddedTriton:
     def _say(self, line: str) -> None:
         self._report(f"triton: {line}")
 
-    # Everything below runs in the supervising thread: the kernel's death signal belongs to the thread that forked.
+    # Everything below runs in the supervising thread, because the kernel's parent-death signal is bound to that thread.
 
     def _supervise(self, installation: TritonInstallation) -> None:
         death: Death | None = None
@@ -226,21 +228,21 @@ class EmbeddedTriton:
                     if not death.port_taken or start == _PORT_ATTEMPTS:
                         self._failure = TritonError(death.reason)
                         return
-                    self._choose_ports()  # another process was faster
-        except Exception as error:  # a bug here must not leave `start` waiting
+                    self._choose_ports()  # another process took a port
+        except Exception as error:  # a bug here must not block `start` forever
             log.exception("supervision of Triton failed")
             self._failure = TritonError(f"supervision of Triton failed: {error!r}")
         finally:
             self._first.set()
 
     def _live_once(self, installation: TritonInstallation) -> Death:
-        """Run the server from its start to its end."""
+        """Run the server until it ends."""
         self._tail.clear()
         began = time.monotonic()
         try:
             process = self._process = self._spawn(installation)
         except (OSError, subprocess.SubprocessError) as error:
-            return Death(f"{installation.binary}: cannot be run ({error})")
+            return Death(f"{installation.binary}: cannot run ({error})")
         reader = threading.Thread(target=self._read_log, args=(process,), name="triton-log", daemon=True)
         reader.start()
         try:
@@ -253,7 +255,7 @@ class EmbeddedTriton:
                     for failure in failures(models_of(self._repository), index, list(self._tail)):
                         if not self._first.is_set():
                             return Death(f"{failure}; see {self.log_file}")
-                        self._say(failure)  # it was ready once: let the other models answer
+                        self._say(failure)  # it was ready before: let the other models answer
                     ready = True
                     self._say(f"{models} ready after {now - began:.1f} s (gRPC {self.url})")
                     self._first.set()
@@ -263,7 +265,7 @@ class EmbeddedTriton:
                     said = now
                     self._say(f"{models} loading, {now - began:.0f} s so far")
                 elif ready and engines.one_is_missing(state.engines):
-                    # Triton 2.51 goes on without it, ready by its own account, and fails every request.
+                    # Triton 2.51 continues without it, reports ready, and fails every request.
                     hangs = True
                     return Death(f"an engine's process died; see {self.log_file}")
                 self._stopping.wait(0.5 if ready else 0.1)
@@ -271,7 +273,7 @@ class EmbeddedTriton:
             end_session(process, 0 if hangs else self._patience_s)
             reader.join(5)
             if self._shared_memory:
-                self._shared_memory.clear()  # a killed server leaves its own
+                self._shared_memory.clear()  # a killed server leaves its shared memory behind
             self._process = None
         return triton_log.death(process.returncode, list(self._tail), self.log_file)
 
@@ -286,7 +288,7 @@ class EmbeddedTriton:
             f"--metrics-port={self.ports.metrics}",
             *RESTRICTED,
         ]
-        if self._shared_memory:  # a prefix of our own: no two servers of a machine may share memory
+        if self._shared_memory:  # our own prefix, because servers on a machine must not share memory
             command.append(f"--backend-config=python,shm-region-prefix-name={self._shared_memory.path.name}_")
         if installation.backends:
             command.append(f"--backend-directory={installation.backends}")
@@ -303,7 +305,7 @@ class EmbeddedTriton:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             umask=UMASK,
-            start_new_session=True,  # Ctrl-C is for the launcher, which lets the service drain first
+            start_new_session=True,  # only the launcher gets Ctrl-C; it lets the service drain first
             preexec_fn=prepare,  # noqa: PLW1509  calls nothing that takes a lock
         )
 
@@ -316,7 +318,7 @@ class EmbeddedTriton:
                 line = raw.decode(errors="replace").rstrip()
                 self._tail.append(line)
                 if file:
-                    with contextlib.suppress(OSError):  # a full disk must not stop the reading, or Triton would wait
+                    with contextlib.suppress(OSError):  # if a full disk stopped the reading, Triton would block
                         file.write(raw)
                 else:
                     lines_log.log(triton_log.level_of(line), "%s", line)

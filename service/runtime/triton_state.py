@@ -1,4 +1,4 @@
-"""What a running Triton says about its models, over HTTP, and whether the processes of its engines live."""
+"""Query the models of a running Triton over HTTP, and watch the processes of its engines."""
 
 import http.client
 import json
@@ -13,11 +13,11 @@ from service.runtime.processes import is_living, living_children
 from service.runtime.triton_install import TritonError
 from service.runtime.triton_log import load_failure, plain
 
-_LOOK_S = 5.0  # between two looks for new processes
+_LOOK_S = 5.0  # between two checks for new processes
 
 
 class TritonState:
-    """Asks one server over its HTTP port."""
+    """Queries one server over its HTTP port."""
 
     def __init__(self, host: str, port: int) -> None:
         """Name the address."""
@@ -25,7 +25,7 @@ class TritonState:
         self._port = port
 
     def index(self) -> list[dict[str, str]] | None:
-        """Every version that the server knows, with its state; None while it starts: it answers when that is done.
+        """Return every version that the server knows, with its state; None during its start, when it does not answer.
 
         Each has ``name``, ``version``, ``state`` (READY, LOADING, UNLOADING, UNAVAILABLE) and ``reason``.
         """
@@ -33,7 +33,7 @@ class TritonState:
         return found if isinstance(found, list) else None
 
     def engines(self) -> int:
-        """How many processes run engines, by the server's own account; 0 if it does not answer."""
+        """Return how many processes should run engines, according to the server; 0 if it does not answer."""
         count = 0
         for entry in self.index() or ():
             if entry.get("state") == "READY":
@@ -57,7 +57,7 @@ class TritonState:
 class EngineProcesses:
     """The processes of the Python backend, one for each engine.
 
-    Children of the server that come and go with versions, but must never be fewer than the engines that it calls ready.
+    They are children of the server and change with versions, but there must be one for each engine that is ready.
     """
 
     def __init__(self, server: int) -> None:
@@ -68,7 +68,7 @@ class EngineProcesses:
         self._short = False
 
     def one_is_missing(self, engines: Callable[[], int]) -> bool:
-        """Whether there were too few at two looks in a row; looks when a known one has died, or after some seconds."""
+        """Return whether processes were missing in two checks in a row; checks after a death or some seconds."""
         now = time.monotonic()
         if not self._short and now - self._looked < _LOOK_S and all(map(is_living, self._known)):
             return False
@@ -78,10 +78,10 @@ class EngineProcesses:
 
 
 def models_of(repository: Path) -> list[str]:
-    """Names of the models that Triton loads.
+    """Return the names of the models that Triton loads.
 
     Raises:
-        TritonError: there is none with a built version; the message names the builder's command.
+        TritonError: no model has a built version; the message gives the build command.
     """
     found = (path.parent for path in sorted(repository.glob("*/config.pbtxt")))
     models = [directory.name for directory in found if any(directory.glob("[1-9]*/"))]
@@ -92,7 +92,7 @@ def models_of(repository: Path) -> list[str]:
 
 
 def failures(models: Sequence[str], index: Sequence[dict[str, str]], log: Sequence[str]) -> list[str]:
-    """A sentence for each model that has no version ready, by the server's index and the last lines of its log."""
+    """Return a sentence for each model without a ready version, from the server's index and its last log lines."""
     sentences = []
     for model in models:
         versions = [entry for entry in index if entry["name"] == model]
@@ -104,5 +104,5 @@ def failures(models: Sequence[str], index: Sequence[dict[str, str]], log: Sequen
 
 
 def listed(models: Sequence[str]) -> str:
-    """Subject and verb of a sentence about models."""
+    """Return the subject and verb of a sentence about models."""
     return f"model {models[0]} is" if len(models) == 1 else f"models {', '.join(models)} are"

@@ -46,10 +46,10 @@ class Channels:
 
         Args:
             urls: gRPC addresses host:port. Calls alternate between them, and between all addresses of a name. gRPC
-                finds new replicas behind a name when a connection ends; ``--grpc-max-connection-age`` makes them end
+                finds new replicas behind a name when a connection ends; ``--grpc-max-connection-age`` ends them
                 regularly.
-            watch_circuit: called with address, model and version of each new circuit breaker; returns a function to call
-                with its later states.
+            watch_circuit: called with address, model and version of each new circuit breaker; returns a function to
+                call with its later states.
             tls: from `tls_credentials`; None: no encryption.
             tls_name: name required in Triton's certificate; default: the name in the address.
 

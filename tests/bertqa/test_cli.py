@@ -342,7 +342,7 @@ def test_nothing_is_built_for_a_triton_of_somebody_else(tmp_path: Path) -> None:
     done = bertqa("serve", "--port", "0", "--repository", str(tmp_path / "typo"), "--triton-url", "127.0.0.1:9")
     assert done.returncode
     assert (
-        f"--repository {tmp_path / 'typo'}: holds no model; with --triton-url, nothing is built".encode() in done.stderr
+        f"--repository {tmp_path / 'typo'}: has no model, and with --triton-url none is built".encode() in done.stderr
     )
     assert not (tmp_path / "typo").exists()
 

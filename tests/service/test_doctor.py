@@ -170,8 +170,14 @@ def look(repository: Repository, version: int) -> list[Finding]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda bundle: (bundle / "engine.bin").write_bytes(b"enginf"), "engine.bin is not as it was published; build"),
-        (lambda bundle: (bundle / "engine.bin").unlink(), "engine.bin is not as it was published; build it again with"),
+        (
+            lambda bundle: (bundle / "engine.bin").write_bytes(b"enginf"),
+            "engine.bin has changed since it was published; build",
+        ),
+        (
+            lambda bundle: (bundle / "engine.bin").unlink(),
+            "engine.bin has changed since it was published; build it again with",
+        ),
         (
             lambda bundle: (bundle / "tokenizer.json").write_text("{}"),
             "not the tokenizer that the engine was built wit",

@@ -76,9 +76,9 @@ def test_otherwise_one_is_built(
     (builder / "__init__.py").touch()
     (builder / "__main__.py").write_text("raise SystemExit(3)")
     monkeypatch.setattr(engine, "PROJECT", builder.parent)
-    with pytest.raises(LaunchError, match=r"could not be built \(exit code 3\)"):
+    with pytest.raises(LaunchError, match=r"building the engine failed \(exit code 3\)"):
         ensure_engine(repository.root, checkpoint, threading.Event())
-    reason = "no engine in" if present == "nothing" else "are of other checkpoints, or of an earlier release"
+    reason = "no engine in" if present == "nothing" else "are from other checkpoints, or from an earlier release"
     assert reason in caplog.text
 
 
@@ -94,9 +94,11 @@ def test_a_loaded_version_that_is_not_whole_any_more_is_left_out(
     (spoiled / "tokenizer.json").write_text("{}")
     settle(repository)
     assert repository.serving()[MODEL_NAME].loaded == (2,)
-    assert "bert_qa 1: tokenizer.json is not as it was published" in caplog.text
+    assert "bert_qa 1: tokenizer.json has changed since it was published" in caplog.text
     (repository.directory(MODEL_NAME, 2) / "tokenizer.json").write_text("{}")
-    with pytest.raises(BundleMismatch, match=r"bert_qa 2: tokenizer\.json is not as it was published; build it again"):
+    with pytest.raises(
+        BundleMismatch, match=r"bert_qa 2: tokenizer\.json has changed since it was published; build it again"
+    ):
         settle(repository)
 
 

@@ -67,5 +67,5 @@ def test_with_a_triton_elsewhere_an_empty_repository_is_an_error_and_nothing_is_
         [*command, "--triton-url=127.0.0.1:9"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2
-    assert f"error: --repository {tmp_path / 'typo'}: holds no model; with --triton-url" in done.stderr
+    assert f"error: --repository {tmp_path / 'typo'}: has no model, and with --triton-url" in done.stderr
     assert not (tmp_path / "typo").exists(), "nothing was built"

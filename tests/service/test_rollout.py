@@ -216,7 +216,10 @@ def test_a_version_that_is_asked_is_not_unloaded(product: Product, capsys: pytes
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda directory: flip(directory / "engine.bin"), r"engine\.bin: not as it was published; build it again"),
+        (
+            lambda directory: flip(directory / "engine.bin"),
+            r"engine\.bin: has changed since it was published; build it again",
+        ),
         (lambda directory: flip(directory / "tokenizer.json"), r"tokenizer\.json: not the tokenizer that the engine"),
         (break_engine, r"cannot load bert_qa \d+: Internal: RuntimeError: "),
         (expect_another_answer, r"when it was built it said 'somebody else'"),

@@ -26,7 +26,7 @@ def check_version(repository: Repository, model: str, version: int, serving: Ser
         fix = rebuild(manifest.target)
         if version == serving.active and serving.previous:
             fix += f", or `bertqa models rollback {model}`"
-        return Finding(bad, subject, f"{changed[0]} is not as it was published", fix), None
+        return Finding(bad, subject, f"{changed[0]} has changed since it was published", fix), None
     role = "active" if version == serving.active else "loaded" if version in serving.loaded else "not loaded"
     text = f"{role}, {manifest.identity}, {len(manifest.files)} files as they were published"
     return Finding("ok", subject, text), bundle

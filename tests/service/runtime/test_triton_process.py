@@ -63,7 +63,9 @@ def test_paths_with_spaces(tmp_path: Path) -> None:
 @pytest.mark.triton
 def test_logs_that_cannot_be_written_are_named(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(TritonError, match=r"file/logs: no directory for logs \(Not a directory\); choose another"):
+    with pytest.raises(
+        TritonError, match=r"file/logs: cannot create the log directory \(Not a directory\); choose another"
+    ):
         EmbeddedTriton(repository, ports=triton_ports(), log_dir=tmp_path / "file" / "logs").start()
 
 
