@@ -1,4 +1,4 @@
-"""``bertqa keys``: make, list and revoke API keys."""
+"""``bertqa keys``: create, list and revoke API keys."""
 
 import json
 import math
@@ -10,15 +10,15 @@ import typer
 
 from bertqa.cli.command import CommandError, Exit, OutputFormat, command, group, positive, say
 
-app = group("Make, list and revoke API keys.")
+app = group("Create, list and revoke API keys.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeysOptions:
-    """Options of every step."""
+    """Options of every ``bertqa keys`` command."""
 
     file: Annotated[
-        Path, typer.Option(envvar="BERTQA_API_KEYS_FILE", metavar="FILE", help="File with the hashes of the keys.")
+        Path, typer.Option(envvar="BERTQA_API_KEYS_FILE", metavar="FILE", help="File with the hashes of the API keys.")
     ]
 
 
@@ -29,11 +29,13 @@ class NewOptions(KeysOptions):
     name: Annotated[str, typer.Argument(help="Name of the key's owner; metrics show it.")]
     rate: Annotated[
         float | None,
-        typer.Option(callback=positive, show_default="no limit", help="Number per second that each process allows."),
+        typer.Option(
+            callback=positive, show_default="no limit", help="Rate limit: number per second, in each process."
+        ),
     ] = None
     burst: Annotated[
         float | None,
-        typer.Option(callback=positive, show_default="twice the rate", help="Number allowed at once."),
+        typer.Option(callback=positive, show_default="twice the rate", help="Burst limit: number allowed at once."),
     ] = None
 
     per: Annotated[Literal["request", "question", "window"], typer.Option(help="What the rate counts.")] = "request"
@@ -59,19 +61,19 @@ class RevokeOptions(KeysOptions):
 
 @command(app, NewOptions, extra="service")
 def new(options: NewOptions) -> None:
-    """Print a new key, once, and add its hash to the file."""
+    """Create a key: print it once, and add its hash to the file."""
     from service.api_keys import KeysError, new_key  # noqa: PLC0415
 
     try:
         print(new_key(options.file, options.name, options.rate, options.burst, options.per))
     except KeysError as error:
         raise CommandError(str(error), Exit.NO) from error
-    say("the key is stored nowhere else; services that read the file accept it within a second")
+    say("this key is not stored anywhere; services that read the file accept it within a second")
 
 
 @command(app, ListOptions, extra="service", name="list")
 def list_keys(options: ListOptions) -> None:
-    """List names and limits."""
+    """List the names and limits of the keys."""
     from service.api_keys import KeysError, parse_keys  # noqa: PLC0415
 
     try:
@@ -95,7 +97,7 @@ def list_keys(options: ListOptions) -> None:
         )
         return
     for key in keys:
-        limits = "no limit" if math.isinf(key.rate) else f"{key.rate:g} {key.unit}s a second, {key.burst:g} at once"
+        limits = "no limit" if math.isinf(key.rate) else f"{key.rate:g} {key.unit}s per second, {key.burst:g} at once"
         print(f"{key.name}  {limits}")
 
 

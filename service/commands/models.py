@@ -1,4 +1,4 @@
-"""``bertqa models``: put another version of a model into service, or return to the one before."""
+"""``bertqa models``: roll out a version of a model, or roll back to the previous one."""
 
 import json
 import signal
@@ -15,16 +15,16 @@ from service.commands.options import TritonOptions, settings
 if TYPE_CHECKING:
     from service.commands.rollout import Rollout
 
-app = group("Put versions of a model into service, or return to the one before.")
+app = group("Roll out a version of a model, or roll back to the previous one.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions(TritonOptions):
-    """Options of every step."""
+    """Options of every ``bertqa models`` command."""
 
-    timeout: Annotated[float, typer.Option(callback=positive, metavar="SECONDS", help="Longest wait for Triton.")] = (
-        300.0
-    )
+    timeout: Annotated[
+        float, typer.Option(callback=positive, metavar="SECONDS", help="Timeout of waiting for Triton.")
+    ] = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +36,14 @@ class ListOptions(StepOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(StepOptions):
-    """Options of the steps that take a model."""
+    """Options of the commands that take a model."""
 
     model: Annotated[str, typer.Argument(help="Name of the model.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VersionOptions(ModelOptions):
-    """Options of the steps that take a version."""
+    """Options of the commands that take a version."""
 
     version: Annotated[int, typer.Argument(help="Version of the model.")]
 
@@ -69,7 +69,7 @@ class RollbackOptions(ModelOptions):
 class UnloadOptions(VersionOptions):
     """Options of ``bertqa models unload``."""
 
-    force: Annotated[bool, typer.Option("--force", help="Unload it even if it still gets requests.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Unload the version even if it still gets requests.")] = False
 
 
 @command(app, ListOptions, extra="service", name="list")

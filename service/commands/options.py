@@ -44,16 +44,16 @@ class TritonOptions(RepositoryOptions):
             envvar="BERTQA_TRITON_URL",
             metavar="HOST:PORT",
             callback=addresses,
-            help="gRPC address of Triton, or several separated by commas; a host name stands for all its addresses.",
+            help="gRPC address of Triton, or several separated by commas; a host name means all its addresses.",
         ),
     ] = "127.0.0.1:8001"
 
 
 def settings() -> "Settings":
-    """The settings of the service from this process's environment.
+    """Read the settings of the service from the environment.
 
     Raises:
-        CommandError: one cannot be used.
+        CommandError: a setting is invalid.
     """
     from service.settings import Settings, SettingsError  # noqa: PLC0415
 

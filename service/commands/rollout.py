@@ -1,8 +1,7 @@
-"""Put another version of a model into service, and take it back, without a failed request: behind ``bertqa models``.
+"""Roll out a version of a model, or roll it back, without failed requests: the work of ``bertqa models``.
 
-The steps are load, check, switch and, once all is well, unload. Triton and the service both read the model repository,
-so this job writes there and asks Triton for its progress. It leaves the active version alone until the new one has
-passed its check.
+The steps are load, check, switch and finally unload. Triton and the service both read the model repository, so this
+code writes there and queries Triton for progress. The active version stays active until the new one passes its check.
 """
 
 import asyncio
@@ -26,17 +25,17 @@ from service.triton.replica import TlsCredentials
 from service.triton.servers import UNKNOWN, Servers, ServerUnreachable, VersionState
 
 QUIET_S = 3.0
-"""A version that has answered nothing for this long is unused; services look for a new version every second."""
+"""Seconds without requests after which a version counts as unused; services check for a new version every second."""
 _LOOK_S = 0.2
-_STALE_S = 10.0  # after this time, a failure that Triton reports is from our load
+_STALE_S = 10.0  # after this time, a failure that Triton reports belongs to our load
 
 
 class RolloutFailed(Exception):
-    """The new version did not come up or did not answer as it should; what answered before still does."""
+    """The new version failed to load or to pass its check; the previous version keeps answering."""
 
 
 class Rollout:
-    """The steps of a rollout; each leaves a working service behind, even if it fails."""
+    """The steps of a rollout; the service keeps working even if a step fails."""
 
     def __init__(
         self, repository: Repository, servers: Servers, *, timeout_s: float, report: Callable[[str], None]
@@ -47,7 +46,7 @@ class Rollout:
         self._report = report
 
     def load(self, model: str, version: int) -> None:
-        """Load a version next to those that are loaded, and check it.
+        """Load a version in addition to the loaded ones, and check it.
 
         Raises:
             RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: it is not loaded.
@@ -60,12 +59,12 @@ class Rollout:
             self._until_ready(model, version, states)
             self._ask_questions(bundle)
         except BaseException:
-            if not loaded_before:  # otherwise Triton tries again every second
+            if not loaded_before:  # otherwise Triton retries every second
                 self._repository.unload(model, version)
             raise
 
     def check(self, model: str, version: int) -> None:
-        """Check that the files are complete, and that each Triton gives the answers recorded at the build.
+        """Check the files, and that each Triton gives the answers recorded at build time.
 
         Raises:
             RolloutFailed, ServerUnreachable, BundleMismatch: a check failed.
@@ -93,31 +92,31 @@ class Rollout:
         if not unchecked:
             self.check(model, version)
         self._repository.switch(model, version)
-        self._report(f"{model} answers from version {version}; every service follows within about a second")
+        self._report(f"{model} now answers from version {version}; all services follow within about a second")
 
     def rollback(self, model: str, *, unchecked: bool = False) -> None:
         """Make the previous version the active one, loading it again if needed.
 
         Raises:
-            RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: there is none, or it cannot answer; nothing
-                has changed.
+            RolloutFailed, ServerUnreachable, BundleMismatch, ChangeRefused: there is no previous version, or it cannot
+                answer; nothing has changed.
         """
         serving = self._repository.served(model)
         if serving.previous is None:
-            raise ChangeRefused(f"{model}: no version answered before {serving.active}")
+            raise ChangeRefused(f"{model}: no version was active before {serving.active}")
         if serving.previous not in serving.loaded:
             self.load(model, serving.previous)
         self.switch(model, serving.previous, unchecked=unchecked)
 
     def unload(self, model: str, version: int, *, force: bool = False) -> None:
-        """Make every Triton drop a version, once it gets no more requests.
+        """Unload a version from every Triton, once it gets no more requests.
 
         Raises:
             RolloutFailed, ServerUnreachable: it still gets requests, or a server does not answer.
             ChangeRefused: it is the active one.
         """
         if version == self._repository.served(model).active:
-            self._repository.unload(model, version)  # raises, and says why
+            self._repository.unload(model, version)  # raises an error that says why
         end = time.monotonic() + self._timeout_s
         while not force:
             before = self._servers.answered(model, version)
@@ -127,18 +126,18 @@ class Rollout:
                 break
             if time.monotonic() > end:
                 raise RolloutFailed(
-                    f"{model} {version} still answers, {asked} calls in the last {QUIET_S:.0f} s; is every service on "
-                    "the active version? --force unloads it anyway"
+                    f"{model} {version} is still in use, with {asked} calls in the last {QUIET_S:.0f} s; check that "
+                    "every service uses the active version, or unload it anyway with --force"
                 )
         self._repository.unload(model, version)
         self._until(
             lambda: all(state.name == "UNAVAILABLE" for state in self._servers.states(model, version).values()),
             f"unloading {model} {version}",
         )
-        self._report(f"{model} {version} is unloaded; it stays on disk")
+        self._report(f"{model} {version} is unloaded; its files stay on disk")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """List all versions as a table; the first row is the heading."""
+        """Return a table of all versions; the first row is the heading."""
         try:
             servers = self._servers.all_states()
         except ServerUnreachable as error:
@@ -163,7 +162,7 @@ class Rollout:
     def _whole(self, model: str, version: int) -> Bundle:
         self._repository.served(model)
         if version not in (there := self._repository.versions(model)):
-            raise ChangeRefused(f"{model}: there is no version {version}, only {', '.join(map(str, there))}")
+            raise ChangeRefused(f"{model}: no version {version}; the versions are {', '.join(map(str, there))}")
         bundle = self._repository.open(model, version)
         directory = self._repository.directory(model, version)
         if changed := changed_files(directory, bundle.manifest):
@@ -188,7 +187,7 @@ class Rollout:
             return all(state.name == "READY" for state in states.values())
 
         self._until(ready, f"loading {model} {version}")
-        self._report(f"{model} {version} is loaded, {time.monotonic() - began:.1f} s")
+        self._report(f"{model} {version} is loaded after {time.monotonic() - began:.1f} s")
 
     def _until(self, condition: Callable[[], bool], doing: str) -> None:
         began = said = time.monotonic()
@@ -209,7 +208,7 @@ class Rollout:
         for url in self._servers.urls:
             seconds = asyncio.run(ask(self._servers, url, bundle, questions))
             self._report(
-                f"{bundle.model} {bundle.version} at {url} answers {len(questions)} questions as when it was built, "
+                f"{bundle.model} {bundle.version} at {url} answers {len(questions)} questions as at build time, "
                 f"{1000 * median(seconds):.1f} ms each"
                 if seconds
                 else f"{path}: no question to ask"
@@ -217,13 +216,13 @@ class Rollout:
 
 
 async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Ask one server the questions of the build.
+    """Ask one server the questions recorded at build time.
 
     Returns:
         Seconds of engine time for each question.
 
     Raises:
-        RolloutFailed: the server does not answer, has loaded another engine, or gives another answer.
+        RolloutFailed: the server does not answer, has loaded another engine, or answers differently.
     """
     channels = servers.channels(url)
     metrics, settings = Metrics(), Settings()
@@ -238,7 +237,7 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
             if best is None or (best.text, best.start) != (each["answer"], each["start"]):
                 raise RolloutFailed(
                     f"{bundle.model} {bundle.version} at {url} answers {each['question']!r:.80} with "
-                    f"{best and best.text!r:.80}; when it was built it said {each['answer']!r:.80}; "
+                    f"{best and best.text!r:.80}; at build time the answer was {each['answer']!r:.80}; "
                     + rebuild(bundle.manifest.target)
                 )
             seconds.append(result.infer_s)
@@ -251,7 +250,7 @@ async def ask(servers: Servers, url: str, bundle: Bundle, questions: Sequence[Ma
 
 
 def tls_of(settings: Settings) -> TlsCredentials | None:
-    """Read the TLS files that the service would connect to Triton with.
+    """Read the TLS files of the service's settings, for connections to Triton.
 
     Raises:
         RolloutFailed: a file cannot be read.

@@ -1,1 +1,1 @@
-"""What the service says about itself: its log."""
+"""Logs, metrics, traces, and the context of a request."""

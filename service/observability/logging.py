@@ -1,10 +1,11 @@
-"""How service, launcher and Triton log: one line a record, as JSON or text, with the id of the request.
+"""Logging of the service, the launcher and Triton: one line per record, as JSON or text, with the request id.
 
-Lines go to standard error or output by a thread of their own. A pipe that nobody reads, a full disk or a closed
-descriptor loses lines, which are counted, and never holds up or fails a request.
+A thread writes the lines to standard error or output. If a pipe is full, a disk is full or the descriptor is closed,
+lines are lost and counted, but no request is blocked or fails.
 
-Unless `Settings.log_texts` allows it, no line holds a question or a context: an exception is logged by its type and
-place without its message, which may quote its input, and of other libraries' records only what cannot quote.
+Unless `Settings.log_texts` allows it, no line contains a question or a context. Exceptions are logged with their type
+and location but without their message, which may quote input. Records of other libraries are logged without their
+arguments.
 """
 
 import logging
@@ -28,12 +29,12 @@ from service.observability.request_context import request_context
 from service.settings import Settings
 
 LAUNCHER, TRITON, BUILDER, OUTPUT = "bertqa.launcher", "triton", "bertqa.builder", "bertqa.output"
-"""Loggers of what the launcher says, and of the lines of its children: Triton, the builder, and what the service's
-process writes past its log. They are shown as they are where the format is text."""
+"""Loggers for messages of the launcher, and for output lines of its children: Triton, the builder, and direct output of
+the service's process. The text format shows these lines unchanged."""
 DESCRIPTORS = {"stdout": 1, "stderr": 2}
-"""Of the places where a log may go."""
+"""File descriptors of the possible log targets."""
 
-_GATHER_S = 0.02  # that a line may wait for others
+_GATHER_S = 0.02  # time for which a line waits for others
 _FLUSH_S = 2.0
 _PENDING_BYTES = 16 * 1024 * 1024
 _OURS = ("bertqa", "triton", "uvicorn", "opentelemetry")
@@ -41,10 +42,10 @@ _WARNING_PLACE = re.compile(r".*?:\d+: \w+")  # of "file:line: Category: message
 
 
 class LineWriter(QueueHandler):
-    """Formats records where they are logged, and writes the lines from a thread; never blocks, never raises."""
+    """Formats records in the logging thread, and writes the lines from its own; never blocks, never raises."""
 
     def __init__(self, descriptor: int = 2, *, count_lost: Callable[[int], object] = lambda count: None) -> None:
-        """Name the file descriptor, and what is told the number of records whenever some are lost."""
+        """Set the file descriptor; ``count_lost`` is called with the number of lost records."""
         waiting: SimpleQueue[bytes | None] = SimpleQueue()
         super().__init__(waiting)
         self._descriptor = descriptor
@@ -57,14 +58,14 @@ class LineWriter(QueueHandler):
         self._lines.start()
 
     def prepare(self, record: logging.LogRecord) -> bytes:
-        """The record's line, formatted here because the request is known only here."""
+        """Return the line of a record; formatted here, because only this thread knows the request."""
         return self.format(record).encode(errors="backslashreplace") + b"\n"
 
     def enqueue(self, line: bytes) -> None:  # type: ignore[override]  # `prepare` makes it
-        """Leave a line to the thread.
+        """Pass a line to the writing thread.
 
         Raises:
-            queue.Full: too many bytes wait already.
+            queue.Full: too many bytes are waiting.
         """
         with self._guard:
             if self._pending_bytes + len(line) > _PENDING_BYTES:
@@ -74,18 +75,18 @@ class LineWriter(QueueHandler):
         self.queue.put_nowait(line)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Count a record that could not be formatted, or that there was no room for."""
+        """Count a record that could not be formatted or did not fit into the queue."""
         with self._guard:
             self._lose(1)
 
     def flush(self) -> None:
-        """Wait until all is written, for two seconds at most."""
+        """Wait until all lines are written, for at most two seconds."""
         end = time.monotonic() + _FLUSH_S
         while self._unwritten and time.monotonic() < end:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """End the thread when it has written what is left; does not wait for it."""
+        """End the thread after it has written the remaining lines; does not wait for it."""
         self._lines.enqueue_sentinel()
         super().close()
 
@@ -101,7 +102,7 @@ class LineWriter(QueueHandler):
         with self._guard:
             if not written:
                 self._lose(len(lines))
-                self._lost += lost  # still to be reported
+                self._lost += lost  # reported with the next line
             self._unwritten -= len(lines)
 
     def _confession(self, lost: int) -> bytes:
@@ -110,7 +111,7 @@ class LineWriter(QueueHandler):
 
 
 class _BatchListener(QueueListener):
-    """Takes all lines that are there at once: under load, it wakes fifty times a second, not thousands."""
+    """Takes all available lines at once; under load it wakes fifty times a second, not thousands of times."""
 
     def __init__(self, queue: "SimpleQueue[bytes | None]", write: Callable[[Sequence[bytes]], None]) -> None:
         super().__init__(queue)
@@ -118,7 +119,7 @@ class _BatchListener(QueueListener):
         self._write = write
 
     def dequeue(self, block: bool) -> list[bytes] | None:  # type: ignore[override]  # `handle` takes it
-        """The next lines; None, the sentinel, when there are no more."""
+        """Return the next lines; None, the sentinel, at the end."""
         if (first := self._waiting.get(block)) is None:
             return None
         time.sleep(_GATHER_S)
@@ -130,18 +131,18 @@ class _BatchListener(QueueListener):
         return lines
 
     def handle(self, lines: Sequence[bytes]) -> None:  # type: ignore[override]  # `dequeue` makes them
-        """Write some lines."""
+        """Write lines."""
         self._write(lines)
 
 
 def _write_all(descriptor: int, data: bytes) -> bool:
-    """Whether all of it could be written."""
+    """Write the data; returns whether all of it was written."""
     view = memoryview(data)
     try:
         while view:
             try:
                 view = view[os.write(descriptor, view) :]
-            except BlockingIOError:  # somebody made the descriptor non-blocking
+            except BlockingIOError:  # another process made the descriptor non-blocking
                 select.select((), (descriptor,), ())
     except OSError:
         return False
@@ -149,12 +150,12 @@ def _write_all(descriptor: int, data: bytes) -> bool:
 
 
 class _Discreet(logging.Formatter):
-    """What `JsonFormatter` and `TextFormatter` share: what of a record may be shown."""
+    """Base of `JsonFormatter` and `TextFormatter`: decides which parts of a record may be shown."""
 
     texts: bool
 
     def message(self, record: logging.LogRecord) -> str:
-        """The message, or as much of it as cannot quote a text."""
+        """Return the message, or only the part that cannot quote a text."""
         if self.texts or record.name.partition(".")[0] in _OURS:
             return record.getMessage()
         if record.name == "py.warnings":
@@ -163,7 +164,7 @@ class _Discreet(logging.Formatter):
         return str(record.msg).partition("\n")[0]  # asyncio appends the repr of exceptions; arguments may be anything
 
     def exception(self, record: logging.LogRecord) -> str:
-        """Types and places of an exception and of those that led to it; empty if the record has none."""
+        """Return types and locations of an exception and its causes; empty if the record has none."""
         error = record.exc_info[1] if record.exc_info else None
         if error is None:
             return ""
@@ -181,15 +182,15 @@ class _Discreet(logging.Formatter):
 
 
 class JsonFormatter(_Discreet, JsonLines):
-    """One JSON object a line, in ASCII."""
+    """One JSON object per line, in ASCII."""
 
     def __init__(self, *, texts: bool) -> None:
-        """Say whether lines may hold questions and contexts."""
+        """Set whether lines may contain questions and contexts."""
         super().__init__()
         self.texts = texts
 
     def format(self, record: logging.LogRecord) -> str:
-        """Time, level, logger, message, then what there is of request_id, trace_id, exception and own fields."""
+        """Return time, level, logger and message, then request_id, trace_id, exception and own fields if present."""
         request = request_context.get()
         line: dict[str, Any] = {
             "time": _time(record),
@@ -207,15 +208,15 @@ class JsonFormatter(_Discreet, JsonLines):
 
 
 class TextFormatter(_Discreet):
-    """For people: lines of the launcher and of Triton as they are, others with time, level, logger and request."""
+    """For people: lines of the launcher and Triton unchanged, others with time, level, logger and request."""
 
     def __init__(self, *, texts: bool) -> None:
-        """Say whether lines may hold questions and contexts."""
+        """Set whether lines may contain questions and contexts."""
         super().__init__()
         self.texts = texts
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and an exception's own lines below it."""
+        """Return one line, with the lines of an exception below it."""
         message = self.message(record)
         if record.name in (TRITON, BUILDER, OUTPUT):
             return message
@@ -230,15 +231,15 @@ class TextFormatter(_Discreet):
 
 
 def _time(record: logging.LogRecord) -> str:
-    """RFC 3339 in UTC, with milliseconds."""
+    """Return the time as in RFC 3339, in UTC with milliseconds."""
     moment = datetime.fromtimestamp(record.created, timezone.utc)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def configure(settings: Settings, *, count_lost: Callable[[int], object] = lambda count: None) -> None:
-    """Let everything that this process logs, warnings and what Python itself would print included, go one way.
+    """Send all logs of this process, including warnings and uncaught exceptions, through one `LineWriter`.
 
-    ``count_lost`` is told the number of records whenever some could not be written.
+    ``count_lost`` is called with the number of records that could not be written.
     """
     writer = LineWriter(DESCRIPTORS[settings.log_to], count_lost=count_lost)
     formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
@@ -249,7 +250,7 @@ def configure(settings: Settings, *, count_lost: Callable[[int], object] = lambd
         handler.close()
     root.addHandler(writer)
     root.setLevel(settings.log_level.upper())
-    # No line has these, and finding them out takes half of the time that a record takes.
+    # No line shows these, and collecting them takes half the time of a record.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     uvicorn = logging.getLogger("uvicorn")
     uvicorn.handlers.clear()
@@ -261,12 +262,12 @@ def configure(settings: Settings, *, count_lost: Callable[[int], object] = lambd
         log.error("a thread ended by an exception", exc_info=args.exc_value)
 
     def unraisable(args: "sys.UnraisableHookArgs") -> None:
-        log.error("an exception that nobody could catch", exc_info=args.exc_value)
+        log.error("an exception that could not be raised", exc_info=args.exc_value)
 
     threading.excepthook, sys.unraisablehook = in_thread, unraisable
 
 
 def flush() -> None:
-    """Wait, shortly, until what was logged is written: a process that a signal ends runs no exit handlers."""
+    """Wait briefly until all records are written, because a process ended by a signal runs no exit handlers."""
     for handler in logging.getLogger().handlers:
         handler.flush()

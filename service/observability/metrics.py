@@ -1,8 +1,8 @@
-"""What ``GET /metrics`` tells Prometheus.
+"""The Prometheus metrics of ``GET /metrics``.
 
-Where several processes share a port (``--workers``), each scrape reaches one of them and tells of all: they count in
-files in the directory that prometheus_client's own variable ``PROMETHEUS_MULTIPROC_DIR`` names, which must be empty at
-the start. What these files cannot do is forget: a version that answers no longer stays, with value 0.
+If several processes share a port (``--workers``), a scrape reaches one of them but must cover all. So they count in
+files, in the directory of prometheus_client's variable ``PROMETHEUS_MULTIPROC_DIR``, which must be empty at the start.
+Labels in these files cannot be removed: a version that is no longer active stays with value 0.
 """
 
 import os
@@ -24,11 +24,11 @@ WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Metrics:
-    """The metrics of one application, in a registry of its own, so that several can live in one process."""
+    """The metrics of one application, in its own registry, so that a process may have several."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # not ours: prometheus_client read it when imported
+        shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # not our setting: prometheus_client reads it on import
         self._shared = Path(shared) if shared else None
         if not self._shared:
             ProcessCollector(registry=self.registry)
@@ -47,13 +47,13 @@ class Metrics:
         )
         self.tasks = Gauge(
             "bertqa_asyncio_tasks",
-            "Tasks of the event loop; grows without end where one leaks",
+            "Tasks of the event loop; keeps growing if tasks leak",
             registry=self.registry,
             multiprocess_mode="livesum",
         )
         self.loop_lag = Histogram(
             "bertqa_event_loop_lag_seconds",
-            "How much later than it should the event loop woke, twice a second",
+            "Delay of the event loop's wake-up, measured twice a second",
             buckets=LAG_SECONDS,
             registry=self.registry,
         )
@@ -62,7 +62,7 @@ class Metrics:
         )
         self.queue_wait = Gauge(
             "bertqa_queue_wait_seconds",
-            "How long a question that came now would wait for its first engine call, looked at twice a second",
+            "Time that a new question would wait for its first engine call, measured twice a second",
             registry=self.registry,
             multiprocess_mode="livemax",
         )
@@ -72,7 +72,7 @@ class Metrics:
         self.lost_records = lost_records.inc
         self._build = Gauge(
             "bertqa_build_info",
-            "What runs here",
+            "Versions of the service and of Python",
             ["version", "python"],
             registry=self.registry,
             multiprocess_mode="livemax",
@@ -83,12 +83,10 @@ class Metrics:
             "bertqa_requests", "HTTP requests by route and status", ["route", "status"], registry=self.registry
         )
         self._replies: dict[tuple[str, int], Counter] = {}  # children by their labels: `labels` costs more than `inc`
-        self._errors = Counter(
-            "bertqa_errors", "Requests not answered, by error_type", ["error_type"], registry=self.registry
-        )
+        self._errors = Counter("bertqa_errors", "Failed requests by error_type", ["error_type"], registry=self.registry)
         self._keys = Counter(
             "bertqa_key_requests",
-            "Requests by API key: accepted, or limited by its rate",
+            "Requests by API key: accepted, or rejected by its rate limit",
             ["key", "outcome"],
             registry=self.registry,
         )
@@ -96,7 +94,7 @@ class Metrics:
     def _define_models(self) -> None:
         self._models = Gauge(
             "bertqa_model_info",
-            "What answers now",
+            "Active version of each model",
             ["model", "version", "identity"],
             registry=self.registry,
             multiprocess_mode="livemax",
@@ -104,33 +102,33 @@ class Metrics:
         circuit = ["replica", "model", "version"]
         self._circuits = Gauge(
             "bertqa_circuit_state",
-            "Of each Triton: 0 closed, 1 half-open, 2 open",
+            "State of the circuit breaker of each Triton: 0 closed, 1 half-open, 2 open",
             circuit,
             registry=self.registry,
             multiprocess_mode="livemax",
         )
         self._transitions = Counter(
-            "bertqa_circuit_transitions", "Changes of a circuit's state", [*circuit, "to"], registry=self.registry
+            "bertqa_circuit_transitions", "State changes of circuit breakers", [*circuit, "to"], registry=self.registry
         )
 
     def _define_questions(self) -> None:
         self._truncations = Counter(
-            "bertqa_question_truncations", "Questions cut to the model's limit of tokens", registry=self.registry
+            "bertqa_question_truncations", "Questions cut to the model's token limit", registry=self.registry
         )
         self._questions = Counter(
-            "bertqa_questions", "Questions answered, probes included", ["model", "version"], registry=self.registry
+            "bertqa_questions", "Answered questions, including probes", ["model", "version"], registry=self.registry
         )
         self._windows = Histogram(
-            "bertqa_windows", "Windows of a question, each one engine call", buckets=WINDOWS, registry=self.registry
+            "bertqa_windows", "Windows per question; each is one engine call", buckets=WINDOWS, registry=self.registry
         )
         seconds = Histogram(
             "bertqa_seconds",
-            "Latency by stage: tokenize, infer (queue and computation) and decode of a question, total of a request",
+            "Latency by stage: tokenize, infer (queue and computation) and decode per question, total per request",
             ["stage"],
             buckets=SECONDS,
             registry=self.registry,
         )
-        # Children are looked up once: a lookup by label costs more than the observation.
+        # Look up children once, because a lookup by label costs more than an observation.
         self._tokenize, self._infer, self._decode, self._total = (
             seconds.labels(stage) for stage in ("tokenize", "infer", "decode", "total")
         )
@@ -143,20 +141,20 @@ class Metrics:
             registry=self.registry,
         )
         for source in ("hit", "coalesced", "miss"):
-            self._lookups.labels(source)  # there from the start, so that its first increase is seen
+            self._lookups.labels(source)  # exists from the start, so that Prometheus sees its first increase
         self._cache_entries = Gauge(
-            "bertqa_cache_entries", "Answers kept", registry=self.registry, multiprocess_mode="livesum"
+            "bertqa_cache_entries", "Cached answers", registry=self.registry, multiprocess_mode="livesum"
         )
         self._cache_bytes = Gauge(
-            "bertqa_cache_bytes", "Bytes of the answers kept", registry=self.registry, multiprocess_mode="livesum"
+            "bertqa_cache_bytes", "Bytes of cached answers", registry=self.registry, multiprocess_mode="livesum"
         )
 
     def built(self, version: str) -> None:
-        """Tell versions, as labels."""
+        """Set the versions, as labels."""
         self._build.labels(version, platform.python_version()).set(1)
 
     def serves(self, bundles: Iterable[Bundle]) -> None:
-        """Tell which version of each model answers from now on."""
+        """Set the active version of each model."""
         served = set()
         for bundle in bundles:
             self._models.labels(bundle.model, str(bundle.version), bundle.manifest.identity).set(1)
@@ -171,7 +169,7 @@ class Metrics:
                     gauge.remove(*labels.values())
 
     def circuit(self, replica: str, model: str, version: str) -> Callable[[IntEnum], None]:
-        """Add a circuit that begins closed; returns what to call with each later `circuit_breaker.State`."""
+        """Add a closed circuit breaker; returns a function to call with each later `circuit_breaker.State`."""
         labels = replica, model, version
         self._circuits.labels(*labels).set(0)
 
@@ -182,29 +180,29 @@ class Metrics:
         return change
 
     def questions(self, model: str, version: int) -> Callable[[], None]:
-        """What counts a question that this version answered."""
+        """Return a function that counts an answered question of a version."""
         return self._questions.labels(model, str(version)).inc
 
     def looked_up(self, source: str, *, entries: int, held_bytes: int) -> None:
-        """Count a question by where its answer came from, and set what the caches hold now."""
+        """Count a question by the source of its answer, and set the size of the caches."""
         self._lookups.labels(source).inc()
         self._cache_entries.set(entries)
         self._cache_bytes.set(held_bytes)
 
     def tokenized(self, seconds: float, windows: int, truncated: bool) -> None:
-        """Count a question that became windows."""
+        """Count a tokenized question."""
         self._tokenize.observe(seconds)
         self._windows.observe(windows)
         if truncated:
             self._truncations.inc()
 
     def answered(self, infer_s: float, decode_s: float) -> None:
-        """Count a question that the engine answered."""
+        """Count an answered question."""
         self._infer.observe(infer_s)
         self._decode.observe(decode_s)
 
     def requested(self, route: str, status: int, error_type: str | None, seconds: float | None) -> None:
-        """Count an HTTP request; its seconds only where it is one that asks the engine."""
+        """Count an HTTP request; ``seconds`` only for requests that use the engine."""
         counted = self._replies.get((route, status))
         if counted is None:
             counted = self._replies[route, status] = self._requests.labels(route, status)
@@ -215,11 +213,11 @@ class Metrics:
             self._total.observe(seconds)
 
     def admitted(self, key: str, accepted: bool) -> None:
-        """Count a request that came with a key."""
+        """Count a request with an API key."""
         self._keys.labels(key, "accepted" if accepted else "limited").inc()
 
     def text(self) -> bytes:
-        """The exposition format, as `prometheus_client.CONTENT_TYPE_LATEST`."""
+        """Return the metrics in the exposition format `prometheus_client.CONTENT_TYPE_LATEST`."""
         if not self._shared:
             return generate_latest(self.registry)
         merged = CollectorRegistry()
@@ -229,7 +227,7 @@ class Metrics:
 
 
 class _Workers(Collector):
-    """The standard ``process_`` metrics of all processes that count in a directory, added up; forgets dead ones."""
+    """Adds up the standard ``process_`` metrics of all processes that share a directory, without dead ones."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -248,6 +246,6 @@ class _Workers(Collector):
 
 
 def _added(sample: Sample, before: list[Sample]) -> Sample:
-    """A sample with the one before: the earliest start, and of everything else the sum."""
+    """Combine a sample with an earlier one: the minimum of start times, the sum of the rest."""
     both = [sample.value, *(each.value for each in before)]
     return sample._replace(value=min(both) if sample.name == "process_start_time_seconds" else sum(both))

@@ -1,4 +1,4 @@
-"""What readiness probes find, logged when it changes: they come many times a minute for as long as it lasts."""
+"""Log readiness only when it changes, because probes run many times a minute."""
 
 import logging
 from collections.abc import Iterator
@@ -7,19 +7,19 @@ from contextlib import contextmanager
 log = logging.getLogger("bertqa.service")
 
 ROUTE = "/health/ready"
-"""The route whose failures are logged here, and neither as requests nor as errors."""
+"""Route of readiness probes; only this module logs its failures."""
 
 
 class ReadinessLog:
     """Remembers, for each model, why its last probe failed."""
 
     def __init__(self) -> None:
-        """Begin without a failure."""
+        """Start without a failure."""
         self._failures: dict[str, str] = {}
 
     @contextmanager
     def probing(self, model: str) -> Iterator[None]:
-        """Log how a probe ends, if the one before it ended otherwise."""
+        """Log the outcome of a probe if it differs from that of the previous one."""
         try:
             yield
         except Exception as error:

@@ -1,9 +1,9 @@
-"""OpenTelemetry traces of a request: HTTP → tokenize → infer → decode, sent over OTLP; off unless `start` is called.
+"""OpenTelemetry traces of requests (HTTP → tokenize → infer → decode), sent over OTLP; off until `start` is called.
 
-Until then neither SDK nor exporter is imported, and `span` and `metadata` are one look at a variable. The context of a
-trace comes with the client's ``traceparent`` and goes to Triton as gRPC metadata. Spans hold counts, names and
-outcomes, never a question, a context or the message of an exception. They are sent by a thread with a bounded queue: a
-collector that is slow or away loses spans and nothing else.
+Until then neither the SDK nor an exporter is imported, and `span` and `metadata` only check a variable. The trace
+context comes from the client's ``traceparent`` and is passed to Triton as gRPC metadata. Spans contain counts, names
+and outcomes, never a question, a context or an exception message. A thread with a bounded queue sends them, so a slow
+or unreachable collector loses spans but has no other effect.
 
 Attributes follow https://opentelemetry.io/docs/specs/semconv/http/http-spans/; our own begin with ``bertqa.``.
 """
@@ -28,10 +28,10 @@ _tracer: Any = None  # None: off
 
 
 def start(settings: Settings, version: str) -> None:
-    """Trace from now on; sampler, batches and headers are those of the standard ``OTEL_`` variables.
+    """Start tracing; the standard ``OTEL_`` variables set sampler, batches and headers.
 
     Raises:
-        ImportError: the packages are not there.
+        ImportError: the packages are not installed.
     """
     global _provider, _exporter, _tracer  # noqa: PLW0603
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource  # noqa: PLC0415
@@ -55,7 +55,7 @@ def start(settings: Settings, version: str) -> None:
 
 
 def stop() -> None:
-    """Send what is left, within a few seconds, and trace no longer."""
+    """Stop tracing, and send the remaining spans within a few seconds."""
     global _tracer  # noqa: PLW0603
     if not is_on():
         return
@@ -63,29 +63,29 @@ def stop() -> None:
     end = threading.Thread(target=_provider.shutdown, name="tracing-end", daemon=True)
     end.start()
     end.join(_STOP_S)
-    if end.is_alive():  # it would go on trying for half a minute
+    if end.is_alive():  # it would keep retrying for half a minute
         _exporter.shutdown()
         end.join(_STOP_S)
 
 
 def is_on() -> bool:
-    """Whether spans are made."""
+    """Return whether tracing is on."""
     return _tracer is not None
 
 
 def span(name: str, *, calls: bool = False, **attributes: str | int) -> AbstractContextManager[Any]:
-    """A part of the request being handled, as a context manager that gives the span, or None where none is made.
+    """Return a context manager for a part of the current request; it yields the span, or None if tracing is off.
 
     Args:
-        name: of the span.
-        calls: whether it is a call of another server.
-        attributes: without their common ``bertqa.``.
+        name: name of the span.
+        calls: whether it is a call to another server.
+        attributes: attributes, without their prefix ``bertqa.``.
     """
     return _part(name, calls, attributes) if _tracer is not None else _NOTHING
 
 
 def metadata() -> tuple[tuple[str, str], ...] | None:
-    """What tells the server that is called now which span it works for."""
+    """Return gRPC metadata with the current span, for the called server; None if tracing is off."""
     if _tracer is None:
         return None
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
@@ -99,14 +99,14 @@ def metadata() -> tuple[tuple[str, str], ...] | None:
 def _part(name: str, calls: bool, attributes: dict[str, str | int]) -> Iterator[Any]:
     from opentelemetry.trace import SpanKind, StatusCode, get_current_span  # noqa: PLC0415
 
-    if not get_current_span().get_span_context().is_valid:  # a probe's
+    if not get_current_span().get_span_context().is_valid:  # e.g. of a probe
         yield None
         return
     with _tracer.start_as_current_span(
         name,
         kind=SpanKind.CLIENT if calls else SpanKind.INTERNAL,
         attributes={f"bertqa.{key}": value for key, value in attributes.items()},
-        record_exception=False,  # its message may quote a text
+        record_exception=False,  # the message may quote a text
         set_status_on_exception=False,
     ) as part:
         try:
@@ -118,10 +118,10 @@ def _part(name: str, calls: bool, attributes: dict[str, str | int]) -> Iterator[
 
 
 def server_span(scope: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """Begin the span of a request, below the client's own if it sent one; only while `is_on`.
+    """Start the span of a request, as a child of the client's span if it sent one; only while `is_on`.
 
     Args:
-        scope: of ASGI.
+        scope: ASGI scope of the request.
     """
     from opentelemetry.trace import SpanKind  # noqa: PLC0415
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
@@ -139,7 +139,7 @@ def server_span(scope: Mapping[str, Any]) -> AbstractContextManager[Any]:
 
 
 def end_server_span(span: Any, method: str, route: str, status: int, context: RequestContext) -> None:
-    """Write into the span of a request what became of it; a status of 0 is none."""
+    """Write the outcome of a request to its span; status 0 means no response."""
     from opentelemetry.trace import StatusCode  # noqa: PLC0415
 
     span.update_name(f"{method} {route}")

@@ -85,8 +85,8 @@ def find_triton(cache: Path) -> TritonInstallation:
     libraries = [cache / "lib", root.parent.parent / "nvidia_pytriton.libs", os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {
         "LD_LIBRARY_PATH": os.pathsep.join(str(path) for path in libraries if str(path)),
-        # The stub embeds Python. It takes home and packages from the first python3 on PATH, even in a virtual environment,
-        # and ignores PYTHONHOME and PYTHONPATH.
+        # The stub embeds Python. It takes home and packages from the first python3 on PATH, even in a virtual
+        # environment, and ignores PYTHONHOME and PYTHONPATH.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
     }

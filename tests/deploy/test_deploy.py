@@ -669,7 +669,7 @@ def test_versions_are_listed_and_looked_at_from_the_stack(stack: Stack) -> None:
     assert [row[:4] for row in rows] == [["bert_qa", "1", "active", "ready"]]
     looked = stack.run("bertqa", "doctor", "--triton-url", "triton:8001")
     assert looked.returncode == 0, looked.stdout + looked.stderr
-    assert "answers 2 questions as when it was built" in looked.stdout
+    assert "answers 2 questions as at build time" in looked.stdout
 
 
 @pytest.mark.triton

@@ -73,7 +73,7 @@ def test_a_new_target_is_one_class_and_one_row(tmp_path: Path, monkeypatch: pyte
     assert not config.HasField("optimization")
     bundle, serving = repository.open(), repository.serving()
     (cpu,) = check_cpu({"bert_qa 1": manifest}, (), is_here=True)
-    assert cpu.text == "runs no engine"
+    assert cpu.text == "not used by any engine"
     assert check_shared_memory(serving, [bundle]).text == "not needed"
     (gpu,) = check_gpus({"bert_qa 1": manifest}, serving, is_here=False)
-    assert gpu.text.startswith("not looked at")
+    assert gpu.text.startswith("not checked")

@@ -550,8 +550,8 @@ def test_a_job_goes_on_after_whatever_ended_it_and_leaves_the_same_bytes(product
         printed, said = last.communicate(timeout=300)
         assert last.returncode == 0, said
         summary = json.loads(printed)
-        assert f"{changed}: changed since; answering its rows again" in said
-        assert f"{gone}: gone since; answering its rows again" in said
+        assert f"{changed}: changed; answering its rows again" in said
+        assert f"{gone}: missing; answering its rows again" in said
         assert "690/690" not in said, "no progress bar where nobody watches"
         speed = summary.pop("rows_per_second")
         assert speed > 0
@@ -606,7 +606,7 @@ def test_a_job_that_was_stopped_keeps_what_is_done(
         product.broken.unlink()
     said = capsys.readouterr().err
     assert "bertqa: stopped: part-00000-000000.parquet: the engine has answered no question for 0 s: " in said
-    assert "bertqa: finished parts are kept; the same command continues with the rest" in said
+    assert "bertqa: finished parts are kept; run the same command again to continue" in said
     assert done(output) == 0
 
     source.write_bytes(whole[:middle] + bytes(500) + whole[middle + 500 :])
@@ -639,15 +639,17 @@ def test_what_cannot_be_begun_is_refused_by_name(product: Product, tmp_path: Pat
     assert "broken.parquet: not a readable Parquet file" in refused([*words, f"--input={tmp_path / 'broken.parquet'}"])
     pq.write_table(pa.table({"question": [1], "context": ["x"], "answer": [1]}), tmp_path / "numbers.parquet")
     numbers = [*words, f"--input={tmp_path / 'numbers.parquet'}"]
-    assert "--question-column question: must hold texts; in " in refused(numbers)
+    assert "--question-column question: must be a text column; in " in refused(numbers)
     texts = [*numbers, "--question-column=context"]
-    assert "--id-column answer: the output has a column of its own" in refused([*texts, "--id-column=answer"])
+    assert "--id-column answer: the output already has a column with this name" in refused(
+        [*texts, "--id-column=answer"]
+    )
     twice = pa.table([pa.array(["x"])] * 3, names=["question", "context", "context"])
     pq.write_table(twice, tmp_path / "twice.parquet")
     assert "has 2 of this name" in refused([*words, f"--input={tmp_path / 'twice.parquet'}"])
     inside = ["--output", str(ROOT / "docs" / "out"), "--input", str(ROOT / "docs")]
-    assert "must not lie in --input" in refused([*words, *inside])
-    assert f"--output {tmp_path}: must be new or of this same job, but holds " in refused(
+    assert "must not be inside --input" in refused([*words, *inside])
+    assert f"--output {tmp_path}: must be new or belong to this job, but contains " in refused(
         [*words, f"--output={tmp_path}"]
     )
     assert not output.exists()
@@ -661,9 +663,9 @@ def test_another_job_is_not_mixed_in(product: Product, server: EmbeddedTriton, t
     pq.write_table(many(3), source / "a.parquet")
     words = job(product, server.url, source, output)
     with contextlib.closing(Journal(output)):
-        assert "another job is at work there" in refused(words)
+        assert "another job is running there" in refused(words)
     status(app, words)
-    assert "has asking no_answer False, this one has True" in refused([*words, "--no-answer"])
+    assert "has asking no_answer False, but this job has True" in refused([*words, "--no-answer"])
     assert "has part_rows 100, this one has 50" in refused([*words, "--part-rows=50"])
     pq.write_table(many(4), source / "a.parquet")
     assert "has sources 0 rows 3, this one has 4" in refused(words)

@@ -148,14 +148,14 @@ def test_files_that_others_cannot_read(
 ) -> None:
     engine = publish() / "engine.bin"
     engine.chmod(0o600)
-    one([*check_files(repository)], "files", "WARN", r"engine\.bin can be read by its owner alone.*chmod -R go\+rX")
+    one([*check_files(repository)], "files", "WARN", r"only its owner can read .*engine\.bin.*chmod -R go\+rX")
     engine.chmod(0o644)
     one([*check_files(repository)], "files", "ok", "")
     # as somebody who is not root, which the tests may be
     monkeypatch.setattr(os, "access", lambda path, mode: not (path == engine and mode & os.R_OK))
     one([*check_files(repository)], "files", "FAIL", r"engine\.bin cannot be read; chmod -R u\+rX,go\+rX ")
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-    one([*check_files(repository)], "files", "WARN", "can be read but not written")
+    one([*check_files(repository)], "files", "WARN", "readable but not writable")
 
 
 # ---- bundles ----
@@ -214,7 +214,7 @@ def test_a_tokenizer_with_more_tokens_than_the_engine(publish: Publish, reposito
 # ---- config.pbtxt ----
 
 
-FIX = "; never edit it: `bertqa serve` writes it again, and once Triton runs `bertqa models load bert_qa 1`"
+FIX = "; do not edit it; `bertqa serve` writes it again, or with a running Triton `bertqa models load bert_qa 1`"
 
 
 def edited(repository: Repository, edit: Callable[[ModelConfig], object], model: str = MODEL_NAME) -> list[str]:
@@ -251,23 +251,26 @@ def int64(config: ModelConfig) -> None:
     [
         (
             lambda c: setattr(c, "name", "bert"),
-            'name is "bert", bertqa writes "bert_qa": .*name of the model\'s directory',
+            'name is "bert", bertqa writes "bert_qa": .*name of the model directory',
         ),
         (lambda c: setattr(c, "backend", "tensorrt"), 'backend is "tensorrt", bertqa writes "python": another backend'),
         (lambda c: setattr(c, "max_batch_size", 0), "max_batch_size is not set, .* no dynamic batcher, .*#6920, #7150"),
         (lambda c: setattr(c, "max_batch_size", 2), "max_batch_size is 2, bertqa writes 1: .* larger batches fail"),
         (
             int64,
-            r'input\[0\]\.data_type is "TYPE_INT64", bertqa writes "TYPE_INT32" \(and 2 more like it\): the service',
+            r'input\[0\]\.data_type is "TYPE_INT64", bertqa writes "TYPE_INT32" \(and 2 more\): the service',
         ),
-        (lambda c: c.input.pop(), "input is .*: the service sends and reads just these tensors"),
-        (lambda c: c.output[1].dims.append(-1), r"output\[1\]\.dims is .*the batch is not one of the dims.*#5721"),
-        (lambda c: c.ClearField("dynamic_batching"), "dynamic_batching is not set, .*: limits and timeouts .*#6920"),
-        (no_queue_policy, r"default_queue_policy is not set, .*: the queue grows without end \(#6920\)"),
-        (policy(allow_timeout_override=False), "allow_timeout_override is not set, .*computed all the same .#7512"),
+        (lambda c: c.input.pop(), "input is .*: the service sends and reads exactly these tensors"),
+        (lambda c: c.output[1].dims.append(-1), r"output\[1\]\.dims is .*the dims must not include the batch.*#5721"),
+        (
+            lambda c: c.ClearField("dynamic_batching"),
+            "dynamic_batching is not set, .*: queue limits and timeouts .*#6920",
+        ),
+        (no_queue_policy, r"default_queue_policy is not set, .*: the queue grows without limit \(#6920\)"),
+        (policy(allow_timeout_override=False), "allow_timeout_override is not set, .*still computed .#7512"),
         (policy(timeout_action=1), 'timeout_action is "DELAY", .*late requests are computed all the same .#7512'),
-        (policy(max_queue_size=0), "max_queue_size is not set, bertqa writes 256: the queue grows without end"),
-        (policy(default_timeout_microseconds=0), "default_timeout_microseconds is not set, .*waits without end"),
+        (policy(max_queue_size=0), "max_queue_size is not set, bertqa writes 256: the queue grows without limit"),
+        (policy(default_timeout_microseconds=0), "default_timeout_microseconds is not set, .*waits forever"),
         (lambda c: setattr(c.instance_group[0], "count", 1), "with a single instance stalls one request in a hundred"),
         (
             lambda c: setattr(c.instance_group[0], "kind", 0),
@@ -278,12 +281,12 @@ def int64(config: ModelConfig) -> None:
         (lambda c: c.model_warmup.pop(0), "model_warmup is .*the first request of a length takes seconds"),
         (
             lambda c: c.ClearField("version_policy"),
-            "version_policy is not set, .*other versions than serving.json names",
+            "version_policy is not set, .*other versions than those in serving.json",
         ),
         (lambda c: c.version_policy.specific.versions.append(2), r"versions is \[.1., .2.\].*Triton would load other"),
         (
             lambda c: setattr(c.parameters["identity_1"], "string_value", "other"),
-            "identity_1.* is .other., bertqa writes .toy-cpu-fp32-000000000000.: the service refuses an engine",
+            "identity_1.* is .other., bertqa writes .toy-cpu-fp32-000000000000.: the service rejects an engine",
         ),
     ],
 )
@@ -328,13 +331,11 @@ def test_a_configuration_that_is_missing_or_cannot_be_read(publish: Publish, rep
     path = repository.root / MODEL_NAME / "config.pbtxt"
     serving = repository.serving()[MODEL_NAME]
     path.write_text(path.read_text() + "\n# a remark changes nothing\n")
-    one(
-        [*check_configuration(repository, MODEL_NAME, serving)], "config", "ok", "as it was generated, version 1 loaded"
-    )
+    one([*check_configuration(repository, MODEL_NAME, serving)], "config", "ok", "as generated, version 1 loaded")
     path.write_text(path.read_text().replace('name: "bert_qa"', 'nmae: "bert_qa"'))
-    one([*check_configuration(repository, MODEL_NAME, serving)], "config", "FAIL", "cannot be used, .*nmae.*never edit")
+    one([*check_configuration(repository, MODEL_NAME, serving)], "config", "FAIL", "is invalid: .*nmae.*do not edit")
     path.write_bytes(b"\xff")
-    one([*check_configuration(repository, MODEL_NAME, serving)], "config", "FAIL", "cannot be used, .*decode")
+    one([*check_configuration(repository, MODEL_NAME, serving)], "config", "FAIL", "is invalid: .*decode")
     path.unlink()
     one([*check_configuration(repository, MODEL_NAME, serving)], "config", "FAIL", "No such file")
 
@@ -346,7 +347,7 @@ def test_a_configuration_that_is_missing_or_cannot_be_read(publish: Publish, rep
             lambda c: setattr(c.instance_group[0], "kind", model_config_pb2.ModelInstanceGroup.KIND_CPU),
             'kind is "KIND_CPU", bertqa writes "KIND_GPU": Triton chooses.*#5863',
         ),
-        (lambda c: c.instance_group[0].ClearField("profile"), "profile is not set, .*uses the first profile alone"),
+        (lambda c: c.instance_group[0].ClearField("profile"), "profile is not set, .*uses only the first profile"),
         (lambda c: setattr(c, "max_batch_size", 2), "max_batch_size is 2, bertqa writes 1: .*larger batches fail"),
         (lambda c: setattr(c.optimization.cuda, "graphs", False), "graphs is not set, .*every kernel of every call"),
         (
@@ -360,7 +361,7 @@ def test_harmful_differences_for_a_gpu(
 ) -> None:
     publish(target="tensorrt", model="gpu")
     serving = repository.serving()["gpu"]
-    one([*check_configuration(repository, "gpu", serving)], "config", "ok", "as it was generated")
+    one([*check_configuration(repository, "gpu", serving)], "config", "ok", "as generated")
     (found,) = edited(repository, edit, "gpu")
     assert found.startswith("FAIL ")
     assert re.search(words, found), found
@@ -401,7 +402,7 @@ def test_no_triton_or_one_that_cannot_run(bundle: Bundle, tmp_path: Path, monkey
     )
     for script, words in (
         ("echo 'error while loading shared libraries: libb64.so' >&2; exit 127", "does not run.*libb64"),
-        ("exit 1", "does not run on this machine: it says nothing"),
+        ("exit 1", "does not run on this machine: it printed nothing"),
         (
             "echo '| server_version | 2.41.0 |'; exec sleep 60",
             r"2\.41\.0, and bert_qa 1 runs under from 2\.49\.0 to any",
@@ -460,7 +461,7 @@ def test_a_triton_that_does_not_answer_is_named(publish: Publish, examine: Calla
     publish()
     findings = examine("--triton-url", "127.0.0.1:1")
     one(findings, "Triton", "FAIL", "Triton at 127.0.0.1:1 does not answer: .*; give its address with --triton-url")
-    one(findings, "CPU", "ok", "not looked at, for Triton runs elsewhere")
+    one(findings, "CPU", "ok", "not checked, because Triton runs elsewhere")
     one(examine("--triton-url", "no-such-host.invalid:1"), "Triton", "FAIL", "--triton-url no-such-host.invalid:1")
 
 
@@ -475,10 +476,10 @@ def test_a_triton_that_does_not_answer_is_named(publish: Publish, examine: Calla
             ("avx512f", "avx512_bf16"),
             ("avx2",),
             "FAIL",
-            "no bf16 instructions, and x 1 was built .*build it agai",
+            "no bf16 instructions, which x 1 was built for.*build it agai",
         ),
         ("bf16", ("avx512_bf16",), ("amx_bf16",), "WARN", "lacks avx512_bf16, which x 1 was built and measured with"),
-        ("int8", ("avx2", "avx512_vnni"), ("avx2",), "FAIL", "adds int8 products up in 16 bits.*build it again"),
+        ("int8", ("avx2", "avx512_vnni"), ("avx2",), "FAIL", "accumulates int8 products in 16 bits.*build it again"),
         ("int8", ("avx2",), ("avx2",), "ok", "avx2"),
         ("fp32", ("avx2", "avx512f"), ("avx2",), "WARN", "lacks avx512f"),
         ("fp32", ("avx2",), ("avx2", "avx512f"), "ok", "has what x 1 was built with: avx2"),
@@ -519,32 +520,41 @@ def graphics(manifest: Manifest, *gpus: int) -> list[Finding]:
 
 def test_a_gpu_that_is_not_there_or_not_the_one(gpu_manifest: Manifest, nvidia_smi: Callable[[str], None]) -> None:
     if shutil.which("nvidia-smi") is None:
-        one(graphics(gpu_manifest), "GPU", "FAIL", "finds none, and x 1 needs one; install NVIDIA's driver")
+        one(graphics(gpu_manifest), "GPU", "FAIL", "finds none, but x 1 needs one; install NVIDIA's driver")
     nvidia_smi("")  # as it ends without a driver
     one(graphics(gpu_manifest), "GPU", "FAIL", "finds none")
     nvidia_smi("NVIDIA H200, 570.86.15, 9.0\nTesla T4, 570.86.15, 7.5")
     one(graphics(gpu_manifest, 0), "GPU", "ok", "NVIDIA H200, compute capability 9.0, as x 1 needs")
-    one(graphics(gpu_manifest, 1), "GPU", "FAIL", r"Tesla T4 has compute capability 7\.5, and x 1 was built for 9\.0")
-    one(graphics(gpu_manifest, 2), "GPU", "FAIL", "configured for GPU 2, and there are 2; build it with other --gpus")
+    one(graphics(gpu_manifest, 1), "GPU", "FAIL", r"Tesla T4 has compute capability 7\.5, but x 1 was built for 9\.0")
+    one(
+        graphics(gpu_manifest, 2),
+        "GPU",
+        "FAIL",
+        "configured for GPU 2, but the number of GPUs is 2; build it with other --gpus",
+    )
     assert [line.split()[0] for line in about(graphics(gpu_manifest), "GPU")] == ["ok", "FAIL"]
     assert about(graphics(gpu_manifest), "driver") == []
     nvidia_smi("NVIDIA H200, 535.183.01, 9.0")
     one(graphics(gpu_manifest), "driver", "WARN", r"535\.183\.01 is older than 560\.28")
     nvidia_smi("NVIDIA H100 PCIe, 570.86.15, 9.0")
-    one(graphics(gpu_manifest), "GPU", "WARN", "another model than NVIDIA H200, which x 1 was built on.*build it again")
+    one(graphics(gpu_manifest), "GPU", "WARN", "differs from NVIDIA H200, which x 1 was built on.*build it again")
 
 
 @pytest.mark.parametrize(
     ("number", "level", "words"),
     [
-        (None, "WARN", "no libnvinfer here to tell its version; x 1 needs 10.9.0; run the doctor in Triton's image"),
+        (
+            None,
+            "WARN",
+            "no libnvinfer found, so its version is unknown; x 1 needs 10.9.0; run the doctor in Triton's image",
+        ),
         (100900, "ok", "10.9.0, as x 1 needs"),
         (
             101303,
             "FAIL",
-            "is 10.13.3, and x 1 was built with 10.9.0; build it again with the builder of the same release",
+            "is 10.13.3, but x 1 was built with 10.9.0; build it again with the builder of Triton's release",
         ),
-        (8601, "FAIL", "is 8.6.1, and x 1 was built with 10.9.0"),
+        (8601, "FAIL", "is 8.6.1, but x 1 was built with 10.9.0"),
     ],
 )
 def test_the_version_of_tensorrt(
@@ -589,7 +599,7 @@ def test_ports_that_are_taken_and_by_whom(url: str) -> None:
             [*check_ports("127.0.0.1", ours, taken)][:2],
             f"port {taken}",
             "WARN",
-            r"taken by something else; .*would use \d+",
+            r"taken by another program; .*would use \d+",
         )
     one([*check_ports("192.0.2.1", 8000, None)], "port 8000", "FAIL", "192.0.2.1: cannot listen there")
 

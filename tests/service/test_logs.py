@@ -185,7 +185,7 @@ def test_no_question_and_no_context_is_in_any_log(directory: Path, bundle: Bundl
         "LookupError",
         "UserWarning",
         "a thread ended by an exception",
-        "an exception that nobody could catch",
+        "an exception that could not be raised",
         "Task exception was never retrieved",
         "Invalid HTTP request received",
         "engine_unavailable: as asked",

@@ -137,7 +137,7 @@ def test_a_whole_rollout_under_load_fails_and_mixes_up_nothing(
         assert product.models("switch", MODEL_NAME, "2") == 1
         assert "version 2 is not loaded; run `bertqa models load bert_qa 2` first" in capsys.readouterr().err
         assert product.models("load", MODEL_NAME, "2") == 0
-        assert "answers 2 questions as when it was built" in capsys.readouterr().err
+        assert "answers 2 questions as at build time" in capsys.readouterr().err
         assert product.models("check", MODEL_NAME, "2") == 0
         assert product.versions() == [1, 1]
         assert product.models("switch", MODEL_NAME, "2") == 0
@@ -206,7 +206,7 @@ def test_a_version_that_is_asked_is_not_unloaded(product: Product, capsys: pytes
     asking.start()
     try:
         assert product.models("unload", MODEL_NAME, str(other), "--timeout", "1") == 1
-        assert f"{MODEL_NAME} {other} still answers, " in capsys.readouterr().err
+        assert f"{MODEL_NAME} {other} is still in use, with " in capsys.readouterr().err
     finally:
         done.set()
         asking.join()
@@ -222,7 +222,7 @@ def test_a_version_that_is_asked_is_not_unloaded(product: Product, capsys: pytes
         ),
         (lambda directory: flip(directory / "tokenizer.json"), r"tokenizer\.json: not the tokenizer that the engine"),
         (break_engine, r"cannot load bert_qa \d+: Internal: RuntimeError: "),
-        (expect_another_answer, r"when it was built it said 'somebody else'"),
+        (expect_another_answer, r"at build time the answer was 'somebody else'"),
     ],
     ids=["engine", "tokenizer", "an engine that cannot be loaded", "an engine that answers otherwise"],
 )
@@ -253,14 +253,14 @@ def test_the_doctor_asks_a_running_triton(product: Product, capsys: pytest.Captu
         assert status(doctor.app, [*flags, *words]) == 0
         active = product.repository.served(MODEL_NAME).active
         told = capsys.readouterr().out
-        assert f"bert_qa {active} in Triton at {product.triton.url}: answers 2 questions as when it was built" in told
+        assert f"bert_qa {active} in Triton at {product.triton.url}: answers 2 questions as at build time" in told
     assert re.search(rf"ok +port {port}: Triton's gRPC is running", told)
     elsewhere = product.repository.root.parent / "copy"
     shutil.copytree(product.repository.root, elsewhere)
     Repository(elsewhere).activate(MODEL_NAME, 3 - active)  # which this Triton does not know of
     assert status(doctor.app, [*flags[2:], "--repository", str(elsewhere), "--triton-url", product.triton.url])
     assert re.search(
-        rf"FAIL +bert_qa {3 - active} in Triton at .* is unavailable, unloaded; have it poll", capsys.readouterr().out
+        rf"FAIL +bert_qa {3 - active} in Triton at .* is unavailable, unloaded; make it poll", capsys.readouterr().out
     )
 
 
@@ -313,7 +313,7 @@ def test_models_and_doctor_speak_tls(
         own = {"cert": "client.pem", "key": "client.key"} if mutual else {}
         checked, looked, said = told(ca="ca.pem", **own)
         assert (checked, looked) == (0, 0), said
-        assert said.count(f"{MODEL_NAME} {active} at 127.0.0.1:{port} answers 2 questions as when it was built") == 1
+        assert said.count(f"{MODEL_NAME} {active} at 127.0.0.1:{port} answers 2 questions as at build time") == 1
         assert f"{MODEL_NAME} {active} in Triton at 127.0.0.1:{port}: answers 2 questions" in said
         strangers = [
             ({}, "does not answer: "),

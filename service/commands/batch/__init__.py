@@ -32,14 +32,16 @@ class BatchOptions:
     """Options of ``bertqa batch``."""
 
     input: Annotated[Path, typer.Option(metavar="PATH", help="Parquet file, or directory of *.parquet files.")]
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Output directory; that of an earlier run resumes it.")]
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Output directory; that of an interrupted run resumes the run.")
+    ]
     triton_url: Annotated[
         str | None,
         typer.Option(
             envvar="BERTQA_TRITON_URL",
             metavar="HOST:PORT",
             callback=addresses,
-            show_default="127.0.0.1:8001, where `bertqa serve` has its own",
+            show_default="127.0.0.1:8001, the Triton of `bertqa serve`",
             help="gRPC address of Triton, or several separated by commas.",
         ),
     ] = None
@@ -53,7 +55,7 @@ class BatchOptions:
     ] = PROJECT / "model_repository"
     model: Annotated[
         str,
-        typer.Option(metavar="NAME", help="Model to ask; the job keeps the version that is active when it starts."),
+        typer.Option(metavar="NAME", help="Model to use; the job keeps the version that is active when it starts."),
     ] = MODEL_NAME
     question_column: Annotated[str, typer.Option(metavar="NAME", help="Input column with the questions.")] = "question"
     context_column: Annotated[str, typer.Option(metavar="NAME", help="Input column with the contexts.")] = "context"
@@ -69,7 +71,7 @@ class BatchOptions:
         int, typer.Option(callback=_answer_tokens, metavar="N", help="Longest answer, in tokens.")
     ] = MAX_ANSWER_TOKENS
     no_answer: Annotated[
-        bool, typer.Option("--no-answer", help="Allow no answer: leave it null if the text does not seem to have one.")
+        bool, typer.Option("--no-answer", help="Leave the answer null if the text does not seem to have one.")
     ] = False
     offset_unit: Annotated[OffsetUnit, typer.Option(help="Unit of the columns start and end.")] = "codepoint"
     workers: Annotated[int, typer.Option(callback=at_least_one, metavar="N", help="Number of worker processes.")] = 1
@@ -79,7 +81,7 @@ class BatchOptions:
             callback=at_least_one,
             metavar="N",
             show_default="BERTQA_MAX_IN_FLIGHT, or 64",
-            help="Windows that each process sends to Triton at one time.",
+            help="Windows that each process has in flight at Triton.",
         ),
     ] = None
     part_rows: Annotated[
@@ -87,13 +89,13 @@ class BatchOptions:
         typer.Option(
             callback=at_least_one,
             metavar="N",
-            help="Rows of each output file; an interrupted part is done again.",
+            help="Rows of each output file; a resumed job starts an unfinished file again.",
         ),
     ] = 5_000
     patience: Annotated[
         float,
         typer.Option(
-            callback=not_negative, metavar="SECONDS", help="Stop if the engine gives no answer for this long."
+            callback=not_negative, metavar="SECONDS", help="Stop if the engine gives no answer for this time."
         ),
     ] = 600.0
     ray_address: Annotated[
@@ -110,7 +112,7 @@ class BatchOptions:
 def batch(options: BatchOptions) -> int:
     """Answer every row of Parquet files.
 
-    The same command, given again, continues a job that ended early. Prints a summary as JSON.
+    Run the same command again to continue a job that ended early. Prints a summary as JSON.
     """
     from bertqa.manifest import BundleMismatch  # noqa: PLC0415
     from service.commands.batch.errors import BatchRefused, BatchStopped  # noqa: PLC0415
@@ -122,10 +124,10 @@ def batch(options: BatchOptions) -> int:
         raise CommandError(str(error), Exit.NO) from error
     except BatchStopped as error:
         say(f"stopped: {error}")
-        say("finished parts are kept; the same command continues with the rest")
+        say("finished parts are kept; run the same command again to continue")
         return Exit.NO
     except KeyboardInterrupt:
-        say("interrupted; the same command continues with the rest")
+        say("interrupted; run the same command again to continue")
         return 130
     print(json.dumps(summary))
     return Exit.OK

@@ -2,7 +2,7 @@
 
 Every input file is cut into parts of a few thousand rows, worker processes answer the parts, and each part becomes one
 output file, written atomically. A journal in the output directory records the model, the options and the finished
-parts. So the same command, run again after an interruption, does what is left and writes the same files.
+parts. So the same command, run again after an interruption, does the remaining parts and writes the same files.
 """
 
 import os
@@ -25,12 +25,12 @@ from service.commands.batch.sources import Source, find_sources
 from service.settings import Settings
 
 FORMAT = 1
-"""Version of the journal's layout."""
+"""Version of the journal format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything that decides the bytes of the output; a job that is resumed must equal the one that was started."""
+    """Everything that determines the bytes of the output; a resumed job must equal the one in the journal."""
 
     format: int
     model: str
@@ -48,7 +48,7 @@ class Job:
         return sum(source.rows for source in self.sources)
 
     def parts(self, root: Path) -> list[Part]:
-        """All parts in the order of their rows; a file without rows is one part without rows."""
+        """Return all parts in the order of their rows; a file without rows is one empty part."""
         return [
             Part(
                 name=f"part-{number:05}-{first // self.part_rows:06}.parquet",
@@ -62,17 +62,17 @@ class Job:
 
 
 def run(args: BatchOptions) -> dict[str, Any]:
-    """Answer all parts that are not done yet; returns the summary of the whole job.
+    """Answer all parts that are not finished; returns the summary of the whole job.
 
     Raises:
-        BatchRefused: the input is not usable, or the output belongs to another job.
+        BatchRefused: the input is unusable, or the output belongs to another job.
         BundleMismatch: the repository has no usable model, or Triton has loaded another one.
         BatchStopped: the job could not continue.
     """
     asking = Asking(**{field.name: getattr(args, field.name) for field in fields(Asking)})
     settings = _settings(args)
     if args.output.resolve().is_relative_to(args.input.resolve()):
-        raise BatchRefused(f"--output {args.output}: must not lie in --input, whose files are read")
+        raise BatchRefused(f"--output {args.output}: must not be inside --input")
     sources = find_sources(args.input, asking)
     with closing(Journal(args.output)) as journal:
         job = _job(args, settings, asking, sources, journal.job)

@@ -1,4 +1,4 @@
-"""The journal of a batch job: which job an output directory belongs to, and which of its parts are done."""
+"""The journal of a batch job: which job an output directory belongs to, and which parts are finished."""
 
 import fcntl
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from service.commands.batch.job import Job
 
 JOURNAL_FILE = "_batch.jsonl"
-"""In the output directory; readers of Parquet datasets skip names that start with an underscore."""
+"""File in the output directory; readers of Parquet datasets skip names that start with an underscore."""
 
 
 class Journal:
@@ -41,19 +41,19 @@ class Journal:
             output.mkdir(parents=True, exist_ok=True)
             strangers = [] if self._path.exists() else sorted(entry.name for entry in output.iterdir())
             if strangers:
-                raise BatchRefused(f"--output {output}: must be new or of this same job, but holds {strangers[0]}")
+                raise BatchRefused(f"--output {output}: must be new or belong to this job, but contains {strangers[0]}")
             self._file = self._path.open("a+b")
         except OSError as error:
-            raise BatchRefused(f"--output {output}: cannot be written to ({error.strerror})") from error
+            raise BatchRefused(f"--output {output}: not writable ({error.strerror})") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.job, self._receipts = self._read()
         except BlockingIOError as error:
             self._file.close()
-            raise BatchRefused(f"--output {output}: another job is at work there") from error
+            raise BatchRefused(f"--output {output}: another job is running there") from error
         except (ValueError, TypeError, KeyError) as error:
             self._file.close()
-            raise BatchRefused(f"{self._path}: not readable ({error}); remove {output} to begin anew") from error
+            raise BatchRefused(f"{self._path}: not readable ({error}); remove {output} to start again") from error
 
     def _read(self) -> tuple[Mapping[str, Any] | None, dict[str, Receipt]]:
         self._file.seek(0)
@@ -78,12 +78,12 @@ class Journal:
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
                 raise BatchRefused(
-                    f"--output {self._output}: the job begun there has {name} {before.get(name)}, this one has "
-                    f"{now.get(name)}; take another directory, or remove that one to begin anew"
+                    f"--output {self._output}: the job there has {name} {before.get(name)}, but this job has "
+                    f"{now.get(name)}; choose another directory, or remove that one to start again"
                 )
 
     def verified(self, parts: Collection[Part]) -> list[Receipt]:
-        """Receipts of the finished parts whose files are unchanged; says which files are not."""
+        """Return receipts of the finished parts whose files are unchanged; reports the other files."""
         for leftover in self._output.glob(".part-*"):
             leftover.unlink(missing_ok=True)
         done = [self._receipts[part.name] for part in parts if part.name in self._receipts]
@@ -93,7 +93,7 @@ class Journal:
             if path.is_file() and sha256_of(path) == receipt.sha256:
                 verified.append(receipt)
             else:
-                say(f"{path}: {'changed' if path.exists() else 'gone'} since; answering its rows again")
+                say(f"{path}: {'changed' if path.exists() else 'missing'}; answering its rows again")
         return verified
 
     def record(self, receipt: Receipt) -> None:
@@ -101,7 +101,7 @@ class Journal:
         self._append(asdict(receipt))
 
     def close(self) -> None:
-        """Close the file, which unlocks it for other jobs."""
+        """Close the file and unlock it for other jobs."""
         self._file.close()
 
     def _append(self, line: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Read the rows of a part from Parquet, a few at a time, and write its answers as a whole file or not at all."""
+"""Read the rows of a part from Parquet, a few at a time, and write its answers atomically."""
 
 import os
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ ANSWER_COLUMNS = pa.schema(
     ]
 )
 """Columns next to the id, named as in ``/v1/answer``. Successful rows have a null ``error``; failed rows have only
-``error`` and the id. A row without an answer, where that was allowed, has null ``answer`` to ``score``.
+``error`` and the id. A row without an answer, if allowed, has null in ``answer`` to ``score``.
 """
 ROW_COLUMN = "row"
 """Replaces the id column if the input has none: the row's number in its file, from 0."""
@@ -47,7 +47,7 @@ class PartReader:
             self.id_field = pq.read_schema(part.source).field(asking.id_column)
 
     def __iter__(self) -> Iterator[tuple[bytes | None, bytes | None]]:
-        """Question and context of each row, as the bytes in the file.
+        """Yield question and context of each row, as bytes from the file.
 
         Raises:
             BatchStopped: the file cannot be read, or has fewer rows than its footer says.
@@ -67,7 +67,7 @@ class PartReader:
         except (OSError, pa.ArrowException) as error:
             raise BatchStopped(f"{part.source}: cannot be read from row {part.first} on: {error}") from error
         if missing:
-            raise BatchStopped(f"{part.source}: has {missing} rows fewer than its footer says")
+            raise BatchStopped(f"{part.source}: has {missing} fewer rows than its footer says")
 
     @property
     def ids(self) -> pa.ChunkedArray:
@@ -92,7 +92,7 @@ class PartReader:
                 start = end
             wanted = part.rows
             for batch in file.iter_batches(_READ_ROWS, row_groups=groups, columns=sorted(columns)) if groups else ():
-                piece = batch.slice(skip, wanted)  # empty while all of the batch is to be skipped
+                piece = batch.slice(skip, wanted)  # empty while the whole batch is skipped
                 skip -= min(skip, batch.num_rows)
                 wanted -= piece.num_rows
                 if piece.num_rows:

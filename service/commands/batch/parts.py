@@ -1,4 +1,4 @@
-"""What the job and its worker processes exchange: parts, receipts, and how rows are asked."""
+"""The data that the job and its worker processes exchange: parts, receipts and options."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asking:
-    """The options that decide how a row is asked and what the output holds."""
+    """The options for answering rows and for the columns of the output."""
 
     question_column: str
     context_column: str

@@ -1,4 +1,4 @@
-"""Find the input files of a batch job and check their columns before anything is asked."""
+"""Find the input files of a batch job and check their columns before answering rows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +26,15 @@ def find_sources(root: Path, asking: Asking) -> tuple[Source, ...]:
     """Find the input files, check their columns, and hash each file.
 
     Raises:
-        BatchRefused: there is no file, one is not Parquet, or a column is missing or does not hold text; the message
-            names it.
+        BatchRefused: there is no file, a file is not Parquet, or a column is missing or not text; the message names it.
     """
     # A directory may have such a name too: Spark writes one.
     found = (path for path in root.rglob("*.parquet") if path.is_file())
     paths = [root] if root.is_file() else sorted(path for path in found if not _hidden(path.relative_to(root)))
     if not paths:
-        raise BatchRefused(f"--input {root}: {'holds no *.parquet' if root.is_dir() else 'no such file or directory'}")
+        raise BatchRefused(
+            f"--input {root}: {'has no *.parquet files' if root.is_dir() else 'no such file or directory'}"
+        )
     _check_columns(paths, asking)
     sources = []
     for path in tqdm(paths, desc="checking input", unit="file", leave=False, disable=None):
@@ -52,11 +53,13 @@ def _check_columns(paths: list[Path], asking: Asking) -> None:
         for flag in ("question_column", "context_column"):
             kind = _column(schema, path, flag, getattr(asking, flag))
             if not is_text(kind):
-                raise BatchRefused(f"{_flag(flag)} {getattr(asking, flag)}: must hold texts; in {path} it is {kind}")
+                raise BatchRefused(
+                    f"{_flag(flag)} {getattr(asking, flag)}: must be a text column; in {path} it is {kind}"
+                )
         if asking.id_column is not None:
             id_types.setdefault(_column(schema, path, "id_column", asking.id_column), path)
     if asking.id_column in ANSWER_COLUMNS.names:
-        raise BatchRefused(f"--id-column {asking.id_column}: the output has a column of its own with this name")
+        raise BatchRefused(f"--id-column {asking.id_column}: the output already has a column with this name")
     if len(id_types) > 1:
         kinds = ", ".join(f"{kind} in {path}" for kind, path in id_types.items())
         raise BatchRefused(f"--id-column {asking.id_column}: must have one type, but is {kinds}")

@@ -1,4 +1,4 @@
-"""An engine that never refuses: it asks a full Triton again, until its patience ends."""
+"""An engine for batch jobs: it retries while Triton is full, until a time limit."""
 
 import asyncio
 import time
@@ -15,11 +15,11 @@ from service.triton.client import Engine
 from service.triton.errors import EngineOverloaded
 
 CALL_S = 120.0
-"""Seconds within which Triton must answer a window."""
+"""Timeout in seconds of a window in Triton."""
 
 
 class SteadyEngines:
-    """Makes clients for callers who can wait, from those of another factory."""
+    """Makes clients that wait and retry, from the clients of another factory."""
 
     def __init__(self, engines: EngineFactory, patience_s: float) -> None:
         self._engines = engines
@@ -39,7 +39,7 @@ class SteadyEngines:
 
 
 class SteadyAdmin:
-    """An `EngineAdmin` each of whose calls has `CALL_S`, however late the deadline is."""
+    """An `EngineAdmin` that limits each call to `CALL_S`, even with a later deadline."""
 
     def __init__(self, admin: EngineAdmin) -> None:
         self._admin = admin
@@ -58,7 +58,7 @@ class SteadyAdmin:
 
 
 class SteadyEngine:
-    """Wraps an engine for callers that can wait: a window that Triton's queue has no room for is sent again."""
+    """Wraps an engine: resends a window while Triton's queue is full."""
 
     def __init__(self, engine: Engine, patience_s: float) -> None:
         self._engine = engine
@@ -66,10 +66,10 @@ class SteadyEngine:
         self._heard = time.monotonic()
 
     async def predict(self, windows: Sequence[Window], *, deadline: float) -> list[Logits]:
-        """As in `Engine`, but each window has `CALL_S`, and never `EngineOverloaded`.
+        """As in `Engine`, but with `CALL_S` for each window, and without `EngineOverloaded`.
 
         Raises:
-            BatchStopped: the engine has refused windows and computed none for longer than the patience.
+            BatchStopped: the engine has rejected windows and computed none for longer than the time limit.
         """
         return await side_by_side([self._predict(window, deadline) for window in windows])
 
@@ -85,7 +85,7 @@ class SteadyEngine:
             else:
                 self._heard = time.monotonic()
                 return logits
-            await asyncio.sleep(pause)  # Triton names no time to come back
+            await asyncio.sleep(pause)  # Triton gives no retry time
         raise AssertionError("pauses never end")
 
 

@@ -1,4 +1,4 @@
-"""Answer one part of a batch job: read its rows, ask the engine, write one output row for each.
+"""Answer one part of a batch job: read its rows, call the engine, write one output row for each.
 
 Independent of Ray and of other parts: a `PartAnswerer` runs in its own process and gets one part after another. Rows
 take the path of ``/v1/answer`` without HTTP, so their answers and errors are those of the service.
@@ -35,12 +35,12 @@ from service.triton.channels import Channels, EngineFactory
 from service.triton.errors import EngineError, EngineOverloaded
 
 IN_FLIGHT = 64
-"""Windows that a process has at the engine at one time, by default."""
+"""Default number of windows that a process has in flight at the engine."""
 _MAX_WAIT_S = 3600.0
 _MAX_MEMORY_MB = 4096
 _SUSPECT_ATTEMPTS = 3
 _FAILURES = (EngineError, InvalidLogits)
-"""Errors that a question may have caused, or an engine that is away or broken."""
+"""Errors caused by a question, or by an engine that is unavailable or broken."""
 
 
 class PartAnswerer:
@@ -56,15 +56,15 @@ class PartAnswerer:
         *,
         engine: EngineFactory | None = None,
     ) -> None:
-        """Open the bundle; the connection to Triton is made when first needed.
+        """Open the bundle; connects to Triton on first use.
 
         Args:
-            bundle: directory of the model version to ask.
-            settings: of the service: limits, addresses of Triton, and windows in flight of this process.
-            asking: how rows are asked.
-            output: directory for the files of the parts.
+            bundle: directory of the model version.
+            settings: settings of the service: limits, addresses of Triton, and windows in flight of this process.
+            asking: options for answering rows.
+            output: directory for the output files.
             patience_s: seconds without an answer from the engine after which the job stops.
-            engine: the model in Triton by default.
+            engine: default: the model in Triton.
 
         Raises:
             BundleMismatch: as in `Bundle.open`.
@@ -94,7 +94,7 @@ class PartAnswerer:
         return asdict(receipt)
 
     def close(self) -> None:
-        """End the connections."""
+        """Close the connections."""
         self._loop.run_until_complete(self._engines.close())
         self._pipeline.close()
         self._loop.close()
@@ -143,20 +143,20 @@ class PartAnswerer:
         return error
 
     async def _result(self, question: Question) -> Result:
-        """Answer a question, waiting while the engine is away, or find that the engine fails on this question alone.
+        """Answer a question; waits while the engine is unavailable, and detects if only this question fails.
 
         Raises:
             InvalidArgument: the question is outside the limits.
             EngineError, InvalidLogits: the engine fails on it repeatedly, each time right after a harmless question.
             BundleMismatch: Triton has loaded another engine.
-            BatchStopped: the engine has been away for longer than the patience.
+            BatchStopped: the engine has been unavailable for longer than the time limit.
         """
         try:
             return await self._ask(question)
         except _FAILURES as error:
             failure: Exception = error
-        # A question that breaks the engine fails those beside it too. From here on they are asked one at a time, so
-        # each is alone with the engine except for new questions, and those of other workers hardly ever three times.
+        # A question that breaks the engine also fails the questions in flight with it. So we retry failed ones one at a
+        # time. Only new questions, or those of other workers, run with them, and hardly ever three times.
         async with self._suspects:
             for _ in range(_SUSPECT_ATTEMPTS):
                 await self._until_sound()
@@ -168,11 +168,11 @@ class PartAnswerer:
         raise failure
 
     async def _ask(self, question: Question) -> Result:
-        """Answer a question, asked again for as long as the pipeline is too busy to admit it.
+        """Answer a question; retries while the pipeline is too busy to admit it.
 
         Raises:
-            BatchStopped: it was not admitted within the patience.
-            Exception: as `Pipeline.answer`, but never `EngineOverloaded`.
+            BatchStopped: it was not admitted within the time limit.
+            Exception: as in `Pipeline.answer`, but never `EngineOverloaded`.
         """
         began = time.monotonic()
         for pause_s in pauses():
@@ -181,7 +181,7 @@ class PartAnswerer:
             except EngineOverloaded as error:
                 waited_s = time.monotonic() - began
                 if waited_s > self._patience_s:
-                    raise BatchStopped(f"the question was refused for {waited_s:.0f} s: {error}") from error
+                    raise BatchStopped(f"a question was rejected for {waited_s:.0f} s: {error}") from error
                 await asyncio.sleep(min(pause_of(pause_s, error.retry_after_s), self._patience_s))
         raise AssertionError("pauses never end")
 
@@ -218,6 +218,6 @@ def _columns(response: AnswerResponse) -> dict[str, Any]:
 
 
 def _patient(settings: Settings, at_a_time: int) -> Settings:
-    """The settings for a job: its own rows do not make the service refuse one another."""
+    """Return settings for a job, so that its rows are not rejected because of each other."""
     changes = {"max_in_flight": at_a_time, "max_wait_s": _MAX_WAIT_S, "max_memory_mb": _MAX_MEMORY_MB}
     return settings.model_copy(update=changes)

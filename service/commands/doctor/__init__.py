@@ -1,7 +1,7 @@
-"""``bertqa doctor``: look for what would go wrong, before it does, and say how to fix it.
+"""``bertqa doctor``: find problems before they occur, and say how to fix them.
 
-Each module here looks at one thing and yields `Finding`s; `diagnose` runs them in the order in which one needs another.
-Nothing is changed, and the doctor may run beside a service that answers.
+Each module checks one thing and yields `Finding`s; `diagnose` runs them in the order of their dependencies. The doctor
+changes nothing and may run next to a running service.
 """
 
 import json
@@ -16,7 +16,7 @@ from service.commands.options import LOOPBACK, Port, RepositoryOptions, settings
 if TYPE_CHECKING:
     from service.settings import Settings
 
-app = group("Look for what would go wrong, and say how to fix it.")
+app = group("Find problems, and say how to fix them.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,29 +28,29 @@ class DoctorOptions(RepositoryOptions):
         typer.Option(
             metavar="HOST:PORT",
             callback=addresses,
-            show_default="the one that `bertqa serve` would start",
+            show_default="the Triton of `bertqa serve`",
             help="gRPC address of a running Triton, or several separated by commas.",
         ),
     ] = None
-    host: Annotated[str, typer.Option(help="Address that the service would listen on.")] = LOOPBACK
+    host: Annotated[str, typer.Option(help="IP address that the service would listen on.")] = LOOPBACK
     port: Port = 8000
     triton_grpc_port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="PORT", help="gRPC port of the Triton that would be started.")
+        int, typer.Option(min=0, max=65535, metavar="PORT", help="gRPC port of the embedded Triton.")
     ] = 8001
     format: Annotated[OutputFormat, typer.Option(help="Print text for people or JSON for machines.")] = "text"
 
     @property
     def settings(self) -> "Settings":
-        """The settings of the service."""
+        """Read the settings of the service."""
         return settings()
 
 
 @command(app, DoctorOptions, extra="service")
 def doctor(options: DoctorOptions) -> int:
-    """Look for what would go wrong, and say how to fix it.
+    """Find problems, and say how to fix them.
 
-    Prints a line for each thing it looked at: ok, WARN for what works worse than it could, FAIL for what does not
-    work. Ends with exit code 1 if something fails. It changes nothing and may run beside a service that answers.
+    Prints one line per check: ok, WARN for something that works but not well, FAIL for something that does not work.
+    Ends with exit code 1 if a check fails. It changes nothing and may run next to a running service.
     """
     from service.commands.doctor.diagnose import diagnose  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Can this CPU do what the engines were built for?"""
+"""Check that this CPU has the instruction sets that the engines were built for."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,13 +15,13 @@ def check_cpu(manifests: Mapping[str, Manifest], features: Sequence[str], *, is_
     Args:
         manifests: of the loaded versions, by name.
         features: of this CPU, as `cpu_features` names them.
-        is_here: Triton runs on this machine.
+        is_here: whether Triton runs on this machine.
     """
     engines = {name: manifest for name, manifest in manifests.items() if manifest.served.processor == "CPU"}
     if not engines:
-        yield Finding("ok", "CPU", "runs no engine")
+        yield Finding("ok", "CPU", "not used by any engine")
     elif not is_here:
-        yield Finding("ok", "CPU", "not looked at, for Triton runs elsewhere; run the doctor there too")
+        yield Finding("ok", "CPU", "not checked, because Triton runs elsewhere; run the doctor there too")
     else:
         for name, manifest in engines.items():
             yield _compare(name, manifest, features)
@@ -33,7 +33,7 @@ def _compare(name: str, manifest: Manifest, features: Sequence[str]) -> Finding:
         return Finding(
             "FAIL",
             "CPU",
-            f"has no bf16 instructions, and {name} was built for them: it computes in float32 instead, several times "
+            f"has no bf16 instructions, which {name} was built for: it computes in float32 instead, several times "
             "as slow",
             _FIX,
         )
@@ -41,7 +41,7 @@ def _compare(name: str, manifest: Manifest, features: Sequence[str]) -> Finding:
         return Finding(
             "FAIL",
             "CPU",
-            f"adds int8 products up in 16 bits, and {name} was quantized for 32: its answers change",
+            f"accumulates int8 products in 16 bits, but {name} was quantized for 32: its answers change",
             _FIX,
         )
     if lost:

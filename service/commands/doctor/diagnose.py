@@ -1,4 +1,4 @@
-"""All checks, one after the other."""
+"""Run all checks in order."""
 
 from collections.abc import Iterator
 
@@ -21,12 +21,12 @@ from service.settings import Settings
 
 
 def diagnose(options: DoctorOptions) -> Iterator[Finding]:
-    """Look at everything, in the order in which one thing needs another."""
+    """Run all checks, in the order of their dependencies."""
     repository = Repository(options.repository)
     try:
         serving = repository.serving()
         if not serving:
-            repository.open()  # raises, and says what to do
+            repository.open()  # raises an error that says what to do
     except BundleMismatch as error:
         yield Finding("FAIL", "repository", str(error))
         return
@@ -39,7 +39,7 @@ def diagnose(options: DoctorOptions) -> Iterator[Finding]:
             if bundle is None:
                 continue
             vocabulary = f"{bundle.tokenizer.vocabulary_size} tokens"
-            embedded = f"of which the engine embeds {bundle.manifest.vocabulary_size}"
+            embedded = f"{bundle.manifest.vocabulary_size} embeddings in the engine"
             yield Finding("ok", f"tokenizer {model} {version}", f"{vocabulary}, {embedded}")
             if version in how.loaded:
                 loaded.append(bundle)
@@ -52,7 +52,7 @@ def diagnose(options: DoctorOptions) -> Iterator[Finding]:
         if is_triton_at(options.triton_grpc_port):
             urls = f"{LOOPBACK}:{options.triton_grpc_port}"
     if urls is not None:
-        settings = Settings() if is_here else options.settings  # one that `bertqa serve` starts has no TLS
+        settings = Settings() if is_here else options.settings  # the Triton of `bertqa serve` has no TLS
         yield from check_running_triton(urls.split(","), settings, repository, loaded)
     yield from check_cpu(manifests, cpu_features(), is_here=is_here)
     yield from check_gpus(manifests, serving, is_here=is_here)

@@ -1,4 +1,4 @@
-"""May the files be read by whoever serves them, and written by whoever builds?"""
+"""Check that the service can read the files and the builder can write them."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from service.commands.doctor.finding import Finding
 
 
 def check_files(repository: Repository) -> Iterator[Finding]:
-    """Look at the permissions of every file and directory; the first that is wrong is told."""
+    """Check the permissions of all files and directories; reports only the first problem."""
     subject = f"files in {repository.root}"
     found = [path for path in repository.root.rglob("*") if path.name != LOCK_FILE]
     for path in found:
@@ -21,14 +21,14 @@ def check_files(repository: Repository) -> Iterator[Finding]:
             yield Finding(
                 "WARN",
                 subject,
-                f"{path} can be read by its owner alone, and a Triton in a container runs as another user",
+                f"only its owner can read {path}, but a Triton in a container runs as another user",
                 f"chmod -R go+rX {repository.root}",
             )
             return
     if not os.access(repository.root, os.W_OK):
-        yield Finding("WARN", subject, "can be read but not written: `bertqa models` and the builder work elsewhere")
+        yield Finding("WARN", subject, "readable but not writable: `bertqa models` and the builder cannot work here")
     else:
-        yield Finding("ok", subject, "can be read by all, and written")
+        yield Finding("ok", subject, "readable by all, and writable")
 
 
 def _is_readable_by_all(path: Path) -> bool:

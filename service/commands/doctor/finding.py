@@ -1,20 +1,20 @@
-"""What a check of the doctor gives."""
+"""The result of a check of the doctor."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Level = Literal["ok", "WARN", "FAIL"]
-"""In order; ``WARN``: it works, and worse than it could."""
+"""Levels by severity; ``WARN`` means that it works, but not well."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of looking at one thing."""
+    """The result of one check."""
 
     level: Level
-    subject: str  # what was looked at
+    subject: str  # what was checked
     text: str
-    fix: str = ""  # how to fix it, unless it is ok
+    fix: str = ""  # how to fix it; empty if ok
 
     def __str__(self) -> str:
         return f"{self.level:<4}  {self.subject}: {'; '.join(filter(None, (self.text, self.fix)))}"

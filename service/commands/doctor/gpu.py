@@ -1,4 +1,4 @@
-"""Are GPU, driver and TensorRT those that the engines were built for?"""
+"""Check that GPU, driver and TensorRT fit the engines."""
 
 import ctypes
 import shutil
@@ -17,7 +17,7 @@ _NVIDIA_SMI_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU, as ``nvidia-smi`` describes it."""
+    """A GPU, as described by ``nvidia-smi``."""
 
     name: str
     driver: str
@@ -32,21 +32,21 @@ def check_gpus(
     Args:
         manifests: of the loaded versions, by model and version.
         serving: of each model.
-        is_here: Triton runs on this machine.
+        is_here: whether Triton runs on this machine.
     """
     engines = {name: manifest for name, manifest in manifests.items() if manifest.served.processor == "GPU"}
     if not engines:
         yield Finding("ok", "GPU", "not needed")
         return
     if not is_here:
-        yield Finding("ok", "GPU", "not looked at, for Triton runs elsewhere; run the doctor there too")
+        yield Finding("ok", "GPU", "not checked, because Triton runs elsewhere; run the doctor there too")
         return
     devices = _devices()
     if not devices:
         yield Finding(
             "FAIL",
             "GPU",
-            f"nvidia-smi finds none, and {next(iter(engines))} needs one",
+            f"nvidia-smi finds none, but {next(iter(engines))} needs one",
             "install NVIDIA's driver (and its container toolkit), or build with --target cpu",
         )
         return
@@ -61,7 +61,7 @@ def _check_engine(
     name: str, built: Mapping[str, str], wanted: Sequence[int], devices: Sequence[Device]
 ) -> Iterator[Finding]:
     if missing := [number for number in wanted if number >= len(devices)]:
-        text = f"{name} is configured for GPU {missing[0]}, and there are {len(devices)}"
+        text = f"{name} is configured for GPU {missing[0]}, but the number of GPUs is {len(devices)}"
         yield Finding("FAIL", "GPU", text, "build it with other --gpus")
     for device in (devices[number] for number in wanted if number < len(devices)):
         yield _compare(name, built, device)
@@ -77,7 +77,7 @@ def _compare(name: str, built: Mapping[str, str], device: Device) -> Finding:
             return Finding(
                 "FAIL",
                 "GPU",
-                f"{device.name} has compute capability {device.capability}, and {name} was built for {capability} "
+                f"{device.name} has compute capability {device.capability}, but {name} was built for {capability} "
                 f"({built.get('gpu', 'another GPU')})",
                 "build it again on this machine",
             )
@@ -85,8 +85,8 @@ def _compare(name: str, built: Mapping[str, str], device: Device) -> Finding:
             return Finding(
                 "WARN",
                 "GPU",
-                f"{device.name} is another model than {built.get('gpu', 'the one')}, which {name} was built on: it may "
-                "be slow there or fail",
+                f"{device.name} differs from {built.get('gpu', 'the GPU')}, which {name} was built on: it may "
+                "be slow or fail",
                 "build it again on this machine, or with --hardware-compatible",
             )
     return Finding("ok", "GPU", f"{device.name}, compute capability {device.capability}, as {name} needs")
@@ -106,7 +106,7 @@ def check_tensorrt(name: str, runtime: Mapping[str, str]) -> Finding:
     """Compare the TensorRT of this machine with the one that an engine was built with."""
     found, built = _tensorrt_version(), runtime["tensorrt"]
     if found is None:
-        text = f"no libnvinfer here to tell its version; {name} needs {built}"
+        text = f"no libnvinfer found, so its version is unknown; {name} needs {built}"
         return Finding("WARN", "TensorRT", text, "run the doctor in Triton's image")
     is_later = found[0] == numbers(built)[0] and found > numbers(built)
     version = ".".join(map(str, found))
@@ -114,8 +114,8 @@ def check_tensorrt(name: str, runtime: Mapping[str, str]) -> Finding:
         return Finding(
             "FAIL",
             "TensorRT",
-            f"is {version}, and {name} was built with {built}",
-            "build it again with the builder of the same release as Triton",
+            f"is {version}, but {name} was built with {built}",
+            "build it again with the builder of Triton's release",
         )
     flag = ", and --backend-config=tensorrt,version-compatible=true" if "version_compatible" in runtime else ""
     return Finding("ok", "TensorRT", f"{version}, as {name} needs{flag}")
@@ -127,7 +127,7 @@ def _tensorrt_version() -> tuple[int, ...] | None:
             number = int(ctypes.CDLL(library).getInferLibVersion())
         except (OSError, AttributeError):
             continue
-        # 100201 is 10.2.1; before version 10 it was 8601 for 8.6.1
+        # 100201 is 10.2.1; before version 10, 8601 is 8.6.1
         major = 10_000 if number >= 100_000 else 1_000
         return number // major, number % major // 100, number % 100
     return None

@@ -1,4 +1,4 @@
-"""Are the ports free, or taken by a service of ours?"""
+"""Check that the ports are free, or used by our own service."""
 
 import http.client
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from service.runtime.ports import LOOPBACK, PortError, TritonPorts, free_port
 
 
 def check_ports(host: str, port: int, grpc_port: int | None) -> Iterator[Finding]:
-    """Look at every port that would be listened on.
+    """Check every port that `bertqa serve` would use.
 
     Args:
-        host: that the service would listen on.
-        port: of the service.
-        grpc_port: of a Triton that would be started, None if none would be.
+        host: address that the service would listen on.
+        port: port of the service.
+        grpc_port: gRPC port of the embedded Triton; None if it would not be started.
     """
     wanted = [(host, port, "the service", "/health/live")]
     if grpc_port is not None:
@@ -40,8 +40,8 @@ def _check_port(address: str, number: int, whose: str, path: str) -> Finding:
     return Finding(
         "WARN",
         subject,
-        "taken by something else",
-        f"`bertqa serve` would use {found} for {whose}, a container would not start",
+        "taken by another program",
+        f"`bertqa serve` would use {found} for {whose}, but a container would not start",
     )
 
 

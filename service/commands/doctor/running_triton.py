@@ -1,4 +1,4 @@
-"""Has each running Triton loaded what it should, and does it answer rightly?"""
+"""Check that each running Triton has loaded the right versions and answers correctly."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from service.triton.servers import Servers, ServerUnreachable
 def check_running_triton(
     urls: Sequence[str], settings: Settings, repository: Repository, loaded: Sequence[Bundle]
 ) -> Iterator[Finding]:
-    """Compare versions and states, and put each version's own questions to every server."""
+    """Compare versions and states, and ask every server the questions recorded for each version."""
     manifests = {f"{each.model} {each.version}": each.manifest for each in loaded}
     try:
         running = Servers([url.strip() for url in urls], tls_of(settings))
@@ -35,10 +35,10 @@ def check_running_triton(
                 state = states[url].get((bundle.model, bundle.version))
                 if state is None or state.name != "READY":
                     text = f"is {state.name.lower()}, {state.reason or 'no reason given'}" if state else "is not known"
-                    yield Finding("FAIL", subject, text, f"have it poll {repository.root}, see its log")
+                    yield Finding("FAIL", subject, text, f"make it poll {repository.root}, and see its log")
                     continue
                 seconds = asyncio.run(ask(running, url, bundle, questions))
-                yield Finding("ok", subject, f"answers {len(seconds)} questions as when it was built")
+                yield Finding("ok", subject, f"answers {len(seconds)} questions as at build time")
     except (RolloutFailed, ServerUnreachable) as error:
         yield Finding("FAIL", "Triton", str(error))
     finally:
@@ -46,7 +46,7 @@ def check_running_triton(
 
 
 def is_triton_at(grpc_port: int) -> bool:
-    """Whether a Triton answers at a port of this machine."""
+    """Return whether a Triton answers at a port of this machine."""
     servers = Servers([f"{LOOPBACK}:{grpc_port}"])
     try:
         return bool(servers.versions())

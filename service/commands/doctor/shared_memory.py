@@ -1,4 +1,4 @@
-"""Have windows and logits room on their way between Triton and the engines of its Python backend?"""
+"""Check the shared memory for windows and logits between Triton and the engines of its Python backend."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ from service.commands.doctor.finding import Finding
 
 SHARED_MEMORY = Path("/dev/shm")
 BYTES_OF_AN_ENGINE = 4 * 2**20
-"""What the Python backend takes for each engine, when it has grown once or twice."""
+"""Bytes that the Python backend needs for each engine, after it has grown once or twice."""
 
 
 def check_shared_memory(serving: Mapping[str, Serving], loaded: Iterable[Bundle]) -> Finding:
-    """Compare what is free with what the engines need."""
+    """Compare the free shared memory with what the engines need."""
     engines = sum(serving[each.model].instances for each in loaded if each.manifest.served.backend == "python")
     if not engines:
         return Finding("ok", "shared memory", "not needed")

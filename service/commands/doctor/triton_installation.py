@@ -1,4 +1,4 @@
-"""Is a Triton installed that runs on this machine, and under which the engines run?"""
+"""Check that a Triton is installed, runs on this machine, and supports the engines."""
 
 import os
 import re
@@ -13,11 +13,11 @@ from service.runtime.ports import LOOPBACK, free_port
 from service.runtime.triton_install import TritonError, TritonInstallation, find_triton
 
 BACKENDS = Path("/opt/tritonserver/backends")
-"""Where a Triton that is not told otherwise looks for them."""
+"""Default directory of Triton's backends."""
 
 
 def check_triton_installation(manifests: Mapping[str, Manifest]) -> Iterator[Finding]:
-    """Find Triton, start it for a moment, and look for the backends of the loaded versions."""
+    """Find Triton, start it briefly, and check for the backends of the loaded versions."""
     with tempfile.TemporaryDirectory(prefix="bertqa-doctor-") as directory:
         try:
             found = find_triton(Path(directory))
@@ -27,30 +27,32 @@ def check_triton_installation(manifests: Mapping[str, Manifest]) -> Iterator[Fin
             return
     for name, manifest in manifests.items():
         backend = manifest.served.backend
-        if backend != "python" and not ((found.backends or BACKENDS) / backend).is_dir():  # every Triton has that one
+        if (
+            backend != "python" and not ((found.backends or BACKENDS) / backend).is_dir()
+        ):  # every Triton has the Python backend
             yield Finding(
                 "FAIL",
                 "Triton",
                 f"{found.binary} has no backend {backend!r}, which {name} needs",
-                "use the one of NVIDIA's image, or build with --target cpu",
+                "use the Triton of NVIDIA's image, or build with --target cpu",
             )
             return
     yield check_triton_version("Triton", version, str(found.binary), manifests)
 
 
 def check_triton_version(subject: str, version: str, where: str, manifests: Mapping[str, Manifest]) -> Finding:
-    """Compare a Triton's version with what the loaded versions run under."""
+    """Compare a Triton's version with those that the loaded versions support."""
     for name, manifest in manifests.items():
         lowest, highest = manifest.triton
         if (lowest and numbers(version) < numbers(lowest)) or (highest and numbers(version) > numbers(highest)):
             wanted = f"from {lowest or 'any'} to {highest or 'any'}"
-            text = f"{where} is {version}, and {name} runs under {wanted}"
-            return Finding("FAIL", subject, text, "install one of those")
+            text = f"{where} is {version}, but {name} needs {wanted}"
+            return Finding("FAIL", subject, text, "install one of these versions")
     return Finding("ok", subject, f"{where}, {version}")
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The first three numbers of a version, to be compared."""
+    """Return the first three numbers of a version, for comparison."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
@@ -79,4 +81,4 @@ def _version(found: TritonInstallation, directory: Path) -> str:
     finally:
         process.kill()
         process.communicate()
-    raise TritonError(f"{found.binary} does not run on this machine: {lines[-1] if lines else 'it says nothing'}")
+    raise TritonError(f"{found.binary} does not run on this machine: {lines[-1] if lines else 'it printed nothing'}")

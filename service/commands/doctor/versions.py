@@ -1,4 +1,4 @@
-"""Is a model version as it was published?"""
+"""Check that a model version has not changed since it was published."""
 
 import json
 
@@ -9,9 +9,9 @@ from service.commands.doctor.finding import Finding, Level
 
 
 def check_version(repository: Repository, model: str, version: int, serving: Serving) -> tuple[Finding, Bundle | None]:
-    """Open a version and hash its files; gives the version too if it is whole.
+    """Open a version and hash its files; also returns the version if it is intact.
 
-    What is wrong with a version that is not loaded harms nobody yet, and is a warning.
+    A problem with a version that is not loaded has no effect yet, so it is a warning.
     """
     subject = f"bundle {model} {version}"
     bad: Level = "FAIL" if version in serving.loaded else "WARN"
@@ -28,5 +28,5 @@ def check_version(repository: Repository, model: str, version: int, serving: Ser
             fix += f", or `bertqa models rollback {model}`"
         return Finding(bad, subject, f"{changed[0]} has changed since it was published", fix), None
     role = "active" if version == serving.active else "loaded" if version in serving.loaded else "not loaded"
-    text = f"{role}, {manifest.identity}, {len(manifest.files)} files as they were published"
+    text = f"{role}, {manifest.identity}, {len(manifest.files)} files unchanged since publication"
     return Finding("ok", subject, text), bundle
