@@ -26,7 +26,7 @@ Logits = tuple[FloatArray, FloatArray]
 """Start and end logits of one window, each float32 of shape (1, length)."""
 
 _BLOCK = 1 << 18  # spans in one step: a few milliseconds of work and up to 64 bytes of memory each
-_FEW = 64  # up to so many spans, Python is faster than NumPy
+_FEW = 64  # up to this many spans, Python is faster than NumPy
 _MASKED = np.float32(-np.inf)
 _UNREAL = float(np.float32(1e30))  # far above any model's logits; the sum of two smaller ones cannot overflow
 

@@ -153,9 +153,9 @@ class Rollout:
                     continue
                 states = [states.get((model, version), UNKNOWN).name.lower() for states in servers.values()]
                 role = {serving.active: "active", serving.previous: "previous"}.get(version, "-")
-                told = ",".join(sorted(set(states))) or "?"
+                state = ",".join(sorted(set(states))) or "?"
                 rows.append(
-                    (model, str(version), role, told, f"{manifest.f1:.2f}", manifest.built[:16], manifest.identity)
+                    (model, str(version), role, state, f"{manifest.f1:.2f}", manifest.built[:16], manifest.identity)
                 )
         return rows
 

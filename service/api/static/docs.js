@@ -1,8 +1,8 @@
-// The page at GET /docs: Swagger UI, all of it from here, on /openapi.json.
+// The page at GET /docs: Swagger UI for /openapi.json, without files from other servers.
 
 const find = (id) => document.getElementById(id);
 
-// The same place as on the page at GET /: it ends with the tab, and nothing sends it by itself.
+// The same storage as on the page at GET /: the key is kept until the tab closes, and never sent automatically.
 const withKey = (headers = {}) => {
   const key = sessionStorage.getItem("bertqa-key");
   return key ? { ...headers, authorization: `Bearer ${key}` } : headers;

@@ -1,10 +1,10 @@
-// The page at GET /: asks POST /v1/answer and marks the answer in the text.
+// The page at GET /: sends questions to POST /v1/answer and marks the answer in the text.
 //
 // Offsets are asked for in UTF-16 units, which is what JavaScript strings count, so text.slice(start, end) is the
 // answer. Text of the user or of the server only ever becomes a text node; nothing is parsed as HTML.
 
 const TOP_K = 5;
-const PATIENCE_MS = 60_000; // for a question with all its attempts; the service has its own, shorter deadline for each
+const PATIENCE_MS = 60_000; // for a question with all its attempts; the service has a shorter deadline for each
 const BUSY = [429, 503]; // statuses that mean "not now"
 const WAITING = "The service is busy at the moment. Your question will be sent again automatically…";
 
@@ -43,12 +43,12 @@ const texts = find("texts");
 const panel = find("answer");
 const verdict = find("verdict");
 
-// In the tab's own storage: a reload keeps it, another tab or the end of this one does not.
+// In the storage of this tab: it survives a reload, but not the end of the tab.
 const KEY = "bertqa-key";
 const keyField = find("key");
 
 let running = null; // AbortController of the question in flight
-let asked = null; // the request whose answers are shown: its body, and its texts with their numbers on the page
+let asked = null; // the request of the shown answers: its body, and its texts with their numbers on the page
 
 // ---- small builders ----
 
@@ -114,7 +114,7 @@ function numberTexts() {
 
 const areas = () => [...texts.querySelectorAll("textarea")];
 
-// Sample questions are of use only beside the sample text.
+// Sample questions are useful only with the sample text.
 function showSamples() {
   find("samples").hidden = areas()[0]?.value !== SAMPLE.text;
 }
@@ -138,7 +138,7 @@ function showProblem(field, message) {
   field.focus();
 }
 
-// The request of what is typed, or null after showing what is missing.
+// Returns the request from the form, or null after showing what is missing.
 function readForm() {
   const filled = areas()
     .map((area, index) => ({ text: area.value, number: index + 1, area }))
@@ -184,15 +184,15 @@ async function post(body, signal) {
   return { failure: { error, error_type: reply?.error_type, field: reply?.field }, wait };
 }
 
-// Asks again while the service is busy: after the seconds that it names and up to half as many more, so that all who
-// were refused do not come back together.
+// Retries while the service is busy: after the seconds in its reply and up to half as many more, so that rejected
+// clients do not all return at once.
 async function postUntilAnswered(body, signal) {
   const end = performance.now() + PATIENCE_MS;
   for (;;) {
     const outcome = await post(body, signal);
     const wait = outcome.wait && 1000 * outcome.wait * (1 + Math.random() / 2);
     if (!wait || performance.now() + wait > end) return outcome;
-    find("failure").replaceChildren(); // of an attempt before
+    find("failure").replaceChildren(); // from an earlier attempt
     find("waiting").textContent = WAITING;
     await pause(wait, signal);
   }
@@ -212,7 +212,7 @@ async function ask() {
   const request = readForm();
   if (!request) return;
   if (keyField.value) sessionStorage.setItem(KEY, keyField.value.trim());
-  running?.abort(new DOMException("asked anew", "AbortError"));
+  running?.abort(new DOMException("superseded", "AbortError"));
   const mine = new AbortController();
   running = mine;
   const timer = setTimeout(() => mine.abort(new DOMException("too slow", "TimeoutError")), PATIENCE_MS);
@@ -229,7 +229,7 @@ async function ask() {
   } finally {
     clearTimeout(timer);
   }
-  if (running !== mine) return; // a later question took over
+  if (running !== mine) return; // a newer question replaced this one
   running = null;
   setBusy(false);
   asked = request;
@@ -237,7 +237,7 @@ async function ask() {
   else showReply(outcome.reply);
   if (outcome.reply && !find("key-field").hidden) {
     find("key-field").hidden = true;
-    offerModels(); // they were not told without the key
+    offerModels(); // without the key, the service did not list them
   }
 }
 
@@ -258,7 +258,7 @@ function showFailure({ error, error_type: type, field }) {
   );
   if (type === "unauthorized") {
     find("key-field").hidden = false;
-    document.querySelector("nav [href=info]").hidden = true; // a link cannot carry the key
+    document.querySelector("nav [href=info]").hidden = true; // a link cannot send the key
     showProblem(keyField, sentence(error));
     return;
   }
@@ -269,14 +269,14 @@ function showFailure({ error, error_type: type, field }) {
   }
   const retry = element("button", { type: "button", class: "quiet" }, "Try again");
   retry.addEventListener("click", () => {
-    find("submit").focus(); // the retry button is about to go
+    find("submit").focus(); // the retry button is about to be removed
     ask();
   });
   find("failure").append(element("p", {}, "Your question and text are still here."), retry);
   bringIntoView(panel);
 }
 
-// The form's field for one that the server names: question, context, contexts or contexts[i].
+// Returns the form field for a field name from the server: question, context, contexts or contexts[i].
 function fieldNamed(name) {
   if (name === "question") return question;
   const index = /^contexts?(?:(?:\[|\.)(\d+))?/.exec(name ?? "");
@@ -372,11 +372,11 @@ function select(answer) {
     passage.scrollTop = 0;
     return;
   }
-  // A third down the passage's own scroll, so that the words before it can be read too.
+  // A third from the top of the passage, so that the words before the answer are visible too.
   passage.scrollTop += mark.getBoundingClientRect().top - passage.getBoundingClientRect().top - passage.clientHeight / 3;
 }
 
-// Scrolls the page only where the top of the panel cannot be seen, which is the case on a narrow screen.
+// Scrolls the page only if the top of the panel is not visible, as on a narrow screen.
 function bringIntoView(node) {
   const { top } = node.getBoundingClientRect();
   if (top >= 0 && top < window.innerHeight / 2) return;
@@ -388,9 +388,9 @@ function bringIntoView(node) {
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-// A here-document with a quoted delimiter: the shell changes nothing in it, and its length is not bound as that of an
-// argument is. The JSON is one line that begins with a brace, so no text can end it early. Control and direction
-// characters, which a terminal would act upon, are written as JSON escapes.
+// A here-document with a quoted delimiter: the shell changes nothing in it, and unlike an argument, it has no length
+// limit. The JSON is one line that begins with a brace, so no text can end it early. Control and direction characters,
+// which a terminal would interpret, are written as JSON escapes.
 function curlCommand(body) {
   const json = JSON.stringify(body).replace(
     /[\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g,
@@ -407,7 +407,7 @@ async function copyCommand() {
     await navigator.clipboard.writeText(command);
     find("copied").textContent = "Copied. Paste it into a terminal.";
   } catch {
-    // No clipboard: not HTTPS or localhost, or permission refused.
+    // No clipboard: neither HTTPS nor localhost, or no permission.
     for (const id of ["command", "command-label"]) find(id).hidden = false;
     find("command").value = command;
     find("command").focus();
@@ -418,7 +418,7 @@ async function copyCommand() {
 
 // ---- the models ----
 
-// A choice only where there is one.
+// Shows the choice only if there is more than one model.
 async function offerModels() {
   const reply = await fetch("v1/models", { headers: withKey() })
     .then((response) => response.json())

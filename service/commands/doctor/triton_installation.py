@@ -75,8 +75,8 @@ def _version(found: TritonInstallation, directory: Path) -> str:
     try:
         assert process.stdout
         for line in process.stdout:
-            if told := re.search(r"server_version\s*\|\s*([\d.]+)", line):
-                return told[1]
+            if found_version := re.search(r"server_version\s*\|\s*([\d.]+)", line):
+                return found_version[1]
             lines.append(line.strip())
     finally:
         process.kill()
