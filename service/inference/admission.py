@@ -74,7 +74,7 @@ class Admission:
             self._queue.resize(slots)
 
     def expected_wait(self, besides: int = 0) -> float:
-        """Return the seconds until a new call would be computed, with ``besides`` calls ahead that the queue lacks."""
+        """Return the seconds until a new call would be computed, with ``besides`` more calls ahead than are queued."""
         ahead = self._queue.busy + self._queue.owners_waiting + self._arriving + besides
         computed = (self.slots + 1) // 2
         return max(ahead + 1 - computed, 0) * self.call_s / self.slots

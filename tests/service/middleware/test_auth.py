@@ -89,7 +89,7 @@ def test_each_key_has_its_own_rate(make_app: MakeApp, keys_file: Path) -> None:
     with serving(make_app(api_keys_file=str(keys_file))) as url, connect(url, slow) as one, connect(url, fast) as other:
         assert [one.get("/info").status_code for _ in range(5)] == [200] * 3 + [429] * 2
         response = one.post("/v1/answer", json=ASKED)
-        assert "slow has 0.01 requests a second" in problem(response, 429, "rate_limited")
+        assert "slow may use 0.01 requests per second" in problem(response, 429, "rate_limited")
         assert 90 <= int(response.headers["retry-after"]) <= 100
         assert other.post("/v1/answer", json=ASKED).status_code == 200
         assert 'bertqa_key_requests_total{key="slow",outcome="limited"} 3.0' in other.get("/metrics").text
