@@ -158,7 +158,7 @@ def test_the_command_makes_keys_and_lists_them(keys_file: Path) -> None:
     assert stat.S_IMODE(keys_file.stat().st_mode) == 0o600
     keys_file.write_text("# ours\n" + keys_file.read_text().rstrip("\n"))  # as an editor may leave it
     assert keys_command("new", "b", file=keys_file).returncode == 0
-    assert keys_command("list", file=keys_file).stdout == "team-a  5 requests a second, 10 at once\nb  no limit\n"
+    assert keys_command("list", file=keys_file).stdout == "team-a  5 requests per second, 10 at once\nb  no limit\n"
     assert parse_keys(keys_file).keys() == {"team-a", "b"}
     for arguments, code, said in (
         (("new", "b"), 1, "has a key b already"),

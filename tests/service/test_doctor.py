@@ -268,7 +268,7 @@ def int64(config: ModelConfig) -> None:
         ),
         (no_queue_policy, r"default_queue_policy is not set, .*: the queue grows without limit \(#6920\)"),
         (policy(allow_timeout_override=False), "allow_timeout_override is not set, .*still computed .#7512"),
-        (policy(timeout_action=1), 'timeout_action is "DELAY", .*late requests are computed all the same .#7512'),
+        (policy(timeout_action=1), 'timeout_action is "DELAY", .*late requests are still computed .#7512'),
         (policy(max_queue_size=0), "max_queue_size is not set, bertqa writes 256: the queue grows without limit"),
         (policy(default_timeout_microseconds=0), "default_timeout_microseconds is not set, .*waits forever"),
         (lambda c: setattr(c.instance_group[0], "count", 1), "with a single instance stalls one request in a hundred"),
@@ -405,7 +405,7 @@ def test_no_triton_or_one_that_cannot_run(bundle: Bundle, tmp_path: Path, monkey
         ("exit 1", "does not run on this machine: it printed nothing"),
         (
             "echo '| server_version | 2.41.0 |'; exec sleep 60",
-            r"2\.41\.0, and bert_qa 1 runs under from 2\.49\.0 to any",
+            r"2\.41\.0, but bert_qa 1 needs from 2\.49\.0 to any",
         ),
     ):
         server = tmp_path / "tritonserver"

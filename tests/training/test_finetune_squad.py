@@ -134,9 +134,9 @@ def test_labels_mark_the_answer_in_the_window_that_holds_it() -> None:
     labelled = [feature for feature in features if feature.start]
     assert len(features) > 3
     assert 1 <= len(labelled) <= 2
-    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    plain = Tokenizer.from_file(str(TOKENIZER))
     for feature in labelled:
-        assert tokenizer.decode(feature.input_ids[feature.start : feature.end + 1].tolist()) == "denver broncos"
+        assert plain.decode(feature.input_ids[feature.start : feature.end + 1].tolist()) == "denver broncos"
     assert all((feature.start, feature.end) == (0, 0) for feature in features if not feature.start)
 
 

@@ -106,7 +106,7 @@ def test_a_rate_may_count_questions_or_windows(make_app: MakeApp, keys_file: Pat
         def ask(unit: str, path: str, body: dict[str, Any], times: int) -> list[int]:
             with connect(url, keys[unit]) as client:
                 replies = [client.post(path, json=body) for _ in range(times)]
-            assert all(f"0.01 {unit}s a second" in reply.text for reply in replies if reply.status_code == 429)
+            assert all(f"0.01 {unit}s per second" in reply.text for reply in replies if reply.status_code == 429)
             return [reply.status_code for reply in replies]
 
         assert ask("request", "/v1/answers", short, 9) == [200] * 8 + [429]
