@@ -14,12 +14,9 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from bertqa.cli import app
+from tests.support.pages import FENCE, PAGES, blocks
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("checkpoints/*/README.md"))
-)
 FOLDERS = ("bertqa", "service", "engine_builder", "training", "loadtest", "tests", "deploy", "docs", "checkpoints")
 OF_THE_READER = {"checkpoints/mine"}
 """Paths in examples that the reader makes."""
@@ -46,7 +43,6 @@ SYSTEM = {
 }
 """Programs that are not ours."""
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PATH = re.compile(rf"(?<![\w./~=-])(?:{'|'.join(FOLDERS)})/[\w./-]*(?:::[\w…]+)?")
 
 
@@ -55,7 +51,7 @@ def _text(page: str) -> str:
 
 
 def _prose(page: str) -> str:
-    return _FENCE.sub("", _text(page))
+    return FENCE.sub("", _text(page))
 
 
 def _anchors(page: str) -> set[str]:
@@ -110,10 +106,10 @@ def test_the_tree_of_the_readme_exists() -> None:
 
 def _commands(page: str) -> Iterator[list[str]]:
     """The words of each command in the page's shell blocks, without assignments and keywords."""
-    for language, block in _FENCE.findall(_text(page)):
-        if language != "sh":
+    for block in blocks(page):
+        if block.language != "sh":
             continue
-        script = re.sub(r"(^|\s)#.*$", "", block, flags=re.MULTILINE).replace("\\\n", " ")
+        script = re.sub(r"(^|\s)#.*$", "", block.text, flags=re.MULTILINE).replace("\\\n", " ")
         reader = shlex.shlex(script, posix=True, punctuation_chars=";|&\n")
         reader.commenters, reader.whitespace, reader.whitespace_split = "", " \t", True
         words: list[str] = []
