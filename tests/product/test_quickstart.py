@@ -48,8 +48,12 @@ class NotRun:
 
 RUN = Run()
 DOCKER = NotRun("needs Docker; tests/deploy/test_deploy.py checks the file and runs its services without")
-DOWNLOADS = NotRun("downloads; tests/training/test_training_data.py runs these jobs on small files")
-HOURS = NotRun("trains for hours; tests/training/test_finetune_squad.py and test_pretrain.py run the jobs in small")
+DOWNLOADS = NotRun(
+    "downloads; tests/training/test_training_data.py and tests/training/test_shards.py run the jobs on small files"
+)
+HOURS = NotRun(
+    "trains for hours; tests/training/test_pretrain.py and tests/training/test_finetune_squad.py run the jobs in small"
+)
 CHANGES = NotRun("sets up the machine that runs this test")
 
 DECISIONS: dict[str, dict[str, Run | NotRun]] = {
@@ -111,20 +115,18 @@ DECISIONS: dict[str, dict[str, Run | NotRun]] = {
         ),
         "make loadtest": NotRun("takes 12 minutes; tests/loadtest/test_loadtest.py runs a small one"),
         "make bench-peers": NotRun(
-            "installs other servers; tests/loadtest/test_compare_servers.py runs the comparison with what is there"
+            "installs other servers; tests/loadtest/test_compare_servers.py compares toy servers"
         ),
         "python -m timeit": Run(r"loops?, best of"),
         "OMP_NUM_THREADS=2 python -m training.measure_training": NotRun(
             "takes minutes; tests/training/test_measure_training.py runs it in small"
         ),
-        "python -m engine_builder.benchmarks.hardware_floor": NotRun(
-            "takes minutes; tests/engine_builder/test_hardware_floor.py runs it in small"
-        ),
+        "python -m engine_builder.benchmarks.hardware_floor": RUN,
         "python -m loadtest.measure_service --seconds 4": NotRun(
-            "takes minutes; tests/loadtest/test_measure_service.py runs it in small"
+            "takes minutes; tests/loadtest/test_measure_service.py tests what it counts"
         ),
         "python -m engine_builder --checkpoint checkpoints/minilm-l6-squad --target cpu --max-batch-size": NotRun(
-            "takes minutes; tests/loadtest/test_measure_service.py runs it in small"
+            "takes minutes; tests/loadtest/test_measure_service.py tests what it counts"
         ),
     },
     "docs/training.md": {
@@ -141,7 +143,7 @@ DECISIONS: dict[str, dict[str, Run | NotRun]] = {
         "horovodrun -np 2 --gloo python -m training.finetune_glue": NotRun(
             "needs GLUE; tests/training/test_finetune_glue.py runs it on small files"
         ),
-        "horovodrun -np 2 --min-np": NotRun("needs several hosts; tests/training/test_loop.py resumes what was killed"),
+        "horovodrun -np 2 --min-np": NotRun("needs hosts; tests/training/test_loop.py loses and adds a process"),
         "export MALLOC_MMAP_THRESHOLD_": HOURS,
     },
     "CONTRIBUTING.md": {
