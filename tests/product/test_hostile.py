@@ -47,6 +47,7 @@ def check(server: Server, reproduce: Reproduction) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_no_request_that_is_searched_for_costs_more_than_it_may() -> None:
     row = search(SMALL, 0)
     print(table([row]), *row.notes, sep="\n")
@@ -55,6 +56,7 @@ def test_no_request_that_is_searched_for_costs_more_than_it_may() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_search_finds_a_hold_that_was_planted() -> None:
     row = search(dataclasses.replace(SMALL, inputs=500), 0, planted_s=1.0)
     assert row.over

@@ -22,6 +22,8 @@ from service.settings import Settings
 from tests.support.asking import ASKED
 from tests.support.toy_model import FakeEngine, toy_bundle
 
+pytestmark = pytest.mark.alone  # a hold is measured in milliseconds
+
 SIZE = 2 << 20
 LONGEST_S = 0.1
 """Twice what the service promises, for slower processors than those that it was measured on."""
