@@ -298,7 +298,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query.weight"
     ("damage", "message"),
     [
         (change(QUERY, None), r"encoder\.layer\.0\.attention\.self\.query\.weight of shape \(32, 32\) is missing"),
-        (change(QUERY, np.zeros((32, 31))), rf"{QUERY} has shape \(32, 31\); config\.json expects \(32, 32\)"),
+        (change(QUERY, np.zeros((32, 31))), rf"{QUERY} has shape \(32, 31\), but config\.json expects \(32, 32\)"),
         (change(QUERY, np.full((32, 32), np.nan)), r"self\.query\.weight contains NaN or infinite values"),
         (
             change("bert.encoder.layer.2.output.dense.bias", np.zeros(32)),

@@ -247,7 +247,7 @@ def test_several_models_and_their_serving_options(options: BuildOptions) -> None
         "bert_qa": (1, 3, 1),
         "korean": (1, 2, 1),
     }
-    with pytest.raises(BuildRefused, match=r"--model \.\./x: must be letters, digits"):
+    with pytest.raises(BuildRefused, match=r"--model \.\./x: use letters, digits"):
         build(replace(options, model="../x"))
 
 

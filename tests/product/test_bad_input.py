@@ -101,7 +101,7 @@ def test_large_values_elsewhere(service: Service) -> None:
 )
 def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(service: Service, values: bytes) -> None:
     for prefix in (b"", b'{"contexts": '):
-        assert "at most 20,000 values together" in refused(service.ask(b"/v1/answer", prefix + values, JSON), 400)
+        assert "at most 20,000 values in all its lists and objects" in refused(service.ask(b"/v1/answer", prefix + values, JSON), 400)
 
 
 def test_values_are_counted_outside_of_texts(service: Service) -> None:
@@ -115,7 +115,7 @@ def test_values_are_counted_outside_of_texts(service: Service) -> None:
         if kept:
             assert parse_json(body.encode()) == [1] * count
         else:
-            with pytest.raises(MalformedBody, match="at most 20,000 values together"):
+            with pytest.raises(MalformedBody, match="at most 20,000 values in all its lists and objects"):
                 parse_json(body.encode())
 
 
@@ -134,7 +134,7 @@ def test_as_many_values_are_counted_as_there_are(value: object, escaped: bool) -
     body, values = json.dumps(value, ensure_ascii=escaped).encode(), count(value)
     if values:
         assert parse_json(body, max_values=values) == value
-        with pytest.raises(MalformedBody, match="values together"):
+        with pytest.raises(MalformedBody, match="values in all its lists and objects"):
             parse_json(body, max_values=values - 1)
 
 
@@ -146,7 +146,7 @@ def test_values_nested_at_any_depth(service: Service, depth: int, name: str) -> 
     reply = service.ask(b"/v1/answer", b'{"question": "who?", "%s": %s}' % (name.encode(), nested), JSON)
     if reply.status == 400:
         error = refused(reply, 400)
-        assert ("values together" if depth > MAX_VALUES else "nested too deeply") in error
+        assert ("values in all its lists and objects" if depth > MAX_VALUES else "nested too deeply") in error
     else:
         refused(reply, 422, "context" if name == "context" else reply.json()["field"])
 

@@ -569,7 +569,7 @@ def test_the_page_asks_for_the_key_and_keeps_it_out_of_addresses(
         expect(page.get_by_label("API key")).to_be_hidden()
         ask(page, QUESTION, TEXT)
         expect(page.get_by_label("API key")).to_be_focused()
-        expect(page.locator("#key-problem")).to_contain_text("API key is needed")
+        expect(page.locator("#key-problem")).to_contain_text("API key is required")
         page.get_by_label("API key").fill("wrong")
         page.get_by_role("button", name="Ask").click()
         expect(page.locator("#key-problem")).to_contain_text("not known")
@@ -600,7 +600,7 @@ def test_the_documentation_asks_for_the_key(browser: Browser, make_app: Callable
     key = new_key(tmp_path / "keys", "me", None, None)
     app = make_app(api_keys_file=str(tmp_path / "keys"), docs="key")
     with serving(app) as url, opened(browser, f"{url}/docs") as page:
-        expect(page.locator("#problem")).to_contain_text("API key is needed")
+        expect(page.locator("#problem")).to_contain_text("API key is required")
         page.get_by_label("API key").fill(key)
         page.get_by_role("button", name="Show the API").click()
         expect(page.locator("#api")).to_contain_text("/v1/answer")

@@ -161,7 +161,7 @@ def test_the_command_makes_keys_and_lists_them(keys_file: Path) -> None:
     assert keys_command("list", file=keys_file).stdout == "team-a  5 requests per second, 10 at once\nb  no limit\n"
     assert parse_keys(keys_file).keys() == {"team-a", "b"}
     for arguments, code, said in (
-        (("new", "b"), 1, "has a key b already"),
+        (("new", "b"), 1, "already has a key b"),
         (("new", "b c"), 1, "NAME: must be"),
         (("new", "c", "--rate", "0"), 2, "'--rate': must be above 0"),
         (("new", "c", "--burst", "2"), 2, "--burst: needs --rate"),

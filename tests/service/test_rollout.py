@@ -344,7 +344,7 @@ def test_the_command_line_names_what_is_missing(product: Product, capsys: pytest
     for words, message in (
         (("load", MODEL_NAME, "1", "--triton-url", "127.0.0.1:1"), "give its address with --triton-url"),
         (("load", "german", "1"), "german: no such model in"),
-        (("check", MODEL_NAME, "99"), f"{MODEL_NAME}: there is no version 99, only 1, 2"),
+        (("check", MODEL_NAME, "99"), f"{MODEL_NAME}: no version 99; the versions are 1, 2"),
         (
             ("check", MODEL_NAME, "1", "--triton-url", "no-such-host.invalid:8001"),
             "--triton-url no-such-host.invalid:80",
