@@ -101,7 +101,9 @@ def test_large_values_elsewhere(service: Service) -> None:
 )
 def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(service: Service, values: bytes) -> None:
     for prefix in (b"", b'{"contexts": '):
-        assert "at most 20,000 values in all its lists and objects" in refused(service.ask(b"/v1/answer", prefix + values, JSON), 400)
+        assert "at most 20,000 values in all its lists and objects" in refused(
+            service.ask(b"/v1/answer", prefix + values, JSON), 400
+        )
 
 
 def test_values_are_counted_outside_of_texts(service: Service) -> None:
