@@ -572,7 +572,7 @@ def test_the_page_asks_for_the_key_and_keeps_it_out_of_addresses(
         expect(page.locator("#key-problem")).to_contain_text("API key is required")
         page.get_by_label("API key").fill("wrong")
         page.get_by_role("button", name="Ask").click()
-        expect(page.locator("#key-problem")).to_contain_text("not known")
+        expect(page.locator("#key-problem")).to_contain_text("Unknown API key")
         page.get_by_label("API key").fill(key)
         page.get_by_role("button", name="Ask").click()
         expect(page.locator("#verdict .best")).to_have_text("Uber")

@@ -668,10 +668,10 @@ def test_another_job_is_not_mixed_in(product: Product, server: EmbeddedTriton, t
     assert "has asking no_answer False, but this job has True" in refused([*words, "--no-answer"])
     assert "has part_rows 100, but this job has 50" in refused([*words, "--part-rows=50"])
     pq.write_table(many(4), source / "a.parquet")
-    assert "has sources 0 rows 3, this one has 4" in refused(words)
+    assert "has sources 0 rows 3, but this job has 4" in refused(words)
     pq.write_table(many(3), source / "a.parquet")
     pq.write_table(many(3), source / "b.parquet")
-    assert "has sources 1 name None, this one has b.parquet" in refused(words)
+    assert "has sources 1 name None, but this job has b.parquet" in refused(words)
 
 
 def test_what_must_be_installed_is_said() -> None:
