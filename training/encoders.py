@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -49,7 +49,7 @@ class EncoderOptions:
     attention: Attention
 
     @classmethod
-    def of(cls, args: JobArguments) -> Self:
+    def of(cls, args: JobArguments) -> "EncoderOptions":
         """Take the settings from the options of a job."""
         attention_dropout = args.dropout if args.attention_dropout is None else args.attention_dropout
         attention = attention_implementation(args.attention, args.precision, attention_dropout)
